@@ -1,0 +1,132 @@
+"""Configuration is data: a frozen dataclass, filled from YAML files and then from flags.
+
+    config = parse_config(TrainConfig)      # --config a.yaml --config b.yaml --optimizer.lr 3e-4
+
+Order: defaults, then each `--config` in turn, then flags. `--print_config` shows the result and
+stops. This is the only file that knows jsonargparse.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+Config = TypeVar("Config")
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work: the message says what, where, and what to do."""
+
+
+def _parser(config_class: type) -> jsonargparse.ArgumentParser:
+    description = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m {_module_name(config_class)}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument(
+        "--config", action="config", help="A YAML file; may be given several times, later ones win."
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Keep the line breaks of a command's docstring, which shows its command line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+
+def _module_name(config_class: type) -> str:
+    if config_class.__module__ != "__main__":
+        return config_class.__module__
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else "__main__"
+
+
+def parse_config(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """The configuration that the command line asks for.
+
+    Raises InputError, naming the key, for an unknown key, a wrong type or a refused value.
+    """
+    parser = _parser(config_class)
+    try:
+        return _build(parser, config_class, parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(_one_line(error)) from error
+
+
+def load_config(config_class: type[Config], path: Path) -> Config:
+    """The configuration saved in a YAML file, e.g. a checkpoint's `config.yaml`."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such configuration file")
+    parser = _parser(config_class)
+    try:
+        return _build(parser, config_class, parser.parse_path(str(path)))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise InputError(f"{path}: {_one_line(error)}") from error
+
+
+def save_config(config: Any, path: Path) -> None:  # noqa: ANN401 - any config dataclass
+    """Write every field, defaults included, so that the file alone reproduces the run."""
+    path = Path(path)
+    text = config_text(config)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def config_text(config: Any) -> str:  # noqa: ANN401 - any config dataclass
+    """The configuration as YAML."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - nested dataclass fields
+    """Paths as strings and tuples as lists, for YAML and JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(parser: jsonargparse.ArgumentParser, config_class: type[Config], parsed: Any) -> Config:  # noqa: ANN401
+    parsed.pop("config", None)
+    try:
+        return config_class(**vars(parser.instantiate(parsed)))
+    except ValueError as error:
+        raise InputError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """jsonargparse explains over several lines; a user needs the first cause and its key."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    return " ".join(lines)[:600]
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's main(): a user's mistake ends it with one line and exit code 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to continue")
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and leave with exit code 2, without waiting for other ranks."""
+    name = sys.modules["__main__"].__spec__
+    print(f"{name.name if name else 'error'}: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # os._exit: loader workers and process groups must not turn one line into a hang.
+    os._exit(2)

@@ -1,0 +1,46 @@
+"""Parallelism from outside the model, in one order: activation checkpointing -> compile -> DDP."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from core.distributed import World
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is run for training.
+
+    Args:
+        compile: torch.compile the model; the first steps are slow.
+        activation_checkpointing: none; full recomputes every block in the backward pass.
+    """
+
+    compile: bool = False
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+def prepare(
+    model: nn.Module, config: ParallelConfig, world: World, block: type[nn.Module]
+) -> nn.Module:
+    """Wrap `model` (already on world.device) for training; `block` is its repeated layer.
+
+    State dicts, EMA and sampling keep using `model` itself: the wrappers share its parameters.
+    """
+    prepared = model
+    if config.activation_checkpointing == "full":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
+    if config.compile:
+        prepared = torch.compile(prepared)
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        prepared = DistributedDataParallel(
+            prepared, device_ids=ids, gradient_as_bucket_view=True, static_graph=False
+        )
+    return prepared

@@ -1,0 +1,150 @@
+"""Arrays on disk in shards with an `index.json`: codes, features, sampled pixels.
+
+A shard covers a fixed range of item numbers, whatever the number of processes. It is finished when
+its `shard_00003.json` exists, which is written last; so a killed command loses one shard at most,
+and shards can be shared out over any number of ranks. `index.json` is written when all are there.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.config import InputError
+from core.distributed import World
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write JSON, whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    """Read JSON; raises InputError for a missing or damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """A short sha256 of a JSON value, to tell one set of settings from another."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes `{name}_{shard}.npy` for items 0 .. count-1, `shard_size` items a shard.
+
+    `settings` is what the arrays depend on: a folder begun with other settings is refused.
+    """
+
+    folder: Path
+    count: int
+    shard_size: int
+    settings: Mapping[str, Any]
+    world: World
+
+    def begin(self) -> list[int]:
+        """Make or check the folder -> the shards that this rank has still to write."""
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            expected = {**self.settings, "items": self.count, "shard_size": self.shard_size}
+            path = self.folder / "settings.json"
+            if path.exists() and (found := read_json(path)) != json.loads(json.dumps(expected)):
+                different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+                raise InputError(
+                    f"{self.folder}: was begun with other settings ({', '.join(different)}); "
+                    "choose another folder or remove it"
+                )
+            write_json(path, expected)
+        self.world.barrier()
+        shards = range(math.ceil(self.count / self.shard_size))
+        todo = [s for s in shards if not self._marker(s).exists()]
+        return todo[self.world.rank :: self.world.size]
+
+    def items(self, shard: int) -> range:
+        """The item numbers of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def write(self, shard: int, arrays: Mapping[str, np.ndarray], **facts: Any) -> None:  # noqa: ANN401
+        """Write a shard's arrays (equal first dimension), then its marker with `facts`."""
+        rows = {len(array) for array in arrays.values()}
+        assert len(rows) == 1, f"arrays of different lengths: {rows}"
+        for name, array in arrays.items():
+            path = self.folder / f"{name}_{shard:05d}.npy"
+            aside = path.with_name(f".{path.name}.tmp")
+            with aside.open("wb") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+            os.replace(aside, path)
+        write_json(self._marker(shard), {"rows": rows.pop(), "arrays": sorted(arrays), **facts})
+
+    def markers(self) -> list[dict[str, Any]]:
+        """What `write` noted of every shard; call it when all ranks have finished."""
+        return [read_json(self._marker(s)) for s in range(math.ceil(self.count / self.shard_size))]
+
+    def finish(self, index: Mapping[str, Any]) -> None:
+        """Write `index.json` (call on all ranks): the settings, `index` and the rows per shard."""
+        self.world.barrier()
+        if self.world.is_main:
+            rows = [marker["rows"] for marker in self.markers()]
+            whole = {**self.settings, **index, "count": sum(rows), "rows": rows}
+            write_json(self.folder / "index.json", whole)
+        self.world.barrier()
+
+    def _marker(self, shard: int) -> Path:
+        return self.folder / f"shard_{shard:05d}.json"
+
+
+class ShardReader:
+    """One array of a finished folder, memory-mapped: `reader[rows]` gathers any rows."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = Path(folder), name
+        rows = read_index(self.folder)["rows"]
+        self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        self._shards = [self._open(shard, count) for shard, count in enumerate(rows)]
+
+    def _open(self, shard: int, rows: int) -> np.ndarray:
+        path = self.folder / f"{self.name}_{shard:05d}.npy"
+        try:
+            array = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+        if len(array) != rows:
+            raise InputError(f"{path}: {len(array)} rows, index.json says {rows}")
+        return array
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Row numbers (n,) -> (n, ...) in memory."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        result = np.empty((len(rows), *self._shards[0].shape[1:]), self._shards[0].dtype)
+        for shard in np.unique(shards):
+            here = shards == shard
+            result[here] = self._shards[shard][rows[here] - self.starts[shard]]
+        return result
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A folder's `index.json`; raises InputError where the command has not finished it."""
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        unfinished = (Path(folder) / "settings.json").exists()
+        advice = (
+            "run the command that was writing it again" if unfinished else "is it the right folder?"
+        )
+        raise InputError(f"{folder}: no index.json ({advice})")
+    return read_json(path)

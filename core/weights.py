@@ -1,0 +1,152 @@
+"""Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
+
+import argparse
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from core.config import InputError
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Released(NamedTuple):
+    """A released checkpoint: weights by part ("model", "ema", "discriminator"), and its flags."""
+
+    parts: dict[str, dict[str, torch.Tensor]]
+    arguments: dict[str, Any]  # the training flags stored in the file, if any
+
+
+# Where the reference's trainers put each part (DDP: model, ema, discriminator; DeepSpeed: module).
+_PART_KEYS = {
+    "model": ("model", "module", "state_dict"),
+    "ema": ("ema",),
+    "discriminator": ("discriminator",),
+}
+
+
+def read_released(path: Path) -> Released:
+    """Read a `.pt` / `.pth` of the reference, or a bare state dict, running none of its code.
+
+    Raises InputError for a damaged file and for a pickle that holds more than tensors and flags.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: refused, it holds Python objects besides tensors and could run code; "
+            "re-save it as safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not a PyTorch checkpoint, or damaged ({error})") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: holds a {type(stored).__name__}, expected a state dict")
+    parts = {}
+    for part, names in _PART_KEYS.items():
+        for name in names:
+            if _is_state_dict(stored.get(name)):
+                parts[part] = _plain(stored[name])
+                break
+    if not parts and _is_state_dict(stored):
+        parts["model"] = _plain(stored)
+    if not parts:
+        raise InputError(f"{path}: no weights under {', '.join(_PART_KEYS['model'])} or at the top")
+    arguments = stored.get("args")
+    return Released(parts, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
+
+
+def _is_zip(path: Path) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _is_state_dict(value: Any) -> bool:  # noqa: ANN401 - whatever the file holds
+    return isinstance(value, Mapping) and any(torch.is_tensor(v) for v in value.values())
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Without the prefixes that DDP ("module.") and torch.compile ("_orig_mod.") add."""
+    plain = {}
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            plain[key.replace("_orig_mod.", "").removeprefix("module.")] = value
+    return plain
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def save_tensors(tensors: Tensors, path: Path) -> None:
+    """Write tensors as safetensors; raises OSError where the disk is full."""
+    try:
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def load_weights(module: nn.Module, tensors: Tensors, source: object) -> None:
+    """load_state_dict(strict=True), with one line that names what does not fit."""
+    own = module.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is not part of the model" for key in tensors if key not in own]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, the model has {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(
+            f"{source}: weights of another architecture: {'; '.join(problems[:3])}{more}"
+        )
+    module.load_state_dict(tensors)
+
+
+def find_weights(path_or_hub_id: str | Path, filename: str) -> Path:
+    """A local file or folder as it is; else `owner/name[/file]` from the Hub, through its cache.
+
+    For `owner/name` alone, `filename` and `config.yaml` are fetched and their folder is returned.
+    """
+    local = Path(path_or_hub_id)
+    if local.exists():
+        return local
+    parts = str(path_or_hub_id).split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+        raise InputError(f"{path_or_hub_id}: no such file or folder")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository = "/".join(parts[:2])
+    try:
+        if len(parts) > 2:
+            return Path(hf_hub_download(repository, "/".join(parts[2:])))
+        hf_hub_download(repository, "config.yaml")
+        return Path(hf_hub_download(repository, filename)).parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{path_or_hub_id}: neither a local path nor to be had from the Hub ({error})"
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
