@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -111,6 +111,21 @@ class Checkpointer:
                 os.fsync(file.fileno())
         sums = {str(path.relative_to(folder)): file_sha256(path) for path in files}
         write_json(folder / "checksums.json", sums)
+
+
+def inference_files(folder: Path, weights: Literal["auto", "model", "ema"]) -> tuple[Path, Path]:
+    """(config.yaml, safetensors file) of a checkpoint folder, or of a run's newest checkpoint.
+
+    "auto" takes the averaged weights where there are any.
+    """
+    folder = Path(folder)
+    steps = sorted(folder.glob("checkpoints/step_*/checksums.json"))
+    folder = steps[-1].parent if steps else folder
+    name = "ema" if weights == "auto" and (folder / "ema.safetensors").exists() else weights
+    path = folder / f"{'model' if name == 'auto' else name}.safetensors"
+    if not path.is_file() or not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: no checkpoint here (expected config.yaml and {path.name})")
+    return folder / "config.yaml", path
 
 
 def find_damage(folder: Path) -> str:

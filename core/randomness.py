@@ -39,3 +39,12 @@ def random_uniform(seed: int, *counters: torch.Tensor) -> torch.Tensor:
     """
     bits = _logical_shift(random_bits(seed, *counters), 24)
     return (bits.float() + 0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators (dropout) for one optimizer step on one rank.
+
+    Because every step is seeded, a run resumes exactly without any saved generator state.
+    """
+    counters = torch.tensor([step]), torch.tensor([rank])
+    torch.manual_seed(int(random_bits(seed, *counters)) & (2**63 - 1))
