@@ -1,0 +1,367 @@
+"""The decoder: a Llama-style transformer that predicts the next code of an image.
+
+Facts that the released weights depend on: packed q | k | v, 2-D rotary embedding in interleaved
+pairs, RMSNorm in float32 cast back before its weight, and code i at its own cell of the grid.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autoregressive.cache import KVCache
+from autoregressive.conditioning import ClassEmbedding, Condition, TextEmbedding, ragged_order
+from autoregressive.rope import rotary_table, rotate
+from core.config import InputError
+
+# name: (num_layers, num_heads, dim)
+PRESETS = {
+    "GPT-B": (12, 12, 768),
+    "GPT-L": (24, 16, 1024),
+    "GPT-XL": (36, 20, 1280),
+    "GPT-XXL": (48, 24, 1536),
+    "GPT-XXXL": (48, 40, 2560),
+    "GPT-1B": (22, 32, 2048),
+    "GPT-3B": (24, 32, 3200),
+    "GPT-7B": (32, 32, 4096),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The decoder's shape, without what the codes decide.
+
+    Args:
+        num_layers: Transformer blocks.
+        num_heads: Attention heads.
+        dim: Width; a multiple of num_heads.
+        num_kv_heads: Key and value heads, for grouped-query attention; 0 for num_heads.
+        ffn_multiple: The FFN's hidden width, 8/3 dim, is rounded up to a multiple of this.
+        norm_eps: Epsilon of the RMSNorms.
+        rope_base: Base of the rotary frequencies.
+        rope_condition: Rotary rows of condition tokens; zero as released, or identity.
+        token_dropout: Dropout on the embedded sequence, in training.
+        residual_dropout: Dropout on the attention's output.
+        ffn_dropout: Dropout on the FFN's output.
+        drop_path: Stochastic depth, growing linearly to this rate at the last block. The paper
+            sets residual_dropout and ffn_dropout to 0 where it is used.
+        text_dim: Width of the text features.
+        max_text_tokens: The longest caption.
+    """
+
+    num_layers: int = 12
+    num_heads: int = 12
+    dim: int = 768
+    num_kv_heads: int = 0
+    ffn_multiple: int = 256
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_condition: Literal["zero", "identity"] = "zero"
+    token_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    ffn_dropout: float = 0.0
+    drop_path: float = 0.0
+    text_dim: int = 2048
+    max_text_tokens: int = 120
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
+            raise ValueError("model: num_layers, num_heads, dim and ffn_multiple must be >= 1")
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.dim {self.dim} must be an even multiple of num_heads {self.num_heads}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
+            )
+        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the FFN."""
+        return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
+
+
+@dataclass(frozen=True)
+class GPTConfig(Architecture):
+    """The whole decoder: its shape, and what the codes decide.
+
+    Args:
+        condition: What an image is conditioned on.
+        num_classes: Classes, for condition class.
+        vocab_size: Entries of the tokenizer's codebook.
+        grid: Rows and columns of codes.
+        tokenizer_sha256: The tokenizer whose codes the model was trained on; empty if unknown.
+    """
+
+    condition: Literal["class", "text"] = "class"
+    num_classes: int = 1000
+    vocab_size: int = 16384
+    grid: tuple[int, int] = (16, 16)
+    tokenizer_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.num_classes, self.vocab_size, *self.grid) < 1:
+            raise ValueError("model: num_classes, vocab_size and grid must be >= 1")
+
+    @property
+    def num_codes(self) -> int:
+        """Codes per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_condition(self) -> int:
+        """The most condition tokens."""
+        return 1 if self.condition == "class" else self.max_text_tokens
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: float32 inside, cast back, then weighted."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and optionally grouped keys and values."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.head_dim = config.head_dim
+        packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.dim, packed, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        layer: int,
+        cache: KVCache | None,
+        visible: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x (batch, length, dim) -> the same; `visible` (batch, 1, 1, keys) bool when decoding."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        queries, keys, values = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=-2)
+        queries = rotate(queries, rotary).transpose(1, 2)
+        keys, values = rotate(keys, rotary).transpose(1, 2), values.transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.append(layer, keys, values)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=visible,
+            is_causal=x.shape[1] > 1,  # one new position sees the whole cache
+            enable_gqa=self.kv_heads != self.num_heads,
+        )
+        return self.dropout(self.wo(attended.transpose(1, 2).flatten(-2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    def __init__(self, config: Architecture, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = _drop_path(config, layer)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        cache: KVCache | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (batch, length, dim) -> the same."""
+        attended = self.attention(self.attention_norm(x), rotary, self.layer, cache, visible)
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+def _drop_path(config: Architecture, layer: int) -> nn.Module:
+    rate = config.drop_path * layer / max(1, config.num_layers - 1)
+    if rate == 0:
+        return nn.Identity()
+    from timm.layers import DropPath  # seconds to import: only where it is used
+
+    return DropPath(rate)
+
+
+class GPT(nn.Module):
+    """Predicts each code of an image from the codes before it and the condition."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.condition == "class":
+            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+        else:
+            self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        table = rotary_table(
+            config.grid,
+            config.head_dim,
+            config.rope_base,
+            config.num_condition,
+            config.rope_condition,
+        )
+        # Kept as integer bits, because model.to(bfloat16) would round a float buffer.
+        self.register_buffer("rotary_bits", table.view(torch.int32), persistent=False)
+        self.apply(_initialize)
+        nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "GPT":  # noqa: ANN401 - any config field
+        """A new model with random weights, e.g. from_preset("GPT-B", grid=(24, 24)).
+
+        Raises InputError for an unknown name, TypeError for an unknown field.
+        """
+        if name not in PRESETS:
+            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        shape = dict(zip(("num_layers", "num_heads", "dim"), PRESETS[name], strict=True))
+        return cls(GPTConfig(**{**shape, **overrides}))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: Any, **options: Any) -> "GPT":  # noqa: ANN401
+        """Load a released file, a folder of ours or a Hub repository; see pretrained.load_gpt."""
+        from autoregressive.pretrained import load_gpt
+
+        return load_gpt(path_or_hub_id, **options).gpt
+
+    @property
+    def rotary(self) -> torch.Tensor:
+        """The rotary table (num_condition + codes, head_dim // 2, 2), always float32."""
+        return self.rotary_bits.view(torch.float32)
+
+    def forward(
+        self,
+        codes: torch.Tensor,
+        condition: Condition,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Teacher forcing: codes (batch, N) int64 -> logits (batch, N, vocab) float32.
+
+        condition: labels (batch,) int64, or (features (batch, T, text_dim), lengths (batch,)).
+        dropped (batch,) bool: rows that see the null condition instead; none by default.
+        """
+        if dropped is None:
+            dropped = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+        prefix = self.cls_embedding(condition, dropped)
+        x = torch.cat([prefix, self.tok_embeddings(codes[:, :-1])], dim=1)
+        num_prefix, num_codes = prefix.shape[1], codes.shape[1]
+        start = self.config.num_condition - num_prefix
+        rotary = self.rotary[start : start + x.shape[1]]
+        lengths = self.cls_embedding.lengths(condition)
+        if lengths is None:
+            hidden = self._blocks(self.tok_dropout(x), rotary)[:, num_prefix - 1 :]
+        else:
+            order = ragged_order(lengths, num_prefix, num_codes - 1)
+            x = x.gather(1, order[..., None].expand_as(x))
+            hidden = self._blocks(self.tok_dropout(x), rotary[order])
+            last = lengths[:, None] - 1 + torch.arange(num_codes, device=codes.device)
+            hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self._head(hidden)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` rows, in the model's dtype and on its device."""
+        config, weight = self.config, self.tok_embeddings.weight
+        capacity = config.num_condition + config.num_codes - 1
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        return KVCache(config.num_layers, shape, weight.dtype, weight.device)
+
+    def prefill(self, condition: Condition, dropped: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read the condition into an empty cache -> logits of the first code (batch, vocab)."""
+        prefix = self.cls_embedding(condition, dropped)
+        start = self.config.num_condition - prefix.shape[1]
+        rotary = self.rotary[start : self.config.num_condition]
+        hidden = self._blocks(prefix, rotary, cache)
+        lengths = self.cls_embedding.lengths(condition)
+        if lengths is None:
+            return self._head(hidden[:, -1])
+        return self._head(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
+
+    def decode_one(
+        self,
+        codes: torch.Tensor,
+        position: int,
+        cache: KVCache,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Code number `position` of each row (batch,) int64 -> logits of the next (batch, vocab).
+
+        visible (batch, 1, 1, capacity) bool hides captions' padding; None where there is none.
+        """
+        row = self.config.num_condition + position
+        if visible is not None:
+            visible = visible[..., : cache.length + 1]
+        x = self.tok_embeddings(codes)[:, None]
+        return self._head(self._blocks(x, self.rotary[row : row + 1], cache, visible)[:, -1])
+
+    def _blocks(
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        cache: KVCache | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        for block in self.layers:
+            x = block(x, rotary, cache, visible)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.output(hidden).float()
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
