@@ -246,15 +246,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        table = rotary_table(
-            config.grid,
-            config.head_dim,
-            config.rope_base,
-            config.num_condition,
-            config.rope_condition,
-        )
-        # Kept as integer bits, because model.to(bfloat16) would round a float buffer.
-        self.register_buffer("rotary_bits", table.view(torch.int32), persistent=False)
+        self.build_rotary()
         self.apply(_initialize)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
 
@@ -275,6 +267,19 @@ class GPT(nn.Module):
         from autoregressive.pretrained import load_gpt
 
         return load_gpt(path_or_hub_id, **options).gpt
+
+    def build_rotary(self) -> None:
+        """Compute the rotary table; again after a model was built on the meta device."""
+        config = self.config
+        table = rotary_table(
+            config.grid,
+            config.head_dim,
+            config.rope_base,
+            config.num_condition,
+            config.rope_condition,
+        )
+        # Kept as integer bits, because model.to(bfloat16) would round a float buffer.
+        self.register_buffer("rotary_bits", table.view(torch.int32), persistent=False)
 
     @property
     def rotary(self) -> torch.Tensor:

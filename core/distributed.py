@@ -68,6 +68,11 @@ class World:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype that a whole model takes at inference."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.device:
     """The device for a name; "auto" takes CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":

@@ -99,8 +99,11 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
-def load_weights(module: nn.Module, tensors: Tensors, source: object) -> None:
-    """load_state_dict(strict=True), with one line that names what does not fit."""
+def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bool = False) -> None:
+    """load_state_dict(strict=True), with one line that names what does not fit.
+
+    assign: make the tensors the module's own instead of copying, for a module on the meta device.
+    """
     own = module.state_dict()
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is not part of the model" for key in tensors if key not in own]
@@ -114,7 +117,7 @@ def load_weights(module: nn.Module, tensors: Tensors, source: object) -> None:
         raise InputError(
             f"{source}: weights of another architecture: {'; '.join(problems[:3])}{more}"
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def find_weights(path_or_hub_id: str | Path, filename: str) -> Path:

@@ -1,0 +1,272 @@
+"""Train the decoder on codes; run it again and it continues, bit for bit.
+
+    python -m autoregressive.train --config configs/autoregressive/class_256.yaml \
+        --config configs/autoregressive/size/b.yaml --data.codes [codes/train] --out runs/gpt_b
+    torchrun --nproc-per-node 8 -m autoregressive.train ...
+"""
+
+import contextlib
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizer.model import VQModel
+from tokenizer.pretrained import load_tokenizer
+from torch import nn
+from torch.nn import functional as F
+
+from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
+from autoregressive.model import GPT, Architecture, Block, GPTConfig
+from autoregressive.sample import sample_pixels
+from autoregressive.sampling import SamplingConfig
+from core.checkpoint import Checkpointer
+from core.config import InputError, parse_config, run_command
+from core.datasets import ShuffledOrder, check_batch_size, local_positions
+from core.distributed import DeviceName, Precision, World, distributed
+from core.ema import EMA
+from core.images import image_grid
+from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
+from core.parallel import ParallelConfig, prepare
+from core.randomness import seed_step
+from core.run import ReportConfig, Run, begin_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training of the decoder.
+
+    Args:
+        out: The run's folder.
+        data: The codes to train on; vocabulary, grid and classes come from them.
+        validation: Codes for the validation loss; empty for none.
+        validation_samples: At most so many of them; 0 for all.
+        model: The decoder's shape.
+        optimizer: AdamW and its schedule.
+        parallel: Compile and activation checkpointing.
+        report: How often to report, sample and save.
+        num_steps: Optimizer steps.
+        batch_size: Samples per optimizer step, over all processes and accumulation steps.
+        gradient_accumulation: Micro-batches per optimizer step.
+        condition_dropout: Share of samples that see the null condition.
+        ema_decay: Decay of the averaged weights; 0 for none.
+        precision: bf16 autocast, or fp32.
+        seed: Decides the initial weights, the data order and all dropout.
+        device: auto, cpu, cuda or mps.
+        sampling: How the sample grids are drawn.
+        sample_classes: Their classes, a row each; empty for the first ten.
+        sample_columns: Images per class.
+    """
+
+    out: Path
+    data: CodesConfig
+    validation: tuple[Path, ...] = ()
+    validation_samples: int = 10000
+    model: Architecture = field(default_factory=Architecture)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    num_steps: int = 1501200
+    batch_size: int = 256
+    gradient_accumulation: int = 1
+    condition_dropout: float = 0.1
+    ema_decay: float = 0.0
+    precision: Precision = "bf16"
+    seed: int = 0
+    device: DeviceName = "auto"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sample_classes: tuple[int, ...] = ()
+    sample_columns: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.num_steps, self.gradient_accumulation, self.sample_columns) < 1:
+            raise ValueError("num_steps, gradient_accumulation and sample_columns must be >= 1")
+        if not 0 <= self.condition_dropout < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError("condition_dropout and ema_decay must be in [0, 1)")
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Train to num_steps, from the newest checkpoint in the run's folder."""
+    check_batch_size(config.batch_size, config.gradient_accumulation, world)
+    data = CodeDataset(config.data)
+    validation = open_validation(config, data)
+    gpt_config = GPTConfig(
+        **asdict(config.model),
+        num_classes=data.num_classes,
+        vocab_size=data.vocab_size,
+        grid=data.grid,
+        tokenizer_sha256=data.tokenizer_sha256,
+    )
+    begin_run(config.out, world)
+    torch.manual_seed(config.seed)
+    gpt = GPT(gpt_config).to(world.device)
+    ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
+    optimizer = build_adamw(gpt, config.optimizer)
+    stepper = Stepper(optimizer, config.optimizer, world.device)
+    checkpoints = Checkpointer(
+        config.out / "checkpoints",
+        gpt_config,
+        world,
+        config.report.keep_last,
+        model=gpt,
+        ema=ema.model if ema else None,
+        optimizer=optimizer,
+    )
+    state = checkpoints.restore_latest()
+    first_step, samples = state["step"], state.get("samples", 0)
+    parallel = prepare(gpt, config.parallel, world, Block)
+    order = ShuffledOrder(len(data), config.seed)
+    averaged = ema.model if ema else gpt
+    pictures = SampleGrid(config, gpt_config, find_tokenizer(data, world))
+    run = Run(config.out, config, config.report, world)
+    run.start(first_step, config.num_steps, "token")
+    loss_sum = torch.zeros((), device=world.device)
+    losses = 0
+
+    for step in range(first_step, config.num_steps):
+        # One optimizer step.
+        seed_step(config.seed, step, world.rank)
+        micro_batches = local_positions(
+            samples, config.batch_size, config.gradient_accumulation, world
+        )
+        for i, positions in enumerate(micro_batches):
+            codes, labels = data.batch(order[positions], positions, config.seed)
+            dropped = dropped_conditions(positions, config.condition_dropout, config.seed)
+            codes, labels, dropped = to_device(world.device, codes, labels, dropped)
+            last = i + 1 == len(micro_batches)
+            with contextlib.nullcontext() if last else no_sync(parallel):
+                with world.autocast(config.precision):
+                    logits = parallel(codes, labels, dropped)
+                loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+                (loss / len(micro_batches)).backward()
+            loss_sum += loss.detach() / len(micro_batches)
+        grad_norm = stepper.step(step, config.num_steps)
+        if ema:
+            ema.update(gpt)
+        samples += config.batch_size
+        losses += 1
+        run.progress(config.batch_size * gpt_config.num_codes)
+
+        # Once in a while: report, sample, save.
+        done = step + 1
+        if config.report.reports(done, config.num_steps):
+            skipped = stepper.check()
+            metrics = {
+                "loss": world.sum(loss_sum / losses) / world.size,
+                "lr": learning_rate(step, config.optimizer, config.num_steps),
+                "grad_norm": grad_norm,
+                "epoch": samples / len(data),
+            }
+            run.log(done, metrics | ({"skipped_steps": skipped} if skipped else {}))
+            loss_sum.zero_()
+            losses = 0
+        if config.report.samples(done, config.num_steps):
+            if validation:
+                loss = validation_loss(averaged, validation, config, world)
+                run.log(done, {"validation_loss": loss})
+            if world.is_main and pictures.vq:
+                run.draw(done, pictures.draw(averaged))
+        if config.report.saves(done, config.num_steps):
+            stepper.check()
+            checkpoints.save(done, samples=samples)
+    run.finish()
+
+
+def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copy without waiting: pinned memory lets the copy overlap with the step before."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+
+
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Leave the gradients of this micro-batch unreduced, where `model` is parallel."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def open_validation(config: TrainConfig, data: CodeDataset) -> CodeDataset | None:
+    """The validation codes; raises InputError where they do not fit the training codes."""
+    if not config.validation:
+        return None
+    validation = CodeDataset(CodesConfig(config.validation))
+    for name in ("vocab_size", "grid", "num_classes", "tokenizer_sha256"):
+        ours, theirs = getattr(validation, name), getattr(data, name)
+        if ours != theirs:
+            raise InputError(
+                f"validation {config.validation[0]}: {name} is {ours}, in data.codes it is {theirs}"
+            )
+    return validation
+
+
+@torch.no_grad()
+def validation_loss(
+    gpt: GPT, validation: CodeDataset, config: TrainConfig, world: World
+) -> torch.Tensor:
+    """Mean cross-entropy per code over the same samples on any number of processes, a scalar."""
+    count = min(len(validation), config.validation_samples or len(validation))
+    batch = max(1, config.batch_size // (world.size * config.gradient_accumulation))
+    mine = np.arange(count)[world.rank :: world.size]
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    training = gpt.training
+    gpt.eval()
+    for rows in np.split(mine, range(batch, len(mine), batch)):
+        codes, labels = to_device(world.device, *validation.batch(rows, rows, config.seed))
+        with world.autocast(config.precision):
+            logits = gpt(codes, labels)
+        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
+        total += torch.stack([losses.double(), torch.tensor(codes.numel(), device=world.device)])
+    gpt.train(training)
+    total = world.sum(total)
+    return total[0] / total[1]
+
+
+def find_tokenizer(data: CodeDataset, world: World) -> VQModel | None:
+    """The tokenizer that made the codes, where it still stands: it decodes the sample grids."""
+    path = data.index.get("tokenizer", "")
+    if not world.is_main or not path or not Path(path).exists():
+        return None
+    vq, sha256 = load_tokenizer(path)
+    if sha256 != data.tokenizer_sha256:
+        logger.warning("%s has changed since the codes were made: no sample grids", path)
+        return None
+    return vq.to(world.device)
+
+
+class SampleGrid:
+    """Draws the same classes under the same noise each time, a row per class."""
+
+    def __init__(self, config: TrainConfig, gpt_config: GPTConfig, vq: VQModel | None) -> None:
+        self.vq, self.config = vq, config
+        self.classes = config.sample_classes or tuple(range(min(10, gpt_config.num_classes)))
+        wrong = [label for label in self.classes if not 0 <= label < gpt_config.num_classes]
+        if wrong:
+            raise InputError(
+                f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
+            )
+
+    def draw(self, gpt: GPT) -> np.ndarray:
+        """A grid picture (height, width, 3) uint8."""
+        assert self.vq is not None
+        labels = torch.tensor(self.classes).repeat_interleave(self.config.sample_columns)
+        ids = torch.arange(len(labels))
+        pixels = []
+        for i in ids.split(16):
+            pixels.append(sample_pixels(gpt, self.vq, labels[i], i, self.config.sampling)[1].cpu())
+        return image_grid(torch.cat(pixels).numpy(), self.config.sample_columns)
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_config(TrainConfig)
+    with distributed(config.device) as world:
+        train(config, world)
+
+
+if __name__ == "__main__":
+    run_command(main)
