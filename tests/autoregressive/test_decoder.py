@@ -1,0 +1,195 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from autoregressive import GPT, GPTConfig, generate
+from autoregressive.model import PRESETS
+from core.config import InputError
+
+TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
+
+
+def tiny(seed: int = 0, **overrides) -> GPT:
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(**{**TINY, "grid": (4, 4), **overrides})).eval()
+    torch.nn.init.normal_(gpt.output.weight, std=0.5)
+    return gpt
+
+
+def captions(lengths: list[int], text_dim: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(len(lengths), max(lengths), text_dim, generator=generator)
+    for i, length in enumerate(lengths):
+        features[i, length:] = 0
+    return features, torch.tensor(lengths)
+
+
+def cached_logits(gpt: GPT, codes: torch.Tensor, condition, visible=None) -> torch.Tensor:
+    cache = gpt.new_cache(len(codes))
+    dropped = torch.zeros(len(codes), dtype=torch.bool)
+    logits = [gpt.prefill(condition, dropped, cache)]
+    for position in range(codes.shape[1] - 1):
+        logits.append(gpt.decode_one(codes[:, position], position, cache, visible))
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_keys_and_shapes_are_those_of_the_released_models(goldens, condition):
+    listed = json.loads((goldens / "checkpoint_keys.json").read_text())
+    prefix = {"class": "c2i ", "text": "t2i "}[condition]
+    models = {name: facts for name, facts in listed.items() if name.startswith(prefix)}
+    assert models
+    for name, facts in models.items():
+        with torch.device("meta"):
+            gpt = GPT.from_preset(name.removeprefix(prefix), condition=condition)
+        shapes = {key: list(value.shape) for key, value in gpt.state_dict().items()}
+        assert shapes == facts["state_dict"], name
+        assert sum(p.numel() for p in gpt.parameters()) == facts["params"], name
+
+
+def test_every_preset_has_the_published_number_of_parameters():
+    published = {
+        "GPT-B": 110_888_448,
+        "GPT-L": 342_910_976,
+        "GPT-XL": 774_699_520,
+        "GPT-XXL": 1_410_972_672,
+        "GPT-XXXL": 3_893_027_840,
+        "GPT-1B": 1_199_616_000,
+        "GPT-3B": 3_096_659_200,
+        "GPT-7B": 6_614_589_440,
+    }
+    assert set(published) == set(PRESETS)
+    for name, count in published.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in GPT.from_preset(name).parameters()) == count, name
+
+
+@pytest.mark.slow
+def test_class_model_equals_the_reference(goldens):
+    from fill import fill_
+
+    golden = np.load(goldens / "gpt_b_c2i_256.npz")
+    gpt = fill_(GPT.from_preset("GPT-B")).eval()
+    codes, labels = (torch.from_numpy(golden[k]).long() for k in ("idx", "labels"))
+    with torch.no_grad():
+        logits = gpt(codes, labels)
+    check_against(golden, logits, codes)
+    drawn = generate(gpt, labels, cfg_scale=float(golden["cfg_scale"]), greedy=True)
+    assert (drawn.flatten(1).numpy() == golden["greedy_tokens"]).mean() >= 0.99
+
+
+@pytest.mark.slow
+def test_text_model_equals_the_reference(goldens):
+    from fill import fill_
+
+    golden = np.load(goldens / "gpt_4layer_t2i_256.npz")
+    gpt = fill_(GPT.from_preset("GPT-XL", num_layers=4, condition="text")).eval()
+    random = np.random.default_rng(int(golden["text_seed"]))
+    lengths = golden["lengths"].tolist()
+    features = torch.zeros(len(lengths), max(lengths), 2048)
+    for i, length in enumerate(lengths):
+        features[i, :length] = torch.from_numpy(random.standard_normal((length, 2048), np.float32))
+    text = features * 0.1, torch.tensor(lengths)
+    codes = torch.from_numpy(golden["idx"]).long()
+    with torch.no_grad():
+        logits = gpt(codes, text)
+    check_against(golden, logits, codes)
+    drawn = generate(gpt, text, cfg_scale=float(golden["cfg_scale"]), greedy=True)
+    assert (drawn.flatten(1).numpy() == golden["greedy_tokens"]).mean() >= 0.99
+
+
+def check_against(golden, logits: torch.Tensor, codes: torch.Tensor) -> None:
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    assert abs(loss.item() - float(golden["loss"])) < 1e-4
+    difference = logits[:, ::16, :256] - torch.from_numpy(golden["logits"])
+    assert difference.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("rope_condition", ["zero", "identity"])
+@pytest.mark.parametrize("num_kv_heads", [0, 2])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
+def test_cached_decoding_equals_full_forward(rope_condition, num_kv_heads, grid):
+    gpt = tiny(rope_condition=rope_condition, num_kv_heads=num_kv_heads, grid=grid)
+    codes = torch.randint(0, 50, (3, grid[0] * grid[1]))
+    labels = torch.tensor([0, 4, 2])
+    with torch.no_grad():
+        assert (gpt(codes, labels) - cached_logits(gpt, codes, labels)).abs().max() < 1e-4
+
+
+def test_cached_decoding_equals_full_forward_for_captions_of_different_lengths():
+    from autoregressive.sampling import _visible
+
+    gpt = tiny(condition="text", text_dim=12, max_text_tokens=9)
+    codes = torch.randint(0, 50, (3, 16))
+    text = captions([1, 7, 4], text_dim=12)
+    with torch.no_grad():
+        visible = _visible(gpt, text, capacity=9 + 15)
+        assert (gpt(codes, text) - cached_logits(gpt, codes, text, visible)).abs().max() < 1e-4
+
+
+def test_padding_of_a_caption_changes_nothing():
+    gpt = tiny(condition="text", text_dim=12, max_text_tokens=9)
+    codes = torch.randint(0, 50, (1, 16))
+    features, lengths = captions([4], text_dim=12)
+    padded = torch.cat([features, torch.randn(1, 5, 12)], dim=1)
+    with torch.no_grad():
+        difference = gpt(codes, (features, lengths)) - gpt(codes, (padded, lengths))
+    assert difference.abs().max() < 1e-5
+
+
+def test_zero_rows_make_the_condition_act_through_values_alone():
+    from autoregressive.rope import rotary_table, rotate
+
+    x = torch.randn(1, 3, 2, 8)
+    zero = rotate(x, rotary_table((1, 2), 8, 10000.0, 1, "zero"))
+    identity = rotate(x, rotary_table((1, 2), 8, 10000.0, 1, "identity"))
+    assert zero[:, 0].abs().max() == 0
+    torch.testing.assert_close(identity[:, 0], x[:, 0])
+    torch.testing.assert_close(zero[:, 1:], identity[:, 1:])
+
+
+def test_rotary_table_survives_a_change_of_dtype():
+    gpt = tiny()
+    before = gpt.rotary.clone()
+    assert torch.equal(gpt.to(torch.bfloat16).rotary, before)
+
+
+def test_a_dropped_condition_is_the_null_class():
+    gpt = tiny()
+    codes = torch.randint(0, 50, (2, 16))
+    with torch.no_grad():
+        dropped = gpt(codes, torch.tensor([1, 2]), torch.tensor([True, False]))
+        null = gpt(codes, torch.tensor([5, 2]))
+    torch.testing.assert_close(dropped, null)
+
+
+def test_drop_path_grows_linearly_and_leaves_evaluation_alone():
+    gpt = tiny(num_layers=3, drop_path=0.2)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in gpt.layers]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 1])
+    torch.testing.assert_close(gpt(codes, labels), gpt(codes, labels))
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess():
+    gpt = GPT.from_preset("GPT-B", num_layers=1)
+    codes = torch.randint(0, 16384, (1, 256))
+    logits = gpt(codes, torch.tensor([7]))
+    assert logits.shape == (1, 256, 16384)
+    assert logits.dtype == torch.float32
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item()
+    assert loss == pytest.approx(9.704, abs=1e-3)
+
+
+def test_impossible_configurations_are_refused_by_name():
+    with pytest.raises(ValueError, match="num_heads"):
+        GPT.from_preset("GPT-B", num_heads=7)
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        GPT.from_preset("GPT-B", num_kv_heads=5)
+    with pytest.raises(InputError, match="GPT-XXL"):
+        GPT.from_preset("GPT-XS")
+    with pytest.raises(ValueError, match="drop_path"):
+        GPT.from_preset("GPT-B", drop_path=1.5)

@@ -1,0 +1,91 @@
+"""What several test files share: running commands, and small codes made on the spot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.distributed import World, choose_device
+from core.shards import ShardWriter
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT.parent / "shared" / "goldens"
+PICTURES = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def goldens() -> Path:
+    """The reference's outputs; skips where they are not at hand."""
+    if not GOLDENS.is_dir():
+        pytest.skip("the reference's outputs are not here")
+    sys.path.insert(0, str(GOLDENS))
+    yield GOLDENS
+    sys.path.remove(str(GOLDENS))
+
+
+@pytest.fixture
+def world() -> World:
+    """A world of one process on the CPU."""
+    return World(0, 1, choose_device("cpu"))
+
+
+def command(module: str, *flags: object, processes: int = 1) -> list[str]:
+    """The command line of a module, under torchrun for several processes."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launcher, module, *map(str, flags)]
+
+
+def run_module(
+    module: str, *flags: object, processes: int = 1, ok: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command from the project's root; with `ok`, it must succeed."""
+    done = subprocess.run(
+        command(module, *flags, processes=processes),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert not ok or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def write_codes(
+    folder: Path,
+    count: int = 40,
+    crops: int = 2,
+    grid: tuple[int, int] = (4, 4),
+    vocab_size: int = 32,
+    num_classes: int = 4,
+    seed: int = 0,
+    **index: object,
+) -> Path:
+    """A folder as tokenizer.encode writes it; its codes depend on the class: they can be learnt."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % num_classes
+    tokens = grid[0] * grid[1]
+    base = random.integers(0, vocab_size, (num_classes, 1, tokens))
+    noise = random.integers(0, 3, (count, crops, tokens))
+    codes = ((base[labels] + noise) % vocab_size).astype(np.uint16)
+    writer = ShardWriter(folder, count, 16, {}, World(0, 1, choose_device("cpu")))
+    for shard in writer.begin():
+        items = list(writer.items(shard))
+        writer.write(shard, {"codes": codes[items], "labels": labels[items]})
+    classes = [str(i) for i in range(num_classes)]
+    writer.finish(
+        {
+            "tokenizer": "",
+            "tokenizer_sha256": "0" * 64,
+            "vocab_size": vocab_size,
+            "grid": list(grid),
+            "classes": classes,
+            **index,
+        }
+    )
+    return folder
