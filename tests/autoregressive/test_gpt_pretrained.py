@@ -1,0 +1,107 @@
+import argparse
+import os
+
+import pytest
+import torch
+from conftest import run_module
+from safetensors.torch import save_file
+from test_decoder import tiny
+
+from autoregressive import GPT
+from autoregressive.pretrained import load_gpt
+from core.config import InputError, save_config
+
+
+def stored_layouts(state: dict, flags: argparse.Namespace) -> dict[str, object]:
+    return {
+        "DDP": {"model": state, "optimizer": {"state": {}}, "steps": 7, "args": flags},
+        "DDP with prefixes": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        "FSDP": state,
+        "DeepSpeed": {"module": state},
+        "state_dict": {"state_dict": state},
+        "with a rotary table": {"model": {**state, "freqs_cis": torch.zeros(1 + 16, 4, 2)}},
+    }
+
+
+@pytest.mark.parametrize("layout", stored_layouts({}, argparse.Namespace()))
+@pytest.mark.parametrize("num_kv_heads", [0, 1])
+def test_every_released_layout_loads_strictly(tmp_path, layout, num_kv_heads):
+    gpt = tiny(dim=128, num_heads=2, num_kv_heads=num_kv_heads)
+    path = tmp_path / "released.pt"
+    flags = argparse.Namespace(image_size=64, downsample_size=16)
+    torch.save(stored_layouts(gpt.state_dict(), flags)[layout], path)
+    loaded = GPT.from_pretrained(path, grid=(4, 4))
+    assert not loaded.training
+    assert loaded.config.num_layers == 2
+    assert loaded.config.num_kv_heads == num_kv_heads
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 3])
+    torch.testing.assert_close(loaded(codes, labels), gpt(codes, labels))
+
+
+def test_the_grid_comes_from_the_file_where_it_tells(tmp_path):
+    gpt = tiny(dim=128, num_heads=2)
+    path = tmp_path / "released.pt"
+    layouts = stored_layouts(gpt.state_dict(), argparse.Namespace(image_size=384))
+    torch.save(layouts["DDP"], path)
+    assert GPT.from_pretrained(path).config.grid == (24, 24)
+    torch.save(layouts["with a rotary table"], path)
+    assert GPT.from_pretrained(path).config.grid == (4, 4)
+    torch.save(layouts["FSDP"], path)
+    with pytest.warns(UserWarning, match="16 x 16"):
+        assert GPT.from_pretrained(path).config.grid == (16, 16)
+
+
+def test_a_text_model_is_recognised(tmp_path):
+    gpt = tiny(dim=128, num_heads=2, condition="text", text_dim=12, max_text_tokens=9)
+    torch.save(gpt.state_dict(), tmp_path / "text.pt")
+    config = GPT.from_pretrained(tmp_path / "text.pt", grid=(4, 4)).config
+    assert (config.condition, config.text_dim, config.max_text_tokens) == ("text", 12, 9)
+
+
+def test_wrong_weights_are_refused_by_name(tmp_path):
+    state = tiny(dim=128, num_heads=2).state_dict()
+    del state["layers.1.feed_forward.w3.weight"]
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(InputError, match=r"layers\.1\.feed_forward\.w3\.weight is missing"):
+        GPT.from_pretrained(tmp_path / "broken.pt", grid=(4, 4))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="not a decoder"):
+        GPT.from_pretrained(tmp_path / "other.pt")
+    with pytest.raises(InputError, match="no such file"):
+        GPT.from_pretrained(tmp_path / "nothing.pt")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "evil.pt")
+    with pytest.raises(InputError, match="could run code"):
+        GPT.from_pretrained("evil.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_our_folder_prefers_averaged_weights(tmp_path):
+    gpt, ema = tiny(seed=1), tiny(seed=2)
+    save_config(gpt.config, tmp_path / "config.yaml")
+    save_file(gpt.state_dict(), tmp_path / "model.safetensors")
+    save_file(ema.state_dict(), tmp_path / "ema.safetensors")
+    weight = "tok_embeddings.weight"
+    assert torch.equal(load_gpt(tmp_path).gpt.state_dict()[weight], ema.state_dict()[weight])
+    model = load_gpt(tmp_path, weights="model").gpt
+    assert torch.equal(model.state_dict()[weight], gpt.state_dict()[weight])
+
+
+def test_the_command_converts_a_released_file(tmp_path):
+    gpt = tiny(dim=128, num_heads=2)
+    torch.save({"model": gpt.state_dict()}, tmp_path / "released.pt")
+    flags = ("--source", tmp_path / "released.pt", "--grid", "[4,4]", "--out", tmp_path / "ours")
+    run_module("autoregressive.pretrained", *flags)
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.yaml", "model.safetensors"}
+    loaded = GPT.from_pretrained(tmp_path / "ours")
+    assert loaded.config == gpt.config
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 3])
+    torch.testing.assert_close(loaded(codes, labels), gpt(codes, labels))

@@ -1,0 +1,161 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, run_module, write_codes
+from safetensors.torch import load_file
+
+MODEL = ("--model.num_layers", 2, "--model.num_heads", 2, "--model.dim", 32)
+DROPOUT = (
+    "--model.token_dropout",
+    0.1,
+    "--model.residual_dropout",
+    0.1,
+    "--model.ffn_dropout",
+    0.1,
+)
+STEPS = 12
+
+
+def flags(codes: Path, out: Path, *more: object) -> list[object]:
+    common = ("--data.codes", f"[{codes}]", "--out", out, "--device", "cpu", "--precision", "fp32")
+    run = ("--num_steps", STEPS, "--batch_size", 8, "--report.report_every", 1)
+    return [*common, *run, "--report.save_every", 2, "--optimizer.lr", 1e-3, *MODEL, *more]
+
+
+def weights(out: Path, step: int = STEPS, part: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{step:07d}" / f"{part}.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same_run(one: Path, other: Path, part: str) -> None:
+    first, second = weights(one, part=part), weights(other, part=part)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    more = (*DROPOUT, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "whole", *more))
+    killed = flags(codes, tmp_path / "killed", *more)
+    for moment in (1, 5, 8):
+        kill_after(killed, tmp_path / "killed" / "metrics.jsonl", moment)
+    run_module("autoregressive.train", *killed)
+    for part in ("model", "ema"):
+        assert_same_run(tmp_path / "whole", tmp_path / "killed", part)
+    # Each step is reported once, although some were computed twice.
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def kill_after(run_flags: list[object], metrics: Path, lines: int) -> None:
+    """SIGKILL the command once its metrics have `lines` lines."""
+    process = subprocess.Popen(
+        command("autoregressive.train", *run_flags),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= lines:
+            time.sleep(random.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one"))
+    run_module("autoregressive.train", *flags(codes, tmp_path / "two"), processes=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == STEPS
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_the_loss_falls_and_validation_is_reported(tmp_path):
+    codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
+    more = ("--validation", f"[{held_out}]", "--report.sample_every", 6, "--optimizer.lr", 1e-2)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more))
+    history = losses(tmp_path / "run")
+    assert history[-1] < history[0] - 0.5
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum("validation_loss" in line for line in lines) == 2
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_finished_run_resumes_at_once_and_keeps_the_last_checkpoints(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run"))
+    before = weights(tmp_path / "run")
+    again = run_module("autoregressive.train", *flags(codes, tmp_path / "run"))
+    assert "continuing at step 12 of 12" in again.stderr
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "run").items())
+    steps = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert steps == ["step_0000010", "step_0000012"]
+
+
+def test_a_run_of_another_architecture_is_refused_in_one_line(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", "--num_steps", 2))
+    more = ("--model.dim", 64)
+    failed = run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more), ok=False)
+    assert failed.returncode == 2
+    assert "another architecture" in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+
+
+def test_validation_codes_of_another_vocabulary_are_refused(tmp_path):
+    codes, other = write_codes(tmp_path / "a"), write_codes(tmp_path / "b", vocab_size=64)
+    more = ("--validation", f"[{other}]")
+    failed = run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more), ok=False)
+    assert failed.returncode == 2
+    assert "vocab_size is 64" in failed.stderr
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_loss_that_explodes_stops_or_skips_as_configured(tmp_path, on_nan):
+    codes = write_codes(tmp_path / "codes")
+    more = ("--optimizer.lr", 1e30, "--optimizer.on_nan", on_nan)
+    done = run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more), ok=False)
+    if on_nan == "stop":
+        assert done.returncode == 2
+        assert "non-finite gradient at step" in done.stderr.splitlines()[-1]
+    else:
+        assert done.returncode == 0
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["skipped_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--nope", 1), "nope"),
+        (("--model.nope", 1), "nope"),
+        (("--optimizer.lr", "fast"), "optimizer.lr"),
+        (("--batch_size", 7, "--gradient_accumulation", 2), "batch_size 7"),
+        (("--data.codes", "[nowhere]"), "nowhere"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, wrong, message):
+    codes = write_codes(tmp_path / "codes")
+    run = flags(codes, tmp_path / "run", *wrong)
+    failed = run_module("autoregressive.train", *run, ok=False)
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert message in failed.stderr
+    assert not (tmp_path / "run").exists()
