@@ -8,24 +8,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from autoregressive.model import GPT, PRESETS, GPTConfig
-from core.checkpoint import inference_files
+from core.checkpoint import Weights, inference_files
 from core.config import InputError, load_config, parse_config, run_command, save_config
-from core.weights import (
-    Released,
-    file_sha256,
-    find_weights,
-    load_tensors,
-    load_weights,
-    read_released,
-    save_tensors,
-)
-
-Weights = Literal["auto", "model", "ema"]
+from core.weights import file_sha256, find_weights, load_weights, read_file, save_tensors
 
 
 class Loaded(NamedTuple):
@@ -48,14 +38,11 @@ def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) ->
     if path.is_dir():
         config_path, path = inference_files(path, weights)
         config = dataclasses.replace(load_config(GPTConfig, config_path), **overrides)
-        tensors: Mapping[str, torch.Tensor] = load_tensors(path)
+        tensors = read_file(path).weights("model", path)
     else:
-        released = _read_file(path)
-        part = "model" if weights == "auto" else weights
-        if part not in released.parts:
-            raise InputError(f"{path}: has no {part} weights, only {', '.join(released.parts)}")
-        tensors = dict(released.parts[part])
-        config = _infer_config(tensors, released.arguments, path, overrides)
+        stored = read_file(path)
+        tensors = stored.weights("model" if weights == "auto" else weights, path)
+        config = _infer_config(tensors, stored.arguments, path, overrides)
         tensors.pop("freqs_cis", None)  # some released files carry the rotary table
     with torch.device("meta"):
         gpt = GPT(config)
@@ -63,12 +50,6 @@ def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) ->
     load_weights(gpt, tensors, path, assign=True)
     gpt.build_rotary()
     return Loaded(gpt.eval(), file_sha256(path))
-
-
-def _read_file(path: Path) -> Released:
-    if path.suffix == ".safetensors":
-        return Released({"model": load_tensors(path)}, {})
-    return read_released(path)
 
 
 def _infer_config(

@@ -12,19 +12,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from autoregressive.model import GPT
-from autoregressive.pretrained import Weights, load_gpt
+from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
+from core.checkpoint import Weights
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import image_grid, images_to_pixels, save_npz, save_png
 from core.randomness import random_uniform
 from core.shards import ShardReader, ShardWriter
+from tokenizer.model import VQModel
+from tokenizer.pretrained import load_tokenizer
 
 LABEL_STREAM = 3  # tells the draw of a sample's class from its other draws
 

@@ -9,13 +9,9 @@ import contextlib
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
-from torch import nn
 from torch.nn import functional as F
 
 from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
@@ -29,9 +25,11 @@ from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import image_grid
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
-from core.parallel import ParallelConfig, prepare
+from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
+from tokenizer.model import VQModel
+from tokenizer.pretrained import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +135,8 @@ def train(config: TrainConfig, world: World) -> None:
             codes, labels = data.batch(order[positions], positions, config.seed)
             dropped = dropped_conditions(positions, config.condition_dropout, config.seed)
             codes, labels, dropped = to_device(world.device, codes, labels, dropped)
-            last = i + 1 == len(micro_batches)
-            with contextlib.nullcontext() if last else no_sync(parallel):
+            accumulating = i + 1 < len(micro_batches)
+            with no_sync(parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.precision):
                     logits = parallel(codes, labels, dropped)
                 loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
@@ -181,13 +179,6 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-
-
-def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Leave the gradients of this micro-batch unreduced, where `model` is parallel."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def open_validation(config: TrainConfig, data: CodeDataset) -> CodeDataset | None:

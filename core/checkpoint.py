@@ -23,6 +23,8 @@ from core.distributed import World
 from core.shards import read_json, write_json
 from core.weights import file_sha256, load_tensors, load_weights, save_tensors
 
+Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
+
 logger = logging.getLogger(__name__)
 
 
@@ -113,7 +115,7 @@ class Checkpointer:
         write_json(folder / "checksums.json", sums)
 
 
-def inference_files(folder: Path, weights: Literal["auto", "model", "ema"]) -> tuple[Path, Path]:
+def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
     """(config.yaml, safetensors file) of a checkpoint folder, or of a run's newest checkpoint.
 
     "auto" takes the averaged weights where there are any.

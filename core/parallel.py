@@ -1,7 +1,8 @@
 """Parallelism from outside the model, in one order: activation checkpointing -> compile -> DDP."""
 
+import contextlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +27,13 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full"] = "none"
 
 
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Leave the gradients of a micro-batch unreduced, where `model` is parallel."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
 def prepare(
     model: nn.Module, config: ParallelConfig, world: World, block: type[nn.Module]
 ) -> nn.Module:
@@ -41,6 +49,9 @@ def prepare(
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
         prepared = DistributedDataParallel(
-            prepared, device_ids=ids, gradient_as_bucket_view=True, static_graph=False
+            prepared,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # no buffer here changes what training computes
         )
     return prepared

@@ -23,6 +23,12 @@ class Released(NamedTuple):
     parts: dict[str, dict[str, torch.Tensor]]
     arguments: dict[str, Any]  # the training flags stored in the file, if any
 
+    def weights(self, part: str, path: Path) -> dict[str, torch.Tensor]:
+        """One part's weights; raises InputError where the file has none."""
+        if part not in self.parts:
+            raise InputError(f"{path}: has no {part} weights, only {', '.join(self.parts)}")
+        return dict(self.parts[part])
+
 
 # Where the reference's trainers put each part (DDP: model, ema, discriminator; DeepSpeed: module).
 _PART_KEYS = {
@@ -30,6 +36,13 @@ _PART_KEYS = {
     "ema": ("ema",),
     "discriminator": ("discriminator",),
 }
+
+
+def read_file(path: Path) -> Released:
+    """Read a safetensors file, or a released `.pt` / `.pth`."""
+    if path.suffix == ".safetensors":
+        return Released({"model": load_tensors(path)}, {})
+    return read_released(path)
 
 
 def read_released(path: Path) -> Released:

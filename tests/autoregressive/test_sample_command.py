@@ -1,0 +1,119 @@
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, run_module
+from PIL import Image
+from safetensors.torch import save_file
+from test_decoder import tiny
+
+from autoregressive.sample import SampleConfig, grid_ids, sample_labels
+from core.config import save_config
+from tokenizer import VQConfig, VQModel
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[object]:
+    """A small decoder and tokenizer on disk -> the flags that name them."""
+    torch.manual_seed(0)
+    vq = VQModel(
+        VQConfig(
+            base_channels=32,
+            channel_multipliers=(1, 1),
+            num_res_blocks=1,
+            z_channels=32,
+            vocab_size=50,
+        )
+    )
+    gpt = tiny(vocab_size=50)
+    for name, model in (("vq", vq), ("gpt", gpt)):
+        (tmp_path / name).mkdir()
+        save_config(model.config, tmp_path / name / "config.yaml")
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
+    flags = ("--gpt", tmp_path / "gpt", "--tokenizer", tmp_path / "vq", "--precision", "fp32")
+    return [*flags, "--device", "cpu", "--num_images", 30, "--shard_size", 4, "--batch_size", 3]
+
+
+def arrays(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.mark.slow
+def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
+    run_module("autoregressive.sample", *models, "--out", tmp_path / "one")
+    more = ("--batch_size", 8, "--out", tmp_path / "two")
+    run_module("autoregressive.sample", *models, *more, processes=2)
+    killed = [*models, "--out", tmp_path / "killed", "--batch_size", 1]
+    process = subprocess.Popen(
+        command("autoregressive.sample", *killed),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns
+    run_module("autoregressive.sample", *killed)
+    assert (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns == first
+    one = arrays(tmp_path / "one")
+    assert one["arr_0"].shape == (30, 8, 8, 3)
+    assert one["arr_0"].dtype == np.uint8
+    for other in ("two", "killed"):
+        for name, array in arrays(tmp_path / other).items():
+            assert np.array_equal(array, one[name]), (other, name)
+
+
+def test_the_index_holds_labels_and_every_setting(tmp_path, models):
+    more = ("--labels", "balanced", "--png", "true", "--resize", 16, "--out", tmp_path / "out")
+    run_module("autoregressive.sample", *models, *more, "--sampling.top_k", 7)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["image_labels"] == [i % 5 for i in range(30)]
+    assert index["count"] == 30
+    assert index["sampling"]["top_k"] == 7
+    assert len(index["gpt_sha256"]) == len(index["tokenizer_sha256"]) == 64
+    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 30
+    first = np.asarray(Image.open(tmp_path / "out" / "png" / "000000.png"))
+    assert np.array_equal(first, arrays(tmp_path / "out")["arr_0"][0])
+    assert first.shape == (16, 16, 3)
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models):
+    run_module("autoregressive.sample", *models, "--out", tmp_path / "out")
+    wrong = [
+        (["--out", tmp_path / "out", "--sampling.seed", 1], "other settings (sampling)"),
+        (["--out", tmp_path / "new", "--classes", "[7]"], "7 is not in 0 .. 4"),
+        (["--out", tmp_path / "new", "--sampling.cfg_scale", 0.5], "cfg_scale"),
+        (["--out", tmp_path / "new", "--tokenizer", tmp_path / "gpt"], "config.yaml"),
+    ]
+    for more, message in wrong:
+        failed = run_module("autoregressive.sample", *models, *more, ok=False)
+        assert failed.returncode == 2
+        assert message in failed.stderr.splitlines()[-1]
+        assert not (tmp_path / "new").exists()
+
+
+def test_labels_are_drawn_by_image_number():
+    config = SampleConfig("gpt", "vq", Path("out"), num_images=5000)
+    labels = sample_labels(config, 10)
+    assert np.bincount(labels, minlength=10).min() > 400
+    fewer = SampleConfig("gpt", "vq", Path("out"), num_images=50)
+    assert np.array_equal(sample_labels(fewer, 10), labels[:50])
+    chosen = SampleConfig("gpt", "vq", Path("out"), num_images=5, classes=(3, 1))
+    assert sample_labels(chosen, 10).tolist() == [3, 1, 3, 1, 3]
+
+
+def test_the_grid_has_a_row_per_class():
+    labels = np.arange(100) % 4
+    assert labels[grid_ids(labels, rows=3, columns=5)].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert grid_ids(np.arange(6), rows=2, columns=2).tolist() == [0, 1, 2, 3]

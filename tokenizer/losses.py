@@ -1,0 +1,91 @@
+"""The tokenizer's objective: reconstruction, perception, and the adversarial game."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the objective (LlamaGen, section 2.1).
+
+    Args:
+        reconstruction: l2 or l1.
+        reconstruction_weight: Weight of the pixel loss.
+        perceptual_weight: Weight of LPIPS; 0 goes without, and needs no VGG16 weights.
+        vgg_weights: torchvision's vgg16-397923af.pth; by default torchvision's cache or download.
+        adversarial: The discriminator's loss; the generator's follows from it.
+        adversarial_weight: Weight of the generator's adversarial loss.
+        adaptive_weight: Also scale it by the ratio of gradients at the decoder's last layer.
+        discriminator_start: Optimizer step from which the discriminator exists at all.
+        codebook_weight: Weight of the quantiser's losses.
+    """
+
+    reconstruction: Literal["l2", "l1"] = "l2"
+    reconstruction_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    vgg_weights: Path | None = None
+    adversarial: AdversarialLoss = "hinge"
+    adversarial_weight: float = 0.5
+    adaptive_weight: bool = False
+    discriminator_start: int = 20000
+    codebook_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction_weight", "perceptual_weight", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}, must be >= 0")
+        if self.discriminator_start < 0 or self.codebook_weight < 0:
+            raise ValueError("loss.discriminator_start and loss.codebook_weight must be >= 0")
+
+    def adversarial_at(self, step: int) -> bool:
+        """Whether the discriminator takes part in step `step`."""
+        return self.adversarial_weight > 0 and step >= self.discriminator_start
+
+
+def reconstruction_loss(
+    images: torch.Tensor, originals: torch.Tensor, kind: Literal["l2", "l1"]
+) -> torch.Tensor:
+    """Mean pixel loss of (b, 3, H, W), in float32."""
+    compare = F.mse_loss if kind == "l2" else F.l1_loss
+    return compare(images.float(), originals.float())
+
+
+def generator_loss(fake_logits: torch.Tensor, kind: AdversarialLoss) -> torch.Tensor:
+    """What the tokenizer minimises, from the discriminator's logits of its reconstructions.
+
+    hinge and vanilla use -mean D(x), as the reference; non_saturating -mean log sigmoid(D(x)).
+    """
+    if kind == "non_saturating":
+        return F.softplus(-fake_logits.float()).mean()
+    return -fake_logits.float().mean()
+
+
+def discriminator_loss(
+    real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: AdversarialLoss
+) -> torch.Tensor:
+    """What the discriminator minimises, from its logits of originals and reconstructions.
+
+    vanilla and non_saturating are both cross-entropy: they differ in the generator's loss.
+    """
+    real, fake = real_logits.float(), fake_logits.float()
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def adaptive_weight(
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor
+) -> torch.Tensor:
+    """||d reconstruction|| / (||d adversarial|| + 1e-4) at `last_layer`, in [0, 1e4], detached.
+
+    Esser et al. 2021, equation 7.
+    """
+    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
+    found = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    return (wanted.norm() / (found.norm() + 1e-4)).clamp(0.0, 1e4).detach()
