@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.config import InputError
 from core.distributed import World
-from core.images import ImageError, load_image
+from core.images import ImageError, center_crop, image_to_pixels, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,18 @@ class _Batches(torch.utils.data.Sampler[list[int]]):
 def _collate(samples: list[tuple[np.ndarray, list[Skipped]]]) -> tuple[Any, list[Skipped]]:
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in samples]))
     return pixels, [item for _, skipped in samples for item in skipped]
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The centre crop as pixels (height, width, 3) uint8; picklable, for loader processes."""
+
+    height: int
+    width: int
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Crop a picture."""
+        return image_to_pixels(center_crop(image, self.height, self.width))
 
 
 class OrderedImages(Dataset):

@@ -151,6 +151,13 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
     return grid
 
 
+def side_by_side(real: torch.Tensor, fake: torch.Tensor, columns: int) -> np.ndarray:
+    """Pixels (n, height, width, 3) uint8 twice -> a grid: a row of real, its row of fake, ..."""
+    columns = min(columns, len(real))
+    rows = [part[i : i + columns] for i in range(0, len(real), columns) for part in (real, fake)]
+    return image_grid(torch.cat(rows).numpy(), columns)
+
+
 def save_png(pixels: np.ndarray, path: Path) -> None:
     """(height, width, 3) uint8 -> a PNG file, whole or not at all."""
     aside = path.with_name(f".{path.name}.tmp")

@@ -56,7 +56,10 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, h, w) in [-1, 1] each -> distances (b,) float32; `real` gets no gradient."""
+        """Images (b, 3, h, w) in [-1, 1] each -> distances (b,) float32.
+
+        Gradients flow to `fake` alone.
+        """
         with torch.no_grad():
             wanted = self._features(real)
         found = self._features(fake)

@@ -28,11 +28,7 @@ from core.datasets import (
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import (
-    center_crop,
-    image_grid,
     image_to_pixels,
-    images_to_pixels,
-    load_image,
     pixels_to_images,
     random_crop,
 )
@@ -42,7 +38,6 @@ from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
 from core.weights import load_weights
 from evaluations.lpips import LPIPS
-from evaluations.reconstruction import psnr
 from tokenizer.discriminator import DiscriminatorConfig, build_discriminator
 from tokenizer.losses import (
     LossConfig,
@@ -52,8 +47,8 @@ from tokenizer.losses import (
     reconstruction_loss,
 )
 from tokenizer.model import ResnetBlock, VQConfig, VQModel
+from tokenizer.monitoring import Totals, load_pictures, reconstruct
 from tokenizer.pretrained import load_tokenizer
-from tokenizer.quantizer import CodebookUsage
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,9 @@ def train(config: TrainConfig, world: World) -> None:
     lpips = None
     if config.loss.perceptual_weight:
         lpips = LPIPS(config.loss.vgg_weights).to(world.device)
-    pictures = load_pictures(config)
+    pictures = load_pictures(
+        config.validation or config.data, config.validation_images, config.image_size
+    )
     torch.manual_seed(config.seed)
     vq = VQModel(config.model)
     if config.init_from:
@@ -180,7 +177,7 @@ def train(config: TrainConfig, world: World) -> None:
     skips = SkipLog(config.out / f"skipped_rank{world.rank}.txt")
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "image")
-    totals = Totals(config, world)
+    totals = Totals(config.model.vocab_size, world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
@@ -277,65 +274,6 @@ def tokenizer_losses(
     for name, value in quantizer_losses.items():
         losses[name] = config.codebook_weight * value
     return losses
-
-
-class Totals:
-    """Sums of the losses and counts of the codes since the last report, on the device."""
-
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self.world, self.vocab_size = world, config.model.vocab_size
-        self.grad_norm = torch.zeros((), device=world.device)
-        self._reset()
-
-    def add(self, losses: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
-        """Add one micro-batch."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.usage.update(codes)
-
-    def take(self) -> dict[str, float | torch.Tensor]:
-        """Means over all ranks and the codebook usage since the last call; starts afresh."""
-        metrics: dict[str, float | torch.Tensor] = {"grad_norm": self.grad_norm}
-        for name, value in self.sums.items():
-            metrics[name] = self.world.sum(value / self.counts[name]) / self.world.size
-        metrics.update(self.usage.result(self.world))
-        self._reset()
-        return metrics
-
-    def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.usage = CodebookUsage(self.vocab_size, self.world.device)
-
-
-def load_pictures(config: TrainConfig) -> torch.Tensor:
-    """The pictures to reconstruct while training, centre-cropped: (n, height, width, 3) uint8."""
-    paths = find_images(config.validation or config.data).paths
-    # Spread over the whole list, which is sorted by class.
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), config.validation_images)).astype(int)
-    crops = [image_to_pixels(center_crop(load_image(paths[i]), *config.image_size)) for i in chosen]
-    return torch.from_numpy(np.stack(crops))
-
-
-@torch.no_grad()
-def reconstruct(
-    vq: VQModel, pictures: torch.Tensor, world: World
-) -> tuple[np.ndarray, dict[str, float]]:
-    """A grid of originals over reconstructions (height, width, 3) uint8, and PSNR in dB."""
-    training = vq.training
-    vq.eval()
-    rebuilt = []
-    for pixels in pictures.split(16):
-        images = pixels_to_images(pixels.to(world.device))
-        rebuilt.append(images_to_pixels(vq.decode(vq.encode(images))).cpu())
-    vq.train(training)
-    fake = torch.cat(rebuilt)
-    scores = {"validation_psnr": float(psnr(pictures, fake).mean())}
-    rows = [
-        torch.cat([pictures[i : i + 8], fake[i : i + 8]]) for i in range(0, min(16, len(fake)), 8)
-    ]
-    return image_grid(torch.cat(rows).numpy(), min(8, len(pictures))), scores
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""Score a tokenizer on validation images: encode, decode, compare.
+
+python -m tokenizer.reconstruct --tokenizer runs/vq16 --data imagenet/val --out scores/vq16
+torchrun --nproc-per-node 8 -m tokenizer.reconstruct ...
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from core.checkpoint import Weights
+from core.config import InputError, parse_config, run_command
+from core.datasets import CenterCrop, OrderedImages, Skipped, find_images, ordered_batches
+from core.distributed import DeviceName, Precision, World, distributed, dtype_of
+from core.images import images_to_pixels, pixels_to_images, save_png, side_by_side
+from core.shards import write_json
+from evaluations.lpips import LPIPS
+from evaluations.reconstruction import psnr, ssim, ssim_reference_inflated
+from tokenizer.model import VQModel
+from tokenizer.pretrained import load_tokenizer
+from tokenizer.quantizer import CodebookUsage
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Which tokenizer on which images.
+
+    Args:
+        tokenizer: A run or checkpoint folder, a released file, or a Hub id.
+        data: Images: a folder of class folders, a flat folder, or a list file.
+        out: The folder to write scores.json and reconstructions.png to.
+        image_size: Height and width of the centre crop.
+        lpips: Also score LPIPS, which needs VGG16's weights.
+        vgg_weights: torchvision's vgg16-397923af.pth; by default its cache or download.
+        shown: Pictures in reconstructions.png.
+        columns: Pictures a row.
+        weights: Which weights to take; auto prefers averaged ones.
+        batch_size: Images at a time on each process.
+        num_workers: Loader processes per rank.
+        precision: bf16 or fp32.
+        device: auto, cpu, cuda or mps.
+    """
+
+    tokenizer: str
+    data: Path
+    out: Path
+    image_size: tuple[int, int] = (256, 256)
+    lpips: bool = False
+    vgg_weights: Path | None = None
+    shown: int = 16
+    columns: int = 8
+    weights: Weights = "auto"
+    batch_size: int = 32
+    num_workers: int = 8
+    precision: Precision = "fp32"
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.shown, self.columns, self.batch_size) < 1 or self.num_workers < 0:
+            raise ValueError("shown, columns and batch_size must be >= 1, num_workers >= 0")
+
+
+def reconstruct(config: ReconstructConfig, world: World) -> None:
+    """Score every image once, each on one rank, and write what came out."""
+    images = find_images(config.data)
+    vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
+    if any(side < 1 or side % vq.config.downsample for side in config.image_size):
+        raise InputError(
+            f"image_size {config.image_size} must be divisible by {vq.config.downsample}"
+        )
+    lpips = LPIPS(config.vgg_weights).to(world.device) if config.lpips else None
+    vq = vq.to(world.device, dtype_of(config.precision))
+    dataset = OrderedImages(images, CenterCrop(*config.image_size))
+    mine = list(range(world.rank, len(images), world.size))
+    usage = CodebookUsage(vq.config.vocab_size, world.device)
+    sums: dict[str, torch.Tensor] = {}
+    count, skipped, shown = 0, [], []
+    with tqdm(total=len(images), unit="image", disable=not world.is_main) as bar:
+        for batch in ordered_batches(dataset, mine, config.batch_size, config.num_workers):
+            skipped += batch.skipped
+            bar.update((len(batch.indices) + len(batch.skipped)) * world.size)
+            if batch.pixels is None:
+                continue
+            real = batch.pixels.to(world.device)
+            fake, codes = rebuild(vq, real)
+            usage.update(codes)
+            for name, values in scores(real, fake, lpips).items():
+                sums[name] = sums.get(name, 0) + values.double().sum()
+            if count < config.shown:
+                shown.append((real.cpu(), fake.cpu()))
+            count += len(real)
+    write(config, world, usage, sums, count, skipped, sha256)
+    if world.is_main and shown:
+        real, fake = (torch.cat(part)[: config.shown] for part in zip(*shown, strict=True))
+        save_png(side_by_side(real, fake, config.columns), config.out / "reconstructions.png")
+        print(config.out / "reconstructions.png")
+
+
+@torch.no_grad()
+def rebuild(vq: VQModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (n, h, w, 3) uint8 -> the same through the codes, and the codes."""
+    codes = vq.encode(pixels_to_images(pixels).to(vq.quant_conv.weight.dtype))
+    return images_to_pixels(vq.decode(codes)), codes
+
+
+def scores(real: torch.Tensor, fake: torch.Tensor, lpips: LPIPS | None) -> dict[str, torch.Tensor]:
+    """Every score of pixels (n, h, w, 3) uint8, per picture (n,)."""
+    result = {
+        "psnr": psnr(real, fake),
+        "ssim": ssim(real, fake),
+        "ssim_reference_inflated": ssim_reference_inflated(real, fake),
+    }
+    if lpips:
+        result["lpips"] = lpips(pixels_to_images(real), pixels_to_images(fake))
+    return result
+
+
+def write(
+    config: ReconstructConfig,
+    world: World,
+    usage: CodebookUsage,
+    sums: dict[str, torch.Tensor],
+    count: int,
+    skipped: list[Skipped],
+    sha256: str,
+) -> None:
+    """Means over all ranks -> scores.json, with what they depend on."""
+    counts = world.gather(count)
+    means: dict[str, float] = {}
+    # Ranks without a picture still take part in every sum.
+    for name in sorted(set().union(*world.gather(list(sums)))):
+        total = sums.get(name, torch.zeros((), dtype=torch.float64, device=world.device))
+        means[name] = float(world.sum(total)) / sum(counts)
+    used = usage.result(world)
+    everywhere = [item for rank in world.gather(skipped) for item in rank]
+    if not world.is_main:
+        return
+    if not sum(counts):
+        raise InputError(f"{config.data}: no picture can be read")
+    config.out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
+    }
+    result = {
+        **means,
+        **used,
+        "n": sum(counts),
+        "skipped": [list(item) for item in everywhere],
+        "tokenizer_sha256": sha256,
+        "settings": settings,
+    }
+    write_json(config.out / "scores.json", result)
+    for name, value in (means | used).items():
+        print(f"{name:<26} {value:.4f}")
+    print(f"{sum(counts)} images, {len(everywhere)} skipped: {config.out / 'scores.json'}")
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_config(ReconstructConfig)
+    with distributed(config.device) as world:
+        reconstruct(config, world)
+
+
+if __name__ == "__main__":
+    run_command(main)
