@@ -86,11 +86,16 @@ def save_config(config: Any, path: Path) -> None:  # noqa: ANN401 - any config d
 
 def config_text(config: Any) -> str:  # noqa: ANN401 - any config dataclass
     """The configuration as YAML."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(config_values(config), sort_keys=False)
+
+
+def config_values(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any config dataclass
+    """The configuration as plain values, for YAML and JSON."""
+    return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - nested dataclass fields
-    """Paths as strings and tuples as lists, for YAML and JSON."""
+    """Paths as strings and tuples as lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -5,6 +5,7 @@ python -m tokenizer.encode --tokenizer runs/vq16 --data imagenet/train --out cod
 torchrun --nproc-per-node 8 -m tokenizer.encode ...
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,8 @@ def encode(config: EncodeConfig, world: World) -> None:
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     check_sizes(config, vq)
     vq = vq.to(world.device, dtype_of(config.precision))
-    crops = Crops(
-        *config.image_size, config.crop_ranges if config.crop == "ten" else (), config.flip
-    )
+    ranges = config.crop_ranges if config.crop == "ten" else ()
+    crops = Crops(*config.image_size, ranges, config.flip)
     downsample = vq.config.downsample
     settings = {
         "tokenizer": config.tokenizer,
@@ -175,10 +175,7 @@ def write_shard(
     skipped: list[Skipped],
 ) -> None:
     """Write one shard: the pictures that could be read, and the names of the others."""
-    rows, columns = (
-        side // int(writer.settings["downsample"]) for side in (crops.height, crops.width)
-    )
-    empty = np.empty((0, crops.count, rows * columns), np.uint16)
+    empty = np.empty((0, crops.count, math.prod(writer.settings["grid"])), np.uint16)
     indices = np.concatenate(read) if read else np.empty(0, np.int64)
     arrays = {
         "codes": np.concatenate(codes) if codes else empty,

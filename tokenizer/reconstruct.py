@@ -4,7 +4,6 @@ python -m tokenizer.reconstruct --tokenizer runs/vq16 --data imagenet/val --out 
 torchrun --nproc-per-node 8 -m tokenizer.reconstruct ...
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from core.checkpoint import Weights
-from core.config import InputError, parse_config, run_command
+from core.config import InputError, config_values, parse_config, run_command
 from core.datasets import CenterCrop, OrderedImages, Skipped, find_images, ordered_batches
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import images_to_pixels, pixels_to_images, save_png, side_by_side
@@ -141,16 +140,13 @@ def write(
     if not sum(counts):
         raise InputError(f"{config.data}: no picture can be read")
     config.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
-    }
     result = {
         **means,
         **used,
         "n": sum(counts),
         "skipped": [list(item) for item in everywhere],
         "tokenizer_sha256": sha256,
-        "settings": settings,
+        "settings": config_values(config),
     }
     write_json(config.out / "scores.json", result)
     for name, value in (means | used).items():
