@@ -1,0 +1,34 @@
+# make demo   the whole pipeline on handwritten digits, in minutes
+# make test   all tests
+# make check  lint, types and the quick tests
+# Each makes .venv first if it is missing or older than the requirements.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test check quick clean
+
+demo: .venv/ready
+	$(RUN) scripts/demo.py
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+quick: .venv/ready
+	$(RUN) -m pytest -m "not slow"
+
+check: .venv/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest -m "not slow"
+
+.venv/ready: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| (echo "$(PYTHON) is older than 3.10; give a newer one: make PYTHON=python3.12 ..." && exit 1)
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf runs/demo .pytest_cache .ruff_cache

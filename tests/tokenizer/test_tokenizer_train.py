@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, run_module
+from PIL import Image
+from safetensors.torch import load_file
+
+STEPS = 8
+MODEL = ("--model.base_channels", 32, "--model.channel_multipliers", "[1,1]")
+SMALL = (*MODEL, "--model.num_res_blocks", 1, "--model.z_channels", 16, "--model.vocab_size", 32)
+GAME = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
+GAME = (*GAME, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
+STYLEGAN = ("--loss.discriminator_start", 0, "--discriminator.kind", "stylegan")
+STYLEGAN = (*STYLEGAN, "--discriminator.max_channels", 8)
+
+
+def write_pictures(folder: Path, count: int = 12) -> Path:
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((24, 20), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def flags(data: Path, out: Path, *more: object) -> list[object]:
+    common = ("--data", data, "--out", out, "--image_size", "[16,16]", "--num_workers", 0)
+    run = ("--device", "cpu", "--precision", "fp32", "--num_steps", STEPS, "--batch_size", 4)
+    often = ("--report.report_every", 1, "--report.save_every", 2, "--validation_images", 4)
+    return [*common, *run, *often, "--loss.perceptual_weight", 0, *SMALL, *more]
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{STEPS:07d}" / f"{part}.safetensors")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    more = (*GAME, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    run_module("tokenizer.train", *flags(data, tmp_path / "whole", *more))
+    killed = flags(data, tmp_path / "killed", *more)
+    for lines in (1, 5):  # before the first checkpoint, and in the middle of the game
+        log = tmp_path / "killed" / "metrics.jsonl"
+        process = subprocess.Popen(
+            command("tokenizer.train", *killed),
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        while process.poll() is None:
+            if log.exists() and len(log.read_text().splitlines()) >= lines:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+    run_module("tokenizer.train", *killed)
+    for part in ("model", "ema", "training/discriminator"):
+        whole, resumed = (weights(tmp_path / name, part) for name in ("whole", "killed"))
+        assert all(torch.equal(resumed[key], value) for key, value in whole.items()), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", [("--loss.adversarial_weight", 0), STYLEGAN])
+def test_two_processes_give_the_losses_of_one(tmp_path, game):
+    data = write_pictures(tmp_path / "data")
+    run_module("tokenizer.train", *flags(data, tmp_path / "one", *game))
+    run_module("tokenizer.train", *flags(data, tmp_path / "two", *game), processes=2)
+    names = {"reconstruction", "codebook", "commitment", "generator", "discriminator"}
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in names & one.keys():
+            assert one[name] == pytest.approx(two[name], abs=1e-5), (one["step"], name)
+
+
+def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    more = (*GAME, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
+    run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
+    history = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
+    assert history[-1]["reconstruction"] < history[0]["reconstruction"]
+    assert [line["step"] for line in history if "discriminator" in line] == [4, 5, 6, 7, 8]
+    assert all(0 < line["codebook_usage"] <= 1 for line in history)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_fine_tuning_starts_from_weights_without_optimiser_state(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    run_module("tokenizer.train", *flags(data, tmp_path / "first"))
+    state = weights(tmp_path / "first", "model")
+    torch.save({"model": state}, tmp_path / "inference_only.pt")
+    more = ("--init_from", tmp_path / "inference_only.pt", "--optimizer.lr", 1e-9)
+    run_module("tokenizer.train", *flags(data, tmp_path / "second", *more))
+    after = weights(tmp_path / "second", "model")
+    assert all(torch.allclose(after[k], v, atol=1e-6) for k, v in state.items())
+
+
+def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    whole = (data / "class0" / "0.png").read_bytes()
+    (data / "class0" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (data / "class1" / "text.jpg").write_text("no picture")
+    more = ("--num_steps", 2 * STEPS)
+    done = run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
+    named = (tmp_path / "run" / "skipped_rank0.txt").read_text()
+    assert "broken.png\tdamaged image" in named
+    assert "text.jpg\tnot an image" in named
+    reports = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
+    assert reports[-1]["skipped_pictures"] == 2
+    assert "2 pictures skipped" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--loss.nope", 1), "nope"),
+        (("--image_size", "[15,16]"), "image_size"),
+        (("--batch_size", "many"), "batch_size"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--loss.perceptual_weight", 1, "--loss.vgg_weights", "no.pth"), "vgg16-397923af.pth"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, wrong, message):
+    data = write_pictures(tmp_path / "data")
+    failed = run_module("tokenizer.train", *flags(data, tmp_path / "run", *wrong), ok=False)
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert message in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_class_folder_is_refused(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    (data / "class9").mkdir()
+    failed = run_module("tokenizer.train", *flags(data, tmp_path / "run"), ok=False)
+    assert failed.returncode == 2
+    assert "class9" in failed.stderr
+
+
+def test_a_loss_that_explodes_stops_at_a_named_step(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    more = ("--optimizer.lr", 1e30)
+    failed = run_module("tokenizer.train", *flags(data, tmp_path / "run", *more), ok=False)
+    assert failed.returncode == 2
+    assert "non-finite gradient at step" in failed.stderr.splitlines()[-1]
