@@ -1,0 +1,120 @@
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from conftest import ROOT
+
+from core.config import InputError, load_config, parse_config, save_config
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner.
+
+    Args:
+        lr: A rate.
+        kind: One of two.
+    """
+
+    lr: float = 1e-4
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"inner.lr is {self.lr}, must be > 0")
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Outer.
+
+    Args:
+        out: A folder.
+        grid: Two numbers.
+        source: A path, perhaps.
+        inner: The inner part.
+    """
+
+    out: Path
+    grid: tuple[int, int] = (1, 2)
+    source: Path | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_later_files_win_and_flags_win_over_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("out: x\ninner:\n  lr: 1e-3\n  kind: b\n")
+    (tmp_path / "b.yaml").write_text("inner:\n  lr: 2.0e-3\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    assert parse_config(Outer, files) == Outer(Path("x"), inner=Inner(2e-3, "b"))
+    config = parse_config(Outer, [*files, "--inner.lr", "5", "--grid", "[3,4]"])
+    assert config == Outer(Path("x"), (3, 4), inner=Inner(5.0, "b"))
+
+
+def test_a_saved_config_loads_to_the_same(tmp_path):
+    config = Outer(tmp_path, (5, 6), tmp_path / "s", Inner(0.5))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(Outer, tmp_path / "config.yaml") == config
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "x", "--nope", "1"], "nope"),
+        (["--out", "x", "--inner.nope", "1"], "inner.nope"),
+        (["--out", "x", "--inner.lr", "fast"], "inner.lr"),
+        (["--out", "x", "--inner.kind", "c"], "inner.kind"),
+        (["--out", "x", "--inner.lr", "-1"], "must be > 0"),
+        (["--out", "x", "--grid", "7"], "grid"),
+        (["--out", "x", "--config", "missing.yaml"], "missing.yaml"),
+        ([], "out"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(flags, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(Outer, flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_mistyped_keys_in_files_are_named(tmp_path):
+    for text, name in (("out: x\nouter: 1\n", "outer"), ("out: x\ngrid: [a, b]\n", "grid")):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        with pytest.raises(InputError, match=name):
+            load_config(Outer, path)
+    with pytest.raises(InputError, match="no such configuration file"):
+        load_config(Outer, tmp_path / "missing.yaml")
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Outer(Path("x")).grid = (0, 0)
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenizer.pretrained", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
+    done = run("--source", "nothing.pt", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("tokenizer.pretrained: ")
+    assert "nothing.pt" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_explains_every_field_and_print_config_is_a_dry_run(tmp_path):
+    text = run("--help").stdout
+    assert "auto prefers averaged ones" in text
+    assert "python -m tokenizer.pretrained --source vq_ds16_c2i.pt" in text
+    shown = run("--source", "x", "--out", str(tmp_path / "out"), "--print_config")
+    assert shown.returncode == 0
+    assert "weights: auto" in shown.stdout
+    assert not (tmp_path / "out").exists()

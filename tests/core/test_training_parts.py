@@ -1,0 +1,242 @@
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from core.checkpoint import Checkpointer, find_damage, inference_files
+from core.config import InputError
+from core.ema import EMA
+from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
+from tokenizer import VQConfig
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+
+
+def train(net: nn.Module, stepper: Stepper, steps: range, poison: int = -1) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        loss = net(torch.randn(5, 3)).square().mean()
+        (loss * (float("nan") if step == poison else 1)).backward()
+        stepper.step(step, 100)
+
+
+def test_schedules_at_their_corners():
+    constant = OptimizerConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(s, constant, 100) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+    cosine = OptimizerConfig(lr=1.0, schedule="cosine", warmup_steps=10, final_lr=0.1)
+    assert learning_rate(10, cosine, 110) == 1
+    assert learning_rate(60, cosine, 110) == pytest.approx(0.55)
+    assert learning_rate(110, cosine, 110) == pytest.approx(0.1)
+    wsd = OptimizerConfig(lr=1.0, schedule="wsd", decay_steps=20)
+    assert learning_rate(79, wsd, 100) == 1
+    assert learning_rate(90, wsd, 100) == pytest.approx(0.5)
+    assert learning_rate(100, wsd, 100) == 0
+
+
+def test_only_matrices_are_decayed():
+    groups = build_adamw(network(), OptimizerConfig(weight_decay=0.05)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert all(p.ndim < 2 for p in groups[1]["params"])
+
+
+def test_the_optimiser_is_adamw_of_the_library():
+    ours, theirs = network(), network()
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_norm=0)
+    train(ours, Stepper(build_adamw(ours, config), config, CPU), range(5))
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    others = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        torch.manual_seed(step)
+        theirs(torch.randn(5, 3)).square().mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_with_nan_changes_nothing_and_is_named():
+    config = OptimizerConfig(lr=1e-2)
+    net = network()
+    optimizer = build_adamw(net, config)
+    stepper = Stepper(optimizer, config, CPU)
+    train(net, stepper, range(3))
+    before = [p.clone() for p in net.parameters()]
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in net.parameters()]
+    train(net, stepper, range(3, 4), poison=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    for moment, p in zip(moments, net.parameters(), strict=True):
+        assert torch.equal(moment, optimizer.state[p]["exp_avg"])
+    with pytest.raises(InputError, match="at step 3"):
+        stepper.check()
+    skipping = Stepper(optimizer, OptimizerConfig(on_nan="skip"), CPU)
+    train(net, skipping, range(4, 7), poison=5)
+    assert skipping.check() == 1
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm():
+    config = OptimizerConfig(clip_norm=0.5)
+    net = nn.Linear(2, 1, bias=False)
+    stepper = Stepper(build_adamw(net, config), config, CPU)
+    (net(torch.tensor([[30.0, 40.0]])) * 1).sum().backward()
+    assert stepper.step(0, 10).item() == pytest.approx(50)
+    state = stepper.optimizer.state[net.weight]
+    assert state["exp_avg"].norm().item() == pytest.approx(0.5 * 0.1, rel=1e-3)
+
+
+def test_averaged_weights_follow_by_their_decay():
+    net = network()
+    ema = EMA(net, 0.9)
+    start = ema.model[0].weight.clone()
+    with torch.no_grad():
+        net[0].weight += 1
+    ema.update(net)
+    torch.testing.assert_close(ema.model[0].weight, start + 0.1)
+    assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+def checkpointer(folder, world, net, keep_last=2):
+    config = OptimizerConfig()
+    optimizer = build_adamw(net, config)
+    parts = {"model": net, "optimizer": optimizer, "ema": None}
+    keeper = Checkpointer(folder, VQConfig(), world, keep_last, **parts)
+    return keeper, Stepper(optimizer, config, CPU)
+
+
+def test_a_restored_run_continues_bit_for_bit(tmp_path, world):
+    whole = network()
+    train(whole, checkpointer(tmp_path / "a", world, whole)[1], range(6))
+    first = network()
+    keeper, stepper = checkpointer(tmp_path / "b", world, first)
+    train(first, stepper, range(3))
+    keeper.save(3, samples=15)
+    second = network()
+    keeper, stepper = checkpointer(tmp_path / "b", world, second)
+    assert keeper.restore_latest() == {"step": 3, "samples": 15}
+    train(second, stepper, range(3, 6))
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_old_checkpoints_go_and_a_fresh_folder_restores_nothing(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path, world, network())
+    assert keeper.restore_latest() == {"step": 0}
+    for step in (1, 2, 3):
+        keeper.save(step)
+    assert keeper.steps() == [2, 3]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("file", ["model.safetensors", "training/optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
+    tmp_path, world, caplog, damage, file
+):
+    net = network()
+    keeper, stepper = checkpointer(tmp_path, world, net)
+    train(net, stepper, range(1))
+    keeper.save(1)
+    keeper.save(2)
+    path = tmp_path / "step_0000002" / file
+    data = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    else:
+        data[-3] ^= 1
+        path.write_bytes(data if damage == "flip" else data[:-3])
+    assert find_damage(tmp_path / "step_0000002")
+    assert keeper.restore_latest()["step"] == 1
+    assert "step_0000002 is damaged" in caplog.text
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path, world, network())
+    keeper.save(1)
+    other, _ = checkpointer(tmp_path, world, nn.Sequential(nn.Linear(3, 5)))
+    with pytest.raises(InputError, match="another architecture"):
+        other.restore_latest()
+
+
+def test_inference_takes_the_newest_checkpoint_of_a_run(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path / "checkpoints", world, network())
+    keeper.save(1)
+    keeper.save(12)
+    config, weights = inference_files(tmp_path, "auto")
+    assert config.parent.name == weights.parent.name == "step_0000012"
+    assert weights.name == "model.safetensors"
+    with pytest.raises(InputError, match=r"ema\.safetensors"):
+        inference_files(tmp_path, "ema")
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests/core")
+from test_training_parts import checkpointer
+from core.config import run_command
+from core.distributed import World, choose_device
+from torch import nn
+def main():
+    net = nn.Linear(300, 300)
+    keeper, _ = checkpointer(Path(sys.argv[1]), World(0, 1, choose_device("cpu")), net)
+    keeper.save(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # as a full disk: writing fails
+    keeper.save(2)
+run_command(main)
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, world):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": f"{ROOT}:tests"}
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "cannot save the checkpoint of step 2" in line
+    assert "checkpoint of step 1 is intact" in line
+    assert find_damage(tmp_path / "step_0000001") == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000001"]
+
+
+COLLECTIVES = """
+import torch
+from core.distributed import distributed
+with distributed("cpu") as world:
+    total = world.sum(torch.tensor([world.rank + 1.0]))
+    print([float(total), world.gather(world.rank), world.broadcast(world.rank + 5)], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sum_gather_and_broadcast(tmp_path):
+    (tmp_path / "collectives.py").write_text(COLLECTIVES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "collectives.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.stdout.splitlines() == ["[3.0, [0, 1], 5]"] * 2, done.stderr[-2000:]
+
+
+def test_the_cosine_is_smooth():
+    config = OptimizerConfig(lr=1.0, schedule="cosine")
+    rates = [learning_rate(step, config, 50) for step in range(50)]
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert math.isclose(rates[25], 0.5)
