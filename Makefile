@@ -27,7 +27,7 @@ check: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| (echo "$(PYTHON) is older than 3.10; give a newer one: make PYTHON=python3.12 ..." && exit 1)
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 clean:

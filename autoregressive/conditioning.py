@@ -29,7 +29,7 @@ class ClassEmbedding(nn.Module):
         labels = torch.where(dropped, self.num_classes, labels)
         return self.embedding_table(labels).unsqueeze(1)
 
-    def lengths(self, labels: torch.Tensor) -> None:
+    def lengths(self, labels: Condition) -> None:
         """Every prefix has the same length: None."""
 
     def check(self, labels: Condition) -> None:
@@ -60,6 +60,8 @@ class TextEmbedding(nn.Module):
     max_tokens - n + j, and is dropped to the null caption's row of that place.
     """
 
+    uncond_embedding: torch.Tensor
+
     def __init__(self, text_dim: int, max_tokens: int, dim: int) -> None:
         super().__init__()
         self.text_dim, self.max_tokens = text_dim, max_tokens
@@ -76,7 +78,7 @@ class TextEmbedding(nn.Module):
         features = torch.where(dropped[:, None, None], null, features.to(null.dtype))
         return self.cap_proj(features)
 
-    def lengths(self, text: Text) -> torch.Tensor:
+    def lengths(self, text: Condition) -> torch.Tensor:
         """The number of valid tokens of each prefix, (batch,) int64."""
         return text[1]
 

@@ -226,13 +226,15 @@ def _drop_path(config: Architecture, layer: int) -> nn.Module:
     rate = config.drop_path * layer / max(1, config.num_layers - 1)
     if rate == 0:
         return nn.Identity()
-    from timm.layers import DropPath  # seconds to import: only where it is used
+    from timm.layers.drop import DropPath  # seconds to import: only where it is used
 
     return DropPath(rate)
 
 
 class GPT(nn.Module):
     """Predicts each code of an image from the codes before it and the condition."""
+
+    rotary_bits: torch.Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -1,22 +1,25 @@
 """The exponential moving average of a model's weights."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[Model]):
     """A copy of `model` whose weights follow it: w <- decay * w + (1 - decay) * new."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Follow `model` by one step; buffers are copied."""
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             list(self.model.parameters()), list(model.parameters()), 1 - self.decay
         )
         for own, new in zip(self.model.buffers(), model.buffers(), strict=True):

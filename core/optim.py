@@ -95,8 +95,8 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
-        self.first_bad.copy_(torch.where(bad > 0, self.first_bad.clamp(max=step), self.first_bad))
-        self.optimizer.found_inf = bad
+        self.first_bad = torch.where(bad > 0, self.first_bad.clamp(max=step), self.first_bad)
+        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

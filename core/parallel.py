@@ -4,7 +4,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -41,17 +40,16 @@ def prepare(
 
     State dicts, EMA and sampling keep using `model` itself: the wrappers share its parameters.
     """
-    prepared = model
     if config.activation_checkpointing == "full":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
     if config.compile:
-        prepared = torch.compile(prepared)
+        model.compile()
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        prepared = DistributedDataParallel(
-            prepared,
+        return DistributedDataParallel(
+            model,
             device_ids=ids,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # no buffer here changes what training computes
         )
-    return prepared
+    return model

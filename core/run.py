@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +91,7 @@ class Run:
         self.units_since += units
         self.bar.update()
 
-    def log(self, step: int, metrics: dict[str, float | torch.Tensor]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | torch.Tensor]) -> None:
         """Write metrics after `step` steps, with the rate since the last report (a host sync)."""
         numbers = {name: float(value) for name, value in metrics.items()}
         if self.units_since:

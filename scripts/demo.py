@@ -26,7 +26,7 @@ HELD_OUT = 300  # real digits that neither the models nor the judge are trained 
 
 def main() -> None:
     """Run every stage, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The whole pipeline on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo", help="the demo's folder")
     out = parser.parse_args().out
     started = time.monotonic()
@@ -80,14 +80,14 @@ def write_digits(folder: Path) -> None:
     """scikit-learn's 1,797 handwritten digits as pictures, class = folder, once."""
     if folder.exists():
         return
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
+    flat, classes = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(classes))
     aside = folder.with_name("digits.tmp")
     for number, i in enumerate(order):
         split = "test" if number < HELD_OUT else "train"
-        path = aside / split / str(digits.target[i]) / f"{i:04d}.png"
+        path = aside / split / str(classes[i]) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
+        grey = Image.fromarray((flat[i].reshape(8, 8) * 255 / 16).astype(np.uint8))
         grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(path)
     aside.rename(folder)
 

@@ -104,6 +104,8 @@ class StyleGANDiscriminator(nn.Module):
 class _ResidualDown(nn.Module):
     """Two convolutions and a blurred halving, beside a blurred 1 x 1 shortcut."""
 
+    blur: torch.Tensor
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, inputs, 3, padding=1)

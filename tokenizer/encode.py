@@ -13,15 +13,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.functional import hflip, ten_crop
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import ten_crop
 from tqdm import tqdm
 
 from core.checkpoint import Weights
 from core.config import InputError, parse_config, run_command, save_config
 from core.datasets import OrderedImages, Skipped, find_images, ordered_batches
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
-from core.images import center_crop, image_to_pixels, pixels_to_images
+from core.images import center_crop, pixels_to_images
 from core.shards import ShardWriter
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
@@ -89,13 +89,15 @@ class Crops:
         """Crop a picture."""
         if not self.ranges:
             crops = [center_crop(image, self.height, self.width)]
-            crops += [hflip(crops[0])] if self.flip else []
+            crops += [ImageOps.mirror(crops[0])] if self.flip else []
         else:
             crops = []
             for ratio in self.ranges:
                 covered = center_crop(image, int(self.height * ratio), int(self.width * ratio))
-                crops += ten_crop(covered, [self.height, self.width])
-        return np.stack([image_to_pixels(crop) for crop in crops])
+                # torchvision's annotations know tensors alone; it crops pictures as well.
+                size = [self.height, self.width]
+                crops += ten_crop(covered, size)  # pyright: ignore[reportArgumentType]
+        return np.stack([np.asarray(crop) for crop in crops])
 
 
 def encode(config: EncodeConfig, world: World) -> None:
