@@ -6,6 +6,8 @@ collected = evaluator.merge(world)     # exact, whichever rank saw which picture
 """
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +15,39 @@ import torch
 from tqdm import tqdm
 
 from core.config import InputError
-from core.distributed import World
-from evaluations.detectors import Detector
+from core.distributed import DeviceName, World
+from evaluations.detectors import Detector, DetectorName, build_detector
 from evaluations.frechet import FeatureSums, Gaussian
 from evaluations.pictures import Pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """How pictures are looked at.
+
+    Args:
+        image_size: Height and width of the centre crop, for image files; an npz is taken as it is.
+        detector: inception (FID), or without weights proxy or random_inception (both NOT FID).
+        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
+        batch_size: Images at a time on each process.
+        num_workers: Loader processes per rank, for image files.
+        device: auto, cpu, cuda or mps.
+    """
+
+    image_size: tuple[int, int] = (256, 256)
+    detector: DetectorName = "inception"
+    inception_weights: Path | None = None
+    batch_size: int = 64
+    num_workers: int = 8
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, *self.image_size) < 1 or self.num_workers < 0:
+            raise ValueError("batch_size and image_size must be >= 1, num_workers >= 0")
+
+    def build_detector(self, world: World) -> Detector:
+        """The detector that is asked for, on this process's device."""
+        return build_detector(self.detector, self.inception_weights, world.device)
 
 
 class Collected(NamedTuple):
@@ -103,8 +134,7 @@ def collect(
     detector: Detector,
     pictures: Pictures,
     world: World,
-    batch_size: int,
-    num_workers: int,
+    config: LookConfig,
     keep_rows: bool = True,
 ) -> Collected:
     """Show every picture to the detector once, shared out over the ranks.
@@ -114,7 +144,7 @@ def collect(
     evaluator = Evaluator(detector, world.device, keep_rows)
     mine = np.array_split(np.arange(pictures.count), world.size)[world.rank]
     with tqdm(total=len(mine), unit="picture", disable=not world.is_main) as bar:
-        for ids, pixels in pictures.batches(mine, batch_size, num_workers):
+        for ids, pixels in pictures.batches(mine, config.batch_size, config.num_workers):
             evaluator.update(pixels, ids)
             bar.update(len(ids))
     collected = evaluator.merge(world)

@@ -45,7 +45,7 @@ def evaluate(judge: Judge, config: GenerationConfig, world: World) -> dict[str, 
     """Score the samples and write scores.json -> the scores by name."""
     pictures = open_pictures(config.samples, config.image_size)
     check_size(pictures.size, pictures.source, judge.reference)
-    collected = collect(judge.detector, pictures, world, config.batch_size, config.num_workers)
+    collected = collect(judge.detector, pictures, world, config)
     skipped = [item for rank in world.gather(pictures.skipped) for item in rank]
     if not world.is_main:
         return {}
@@ -62,22 +62,17 @@ def facts(
 ) -> dict[str, Any]:
     """What the scores depend on."""
     count = len(collected.ids)
-    is_fid = judge.detector.metric == "fid"
+    note = note_of(judge.detector)
     # Only 50,000 images make what papers call FID-50k.
-    name = (
-        f"{judge.distance} of {count} images" if count != 50_000 else f"{judge.distance} (FID-50k)"
-    )
-    git = shutil.which("git")
-    commit = [git, "rev-parse", "HEAD"] if git else ["true"]
-    done = subprocess.run(commit, cwd=Path(__file__).parent, capture_output=True, text=True)
+    label = note or ("FID-50k" if count == 50_000 else "not FID-50k")
     balance = None
     if pictures.labels is not None:
         sizes = np.unique(pictures.labels[collected.ids.numpy()], return_counts=True)[1]
         balance = {"classes": len(sizes), "least": int(sizes.min()), "most": int(sizes.max())}
     return {
         "n": count,
-        "name": name if is_fid else f"{name} ({note_of(judge.detector)})",
-        "note": note_of(judge.detector),
+        "name": f"{judge.distance} of {count} images ({label})",
+        "note": note,
         "reference": judge.reference.path.name,
         "reference_sha256": judge.reference.sha256,
         "reference_images": 0 if judge.real is None else len(judge.real),
@@ -86,9 +81,19 @@ def facts(
         f"fidelity: {FIDELITY_SPLITS} splits, shuffled",
         "inception_score_seed": SEED,
         "class_balance": balance,
-        "commit": done.stdout.strip(),
+        "commit": _commit(),
         "skipped": [list(item) for item in skipped],
     }
+
+
+def _commit() -> str:
+    """The commit of this code, or "" outside a git checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    here = Path(__file__).parent
+    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def report(

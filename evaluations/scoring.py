@@ -7,9 +7,9 @@ from typing import NamedTuple, get_args
 import torch
 
 from core.config import InputError
-from core.distributed import DeviceName, World
-from evaluations.detectors import Detector, DetectorName, build_detector, full_float32
-from evaluations.evaluator import Collected, collect
+from core.distributed import World
+from evaluations.detectors import Detector, full_float32
+from evaluations.evaluator import Collected, LookConfig, collect
 from evaluations.frechet import frechet_at_infinity, frechet_distance, influence
 from evaluations.inception_score import inception_scores
 from evaluations.neighbours import (
@@ -24,36 +24,20 @@ from evaluations.reference_file import Kind, Reference, load_reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
-    """What to compare with, and how.
+class ScoringConfig(LookConfig):
+    """What to compare with.
 
     Args:
         reference: An npz with mu and sigma: ADM's, or one of evaluations.reference.
         out: The folder to write to.
         kind: generation (gFID) or reconstruction (rFID); the reference must be made for it.
-        image_size: Height and width of the centre crop, for folders of images.
-        detector: inception (FID), or without weights proxy or random_inception (both NOT FID).
-        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
         extended: Also KID, density, coverage, the distance's error bar and limit at infinite n.
-        batch_size: Images at a time on each process.
-        num_workers: Loader processes per rank, for folders of images.
-        device: auto, cpu, cuda or mps.
     """
 
     reference: Path
     out: Path
     kind: Kind = "generation"
-    image_size: tuple[int, int] = (256, 256)
-    detector: DetectorName = "inception"
-    inception_weights: Path | None = None
     extended: bool = True
-    batch_size: int = 64
-    num_workers: int = 8
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError("batch_size must be >= 1 and num_workers >= 0")
 
 
 class Judge(NamedTuple):
@@ -82,13 +66,13 @@ class Scores(NamedTuple):
 
 def open_judge(config: ScoringConfig, world: World) -> Judge:
     """Load detector and reference; all ranks look at the reference's images together."""
-    detector = build_detector(config.detector, config.inception_weights, world.device)
+    detector = config.build_detector(world)
     reference = load_reference(config.reference, detector, config.kind)
     real = None
     if reference.image_size:
         pictures = open_pictures(reference.path, reference.image_size)
         if pictures.count > COVERAGE_NEIGHBOURS:
-            real = collect(detector, pictures, world, config.batch_size, config.num_workers).rows
+            real = collect(detector, pictures, world, config).rows
     return Judge(detector, reference, real, config.kind, config.extended)
 
 
