@@ -159,3 +159,10 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, wrong, message):
     assert len(failed.stderr.strip().splitlines()) == 1
     assert message in failed.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_losses_stay_what_they_were(tmp_path):
+    # A refactor that changes these numbers changes every published training: it must say so.
+    codes = write_codes(tmp_path / "codes")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", *DROPOUT))
+    assert losses(tmp_path / "run")[:10] == pytest.approx(GOLDEN_LOSSES, abs=2e-4)
