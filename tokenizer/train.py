@@ -194,7 +194,7 @@ def train(config: TrainConfig, world: World) -> None:
                     stack.enter_context(no_sync(parallel_discriminator))
                 with world.autocast(config.precision):
                     out = parallel_vq(images)
-                losses = tokenizer_losses(config.loss, images, out.images, out.losses, lpips)
+                    losses = tokenizer_losses(config.loss, images, out.images, out.losses, lpips)
                 total = torch.stack(list(losses.values())).sum()
                 if adversarial:
                     discriminator.requires_grad_(False)
