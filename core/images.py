@@ -3,6 +3,7 @@
 *images* are float tensors in [-1, 1], *pixels* are uint8.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -12,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -188,22 +190,35 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
     os.replace(aside, path)
 
 
+def npz_pictures_shape(path: Path) -> tuple[int, int, int, int]:
+    """(n, height, width, 3) of `arr_0`; raises InputError for anything but such uint8 pictures."""
+    with _open_npz_pictures(path) as (_, shape):
+        return shape
+
+
 def read_npz_pictures(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Batches (n, height, width, 3) uint8 of `arr_0`, streamed: the file may exceed the memory."""
+    with _open_npz_pictures(path) as (member, shape):
+        per_picture = math.prod(shape[1:])
+        for start in range(0, shape[0], batch_size):
+            count = min(batch_size, shape[0] - start)
+            data = member.read(count * per_picture)
+            if len(data) != count * per_picture:
+                raise InputError(f"{path}: arr_0 ends after {start} of {shape[0]} pictures")
+            yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+@contextlib.contextmanager
+def _open_npz_pictures(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
+    """`arr_0` after its header, and its shape."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
                 raise InputError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (n, h, w, 3)")
-            per_picture = math.prod(shape[1:])
-            for start in range(0, shape[0], batch_size):
-                count = min(batch_size, shape[0] - start)
-                data = member.read(count * per_picture)
-                if len(data) != count * per_picture:
-                    raise InputError(f"{path}: arr_0 ends after {start} of {shape[0]} pictures")
-                yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            yield member, shape
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not an npz of pictures with arr_0 ({error})") from error

@@ -1,97 +1,117 @@
-"""Score generated images against a reference file.
+"""Score generated (or reconstructed) images against a reference file.
 
 python -m evaluations.generation --samples samples/gpt_b_256 \
     --reference VIRTUAL_imagenet256_labeled.npz --out scores/gpt_b_256
+torchrun --nproc-per-node 8 -m evaluations.generation ...
 """
 
 import logging
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from core.config import config_values, parse_config, run_command
-from core.distributed import DeviceName, choose_device
+from core.datasets import Skipped
+from core.distributed import World, distributed
 from core.shards import write_json
-from core.weights import file_sha256
-from evaluations.detectors import DetectorName, build_detector
-from evaluations.frechet import Gaussian, frechet_distance
-from evaluations.inception_score import inception_score
-from evaluations.pictures import open_pictures
-from evaluations.statistics import collect, load_reference
+from evaluations.detectors import note_of
+from evaluations.evaluator import Collected, collect
+from evaluations.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
+from evaluations.pictures import Pictures, open_pictures
+from evaluations.report import write_class_report
+from evaluations.scoring import Judge, Scores, ScoringConfig, check_size, open_judge, score
 
 logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10_000  # below, the distance's bias exceeds the differences that papers report
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Which samples against which reference.
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(ScoringConfig):
+    """Which samples.
 
     Args:
         samples: An npz with arr_0 uint8 (n, h, w, 3), a run of autoregressive.sample, or images.
-        reference: An npz with mu and sigma: ADM's, or one of evaluations.reference.
-        out: The folder to write scores.json to.
-        image_size: Height and width of the centre crop, for folders of images.
-        detector: inception (FID), or proxy (NOT FID; needs no weights).
-        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
-        is_split_size: Images per split of the Inception Score (ADM: 5,000).
-        is_seed: Shuffles the images before they are split.
-        batch_size: Images at a time.
-        num_workers: Loader processes, for folders of images.
-        device: auto, cpu, cuda or mps.
     """
 
     samples: Path
-    reference: Path
-    out: Path
-    image_size: tuple[int, int] = (256, 256)
-    detector: DetectorName = "inception"
-    inception_weights: Path | None = None
-    is_split_size: int = 5000
-    is_seed: int = 2020
-    batch_size: int = 64
-    num_workers: int = 8
-    device: DeviceName = "auto"
 
 
-def evaluate(config: GenerationConfig) -> dict[str, float]:
-    """Score the samples, write scores.json -> the scores by name."""
-    device = choose_device(config.device)
-    detector = build_detector(config.detector, config.inception_weights, device)
-    reference = load_reference(config.reference, detector.dim)
-    pictures = open_pictures(
-        config.samples, config.image_size, config.batch_size, config.num_workers
-    )
-    collected = collect(detector, pictures, device)
-    count = collected.sums.count
-    reference = Gaussian(*(part.to(device) for part in reference))
-    scores = {detector.metric: frechet_distance(collected.sums.gaussian(), reference)}
-    if collected.logits is not None:
-        scores["inception_score"] = inception_score(
-            collected.logits, config.is_split_size, config.is_seed
-        )
-    if count < FEW_SAMPLES:
-        logger.warning("only %d samples: the distance is biased upwards below 10,000", count)
+def evaluate(judge: Judge, config: GenerationConfig, world: World) -> dict[str, float]:
+    """Score the samples and write scores.json -> the scores by name."""
+    pictures = open_pictures(config.samples, config.image_size)
+    check_size(pictures.size, pictures.source, judge.reference)
+    collected = collect(judge.detector, pictures, world, config.batch_size, config.num_workers)
+    skipped = [item for rank in world.gather(pictures.skipped) for item in rank]
+    if not world.is_main:
+        return {}
+    scores = score(judge, collected)
     config.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        **scores,
+    result = {**scores.values, **facts(judge, pictures, collected, skipped)}
+    write_json(config.out / "scores.json", {**result, "settings": config_values(config)})
+    report(judge, config.out, pictures, collected, scores)
+    return scores.values
+
+
+def facts(
+    judge: Judge, pictures: Pictures, collected: Collected, skipped: list[Skipped]
+) -> dict[str, Any]:
+    """What the scores depend on."""
+    count = len(collected.ids)
+    is_fid = judge.detector.metric == "fid"
+    # Only 50,000 images make what papers call FID-50k.
+    name = (
+        f"{judge.distance} of {count} images" if count != 50_000 else f"{judge.distance} (FID-50k)"
+    )
+    git = shutil.which("git")
+    commit = [git, "rev-parse", "HEAD"] if git else ["true"]
+    done = subprocess.run(commit, cwd=Path(__file__).parent, capture_output=True, text=True)
+    balance = None
+    if pictures.labels is not None:
+        sizes = np.unique(pictures.labels[collected.ids.numpy()], return_counts=True)[1]
+        balance = {"classes": len(sizes), "least": int(sizes.min()), "most": int(sizes.max())}
+    return {
         "n": count,
-        "note": "NOT FID: a proxy network" if config.detector == "proxy" else "",
-        "reference_sha256": file_sha256(config.reference),
-        "skipped": [list(item) for item in pictures.skipped],
-        "settings": config_values(config),
+        "name": name if is_fid else f"{name} ({note_of(judge.detector)})",
+        "note": note_of(judge.detector),
+        "reference": judge.reference.path.name,
+        "reference_sha256": judge.reference.sha256,
+        "reference_images": 0 if judge.real is None else len(judge.real),
+        "weights_sha256": judge.detector.weights_sha256,
+        "inception_score_splits": f"{ADM_SPLIT} a split, shuffled; adm: {ADM_SPLIT}, unshuffled; "
+        f"fidelity: {FIDELITY_SPLITS} splits, shuffled",
+        "inception_score_seed": SEED,
+        "class_balance": balance,
+        "commit": done.stdout.strip(),
+        "skipped": [list(item) for item in skipped],
     }
-    write_json(config.out / "scores.json", result)
-    for name, value in scores.items():
-        suffix = " (NOT FID)" if config.detector == "proxy" else ""
-        print(f"{name}{suffix}: {value:.4f} on {count} images")
-    print(config.out / "scores.json")
-    return scores
+
+
+def report(
+    judge: Judge, out: Path, pictures: Pictures, collected: Collected, scores: Scores
+) -> None:
+    """Tell the scores, the warnings, and which classes matter most."""
+    if len(collected.ids) < FEW_SAMPLES:
+        logger.warning("only %d samples: the distance is biased upwards", len(collected.ids))
+    if scores.influence is not None and pictures.labels is not None:
+        labels = pictures.labels[collected.ids.numpy()]
+        write_class_report(scores.influence.numpy(), labels, pictures.classes, judge.distance, out)
+        print(out / "classes.png")
+    note = note_of(judge.detector)
+    for name, value in scores.values.items():
+        print(f"{name}{f' ({note})' if note else ''}: {value:.4f} on {len(collected.ids)} images")
+    print(out / "scores.json")
 
 
 def main() -> None:
     """Entry point."""
-    evaluate(parse_config(GenerationConfig))
+    config = parse_config(GenerationConfig)
+    with distributed(config.device) as world:
+        evaluate(open_judge(config, world), config, world)
 
 
 if __name__ == "__main__":

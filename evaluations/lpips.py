@@ -37,14 +37,16 @@ class LPIPS(nn.Module):
         super().__init__()
         from torchvision.models import vgg16
 
-        trunk = vgg16(weights=None).features
+        trunk = vgg16(weights=None).get_submodule("features")
         trunk.load_state_dict(_vgg_features(vgg))
+        layers = list(trunk.children())
+        for layer in layers:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # the features before it are needed
         starts = (0, *_STAGE_ENDS)
-        self.stages = nn.ModuleList(trunk[a:b] for a, b in zip(starts, _STAGE_ENDS, strict=False))
-        for stage in self.stages:
-            for layer in stage:
-                if isinstance(layer, nn.ReLU):
-                    layer.inplace = False  # the features before it are needed
+        self.stages = nn.ModuleList(
+            nn.Sequential(*layers[a:b]) for a, b in zip(starts, _STAGE_ENDS, strict=False)
+        )
         for i, head in enumerate(_read_heads(heads or _installed_heads())):
             self.register_buffer(f"head{i}", head, persistent=False)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
@@ -71,7 +73,7 @@ class LPIPS(nn.Module):
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features of the five stages, float32."""
-        x = (images - self.shift) / self.scale
+        x = (images - self.get_buffer("shift")) / self.get_buffer("scale")
         features = []
         for stage in self.stages:
             x = stage(x)
@@ -119,8 +121,10 @@ def _installed_heads() -> Path:
 def _read_heads(path: Path) -> list[torch.Tensor]:
     """Five non-negative channel weights (1, width, 1, 1)."""
     tensors = read_file(path).weights("model", path)
-    heads = [tensors.get(f"lin{i}.model.1.weight") for i in range(5)]
-    for head, width in zip(heads, _WIDTHS, strict=True):
+    heads = []
+    for i, width in enumerate(_WIDTHS):
+        head = tensors.get(f"lin{i}.model.1.weight")
         if head is None or head.shape != (1, width, 1, 1):
             raise InputError(f"{path}: not the LPIPS heads for VGG16, version 0.1")
+        heads.append(head)
     return heads

@@ -1,28 +1,67 @@
 """Where pictures to score come from: an npz, a folder or list of images, or a sample run."""
 
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from core.config import InputError
-from core.datasets import CenterCrop, OrderedImages, Skipped, find_images, ordered_batches
-from core.images import read_npz_pictures
+from core.datasets import (
+    CenterCrop,
+    ImageList,
+    OrderedImages,
+    Skipped,
+    find_images,
+    ordered_batches,
+)
+from core.images import npz_pictures_shape, read_npz_pictures
 from core.shards import read_index
 
 
-class Pictures(NamedTuple):
-    """Batches of pixels (n, height, width, 3) uint8, and the pictures skipped so far."""
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures 0 .. count - 1 of one size: their number is their id.
 
-    batches: Iterator[torch.Tensor]
-    skipped: list[Skipped]
+    `labels` (count,) indexes `classes` (or is a number, where there are no names); None without.
+    `images` are the files of a folder or list, None for an npz. `skipped` fills while reading.
+    """
+
+    source: Path
+    count: int
+    size: tuple[int, int]
+    labels: np.ndarray | None
+    classes: tuple[str, ...] = ()
+    images: ImageList | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def batches(
+        self, ids: np.ndarray, batch_size: int, num_workers: int
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(ids (n,), pixels (n, height, width, 3) uint8) of the pictures `ids`, ascending."""
+        if self.images is None:
+            yield from self._from_npz(ids, batch_size)
+            return
+        dataset = OrderedImages(self.images, CenterCrop(*self.size))
+        for batch in ordered_batches(dataset, ids.tolist(), batch_size, num_workers):
+            self.skipped.extend(batch.skipped)
+            if batch.pixels is not None:
+                yield batch.indices, batch.pixels
+
+    def _from_npz(
+        self, ids: np.ndarray, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        start = 0
+        for block in read_npz_pictures(self.source, batch_size):
+            here = ids[(ids >= start) & (ids < start + len(block))]
+            if len(here):
+                yield here, torch.from_numpy(block[here - start])
+            start += len(block)
 
 
-def open_pictures(
-    source: Path, image_size: tuple[int, int], batch_size: int, num_workers: int
-) -> Pictures:
+def open_pictures(source: Path, image_size: tuple[int, int]) -> Pictures:
     """The pictures of an npz (arr_0), of a run of autoregressive.sample, or of an image folder.
 
     Files of an image folder are centre-cropped to `image_size`; the others are taken as they are.
@@ -34,16 +73,20 @@ def open_pictures(
         if not source.is_file():
             raise InputError(f"{source}: the sample run wrote no npz (npz: true)")
     if source.is_file() and source.suffix == ".npz":
-        arrays = read_npz_pictures(source, batch_size)
-        return Pictures((torch.from_numpy(np.array(pixels)) for pixels in arrays), [])
-    images, skipped = find_images(source), []
-    dataset = OrderedImages(images, CenterCrop(*image_size))
+        count, height, width, _ = npz_pictures_shape(source)
+        return Pictures(source, count, (height, width), _npz_labels(source, count))
+    images = find_images(source)
+    labels = images.labels if (images.labels >= 0).all() else None
+    return Pictures(source, len(images), image_size, labels, images.classes, images)
 
-    def read() -> Iterator[torch.Tensor]:
-        indices = list(range(len(images)))
-        for batch in ordered_batches(dataset, indices, batch_size, num_workers):
-            skipped.extend(batch.skipped)
-            if batch.pixels is not None:
-                yield batch.pixels
 
-    return Pictures(read(), skipped)
+def _npz_labels(path: Path, count: int) -> np.ndarray | None:
+    """`arr_1` where it holds one class per picture, as ADM's files and our samples do."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels = file["arr_1"] if "arr_1" in file.files else None
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: arr_1 is not an array of labels ({error})") from error
+    if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
+        return None
+    return labels

@@ -35,8 +35,8 @@ def ssim_reference_inflated(real: torch.Tensor, fake: torch.Tensor) -> torch.Ten
     """
     taps = torch.full((_UNIFORM_WINDOW,), 1 / _UNIFORM_WINDOW, dtype=torch.float64)
     count = _UNIFORM_WINDOW**2
-    scaled = (pixels.double() / 255 for pixels in (real, fake))
-    return _ssim(*scaled, taps.to(real.device), data_range=2.0, bias=count / (count - 1))
+    x, y = real.double() / 255, fake.double() / 255
+    return _ssim(x, y, taps.to(real.device), data_range=2.0, bias=count / (count - 1))
 
 
 def _ssim(

@@ -4,16 +4,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import PICTURES, run_module
+from PIL import Image, ImageFilter
 
 from core.config import InputError
-from evaluations.detectors import (
-    InceptionDetector,
-    ProxyDetector,
-    build_detector,
-    build_inception,
-    pool_features,
-    tf1_resize,
-)
+from core.distributed import choose_device
+from evaluations import inception
+from evaluations.detectors import InceptionDetector, ProxyDetector, build_detector, full_float32
+from evaluations.frechet import Gaussian, frechet_distance
+
+CPU = choose_device("cpu")
 
 
 def test_the_resize_equals_tensorflow_bit_for_bit(goldens):
@@ -21,7 +21,7 @@ def test_the_resize_equals_tensorflow_bit_for_bit(goldens):
         height, width = case["h"], case["w"]
         random = np.random.RandomState(height * 1000 + width)
         pixels = random.randint(0, 256, (1, height, width, 3)).astype(np.float32)
-        resized = tf1_resize(torch.from_numpy(pixels).movedim(-1, 1), 299).movedim(1, -1)
+        resized = inception.tf1_resize(torch.from_numpy(pixels).movedim(-1, 1), 299).movedim(1, -1)
         digest = hashlib.sha256(resized.contiguous().numpy().tobytes()).hexdigest()
         assert digest == case["sha256_f32"], (height, width)
 
@@ -48,37 +48,159 @@ def recipe_weights(network: torch.nn.Module) -> None:
         value.copy_(torch.from_numpy(drawn.astype(np.float32)))
 
 
+@pytest.fixture(scope="module")
+def recipe_network():
+    network = inception.build_inception().eval().requires_grad_(False)
+    recipe_weights(network)
+    return network
+
+
 @pytest.mark.slow
-def test_inception_features_equal_the_original(goldens):
-    network = build_inception().eval()
-    with torch.no_grad():
-        recipe_weights(network)
+def test_inception_features_equal_the_original(goldens, recipe_network):
+    weight = recipe_network.fc.weight
     for case in json.loads((goldens / "inception.json").read_text())["cases"]:
         size = case["size"]
         random = np.random.RandomState(100 + size)
         pixels = torch.from_numpy(random.randint(0, 256, (2, 3, size, size)).astype(np.uint8))
-        with torch.no_grad():
-            x = (tf1_resize(pixels.float(), 299) - 128) / 128
-            pooled = pool_features(network, x)
-            logits = pooled @ network.fc.weight.T
-        expected = torch.tensor(case["pool_first6"])
-        torch.testing.assert_close(pooled[0, :6], expected, rtol=1e-5, atol=1e-6)
-        assert pooled.double().sum().item() == pytest.approx(case["pool_sum"], rel=1e-5)
-        expected = torch.tensor(case["logits_unbiased_first6"])
-        torch.testing.assert_close(logits[0, :6], expected, rtol=1e-5, atol=1e-5)
+        # No result may depend on what surrounds the detector.
+        with full_float32(CPU):
+            pooled, spatial = inception.features(recipe_network, pixels.movedim(1, -1))
+        logits = pooled @ weight.T
+        assert list(spatial.shape) == case["spatial_shape"]
+        for found, name in ((pooled, "pool"), (spatial, "spatial"), (logits, "logits_unbiased")):
+            expected = torch.tensor(case[f"{name}_first6"])
+            torch.testing.assert_close(found[0, :6], expected, rtol=1e-5, atol=1e-5)
+            total = case[f"{name.removesuffix('_unbiased')}_sum"]
+            assert found.double().sum().item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_inception_features_and_distances_equal_the_pytorch_fid_package(recipe_network):
+    package = pytest.importorskip("pytorch_fid.inception")
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    original, package.fid_inception_v3 = package.fid_inception_v3, lambda: recipe_network
+    try:
+        network = package.InceptionV3([3], resize_input=False, normalize_input=False).eval()
+    finally:
+        package.fid_inception_v3 = original
+    pixels = torch.randint(0, 256, (16, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    x = (inception.tf1_resize(pixels.movedim(-1, 1).float(), 299) - 128) / 128
+    ours, _ = inception.features(recipe_network, pixels.to(torch.uint8))
+    theirs = network(x)[0].flatten(1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # The distance, where scipy's square root is exact enough: on 6 of the dimensions.
+    parts = [part[:, :6].double() for part in (theirs[:8], theirs[8:])]
+    moments = [f(part.numpy().T) for part in parts for f in (lambda x: x.mean(1), np.cov)]
+    expected = fid_score.calculate_frechet_distance(*moments)
+    found = frechet_distance(*(Gaussian.of_rows(part) for part in parts))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_inception_features_equal_the_torch_fidelity_package(recipe_network, tmp_path):
+    package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.save(recipe_network.state_dict(), tmp_path / "weights.pth")
+    layers = ["2048", "logits_unbiased"]
+    theirs = package.FeatureExtractorInceptionV3(
+        "ours", layers, feature_extractor_weights_path=str(tmp_path / "weights.pth")
+    )
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    pooled, _ = inception.features(recipe_network, pixels)
+    expected, logits = theirs(pixels.movedim(-1, 1))
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled @ recipe_network.fc.weight.T, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_weights_file_without_counters_is_read_and_an_unknown_one_is_pointed_out(
+    recipe_network, tmp_path, caplog
+):
+    tensors = recipe_network.state_dict()
+    published = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    torch.save(published, tmp_path / "weights.pth")
+    network, sha256 = inception.load_inception(tmp_path / "weights.pth")
+    assert len(sha256) == 64
+    assert "is not 6726825d" in caplog.text
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in published.items())
+    del published["fc.weight"]
+    torch.save(published, tmp_path / "cut.pth")
+    with pytest.raises(InputError, match=r"fc\.weight is missing"):
+        inception.load_inception(tmp_path / "cut.pth")
 
 
 def test_missing_inception_weights_name_the_file_and_the_flag(tmp_path):
     with pytest.raises(InputError, match=r"--inception_weights.*--detector proxy"):
-        InceptionDetector(tmp_path / "nowhere.pth", torch.device("cpu"))
+        InceptionDetector(tmp_path / "nowhere.pth", CPU)
+
+
+@pytest.mark.parametrize("module", ["reference", "generation", "sweep", "verify"])
+def test_without_weights_or_internet_a_command_ends_with_one_line(tmp_path, monkeypatch, module):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    flags = {
+        "reference": ("--images", tmp_path, "--out", tmp_path / "r.npz"),
+        "sweep": ("--runs", f"[{tmp_path}]", "--reference", "r.npz", "--out", tmp_path),
+    }
+    other = ("--samples", tmp_path, "--reference", "r.npz", "--out", tmp_path)
+    done = run_module(f"evaluations.{module}", *flags.get(module, other), ok=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "--inception_weights", "pytorch-fid"):
+        assert part in line
 
 
 def test_the_proxy_is_seeded_and_never_called_fid():
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    first, second = (build_detector("proxy", None, torch.device("cpu")) for _ in range(2))
+    first, second = (build_detector("proxy", None, CPU) for _ in range(2))
     assert isinstance(first, ProxyDetector)
     assert first.metric == "proxy_fd"
     features = first(pixels)
-    assert features.logits is None
+    assert features.spatial is None
     assert features.pooled.shape == (4, first.dim)
     assert torch.equal(features.pooled, second(pixels).pooled)
+
+
+def test_the_detector_runs_in_float32_whatever_surrounds_it():
+    detector = build_detector("proxy", None, CPU)
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    plain = detector(pixels).pooled
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(detector(pixels).pooled, plain)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_float32(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.slow
+def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
+    folder = PICTURES / "cifar10" / "train"
+    if not folder.is_dir():
+        pytest.skip("the CIFAR-10 pictures are not here")
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    detector = build_detector("proxy", None, CPU)
+
+    def look(pixels: np.ndarray) -> Gaussian:
+        return Gaussian.of_rows(detector(torch.from_numpy(pixels)).pooled)
+
+    blurred = [
+        np.stack(
+            [np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))) for picture in pictures]
+        )
+        for radius in (0.5, 1, 2, 3)
+    ]
+    noise = np.random.default_rng(0).standard_normal(pixels.shape)
+    noised = [(pixels + noise * s).clip(0, 255).astype(np.uint8) for s in (4, 8, 16, 32, 64)]
+    # The folder is in the order of its ten classes.
+    dropped = [pixels[: len(pixels) * kept // 10] for kept in (9, 5, 2, 1)]
+    real = look(pixels)
+    assert abs(frechet_distance(real, real)) < 1e-6
+    for series in (blurred, noised, dropped):
+        distances = [frechet_distance(look(pictures), real) for pictures in series]
+        assert distances == sorted(distances)
+        assert distances[0] > 1e-4

@@ -1,0 +1,148 @@
+"""The TensorFlow Inception of 2015-12-05, the network that FID, sFID and IS are defined on."""
+
+import hashlib
+import logging
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from core.config import InputError
+from core.weights import file_sha256, load_weights, read_file
+
+logger = logging.getLogger(__name__)
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"  # how the published file's sha256 begins
+INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+)
+SIDE = 299
+SPATIAL_CHANNELS = 7  # of 192, as many as make about 2,048 values of 17 x 17 places
+
+
+def load_inception(weights: Path | None) -> tuple[nn.Module, str]:
+    """The network with the published weights, in eval mode, and the file's sha256.
+
+    weights: pytorch-fid's or torch-fidelity's file; None for torch.hub's cache or a download.
+    Raises InputError, naming the file and the flag, where they are not to be had.
+    """
+    path = weights or _cached_file()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. {_ADVICE}")
+    sha256 = file_sha256(path)
+    if not sha256.startswith(INCEPTION_SHA256):
+        logger.warning("%s: sha256 %.8s is not %s of FID", path, sha256, INCEPTION_SHA256)
+    network = build_inception()
+    load_weights(network, _with_counters(read_file(path).weights("model", path)), path)
+    return network.eval().requires_grad_(False), sha256
+
+
+_ADVICE = (
+    f"FID needs {INCEPTION_FILE}, a release of pytorch-fid on GitHub (fid_weights), or the same "
+    "values as weights-inception-2015-12-05-6726825d.pth, a release of torch-fidelity; give the "
+    "file with --inception_weights, or take --detector proxy (which is NOT FID)"
+)
+
+
+def _cached_file() -> Path:
+    """The file in torch.hub's cache; downloaded, and announced, where it is not there."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not cached.is_file():
+        print(f"FID: downloading the Inception (91 MB) to {cached}", flush=True)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(cached), INCEPTION_SHA256)
+        except (URLError, OSError, RuntimeError) as error:
+            raise InputError(f"cannot download the Inception ({error}). {_ADVICE}") from error
+    return cached
+
+
+def build_inception() -> nn.Module:
+    """The graph of the 2015 network, without weights: torchvision's, with pytorch-fid's blocks."""
+    from pytorch_fid import inception as blocks
+    from torchvision.models import Inception3
+
+    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = blocks.FIDInceptionA(288, pool_features=64)
+    for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+        setattr(network, f"Mixed_{name}", blocks.FIDInceptionC(768, channels_7x7=width))
+    network.Mixed_7b = blocks.FIDInceptionE_1(1280)
+    network.Mixed_7c = blocks.FIDInceptionE_2(2048)
+    return network
+
+
+@torch.no_grad()
+def fill_random(network: nn.Module) -> str:
+    """Seeded weights for self-tests, which make no FID -> a name for them.
+
+    Every tensor is drawn from its key, scaled so that the activations keep their size.
+    """
+    for key, value in network.state_dict().items():
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+        drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+        if value.dim() > 1:
+            value.copy_(drawn * (2 / value[0].numel()) ** 0.5)
+        elif key.endswith("running_var") or key.endswith("bn.weight"):
+            value.fill_(1)
+        elif value.is_floating_point():
+            value.copy_(0.1 * drawn)
+    return "random"
+
+
+def features(network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (n, h, w, 3) uint8 -> pool_3 (n, 2048) and sFID's spatial features (n, 2023)."""
+    weight = network.get_parameter("fc.weight")
+    x = pixels.to(weight.device).movedim(-1, 1).to(weight.dtype)
+    x = (tf1_resize(x, SIDE) - 128) / 128
+    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):
+        x = network.get_submodule(name)(x)
+    x = F.max_pool2d(x, 3, stride=2)
+    for name in ("Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+        x = network.get_submodule(name)(x)
+    x = F.max_pool2d(x, 3, stride=2)
+    for name in ("5b", "5c", "5d", "6a", "6b", "6c"):
+        x = network.get_submodule(f"Mixed_{name}")(x)
+    # TensorFlow's mixed_6/conv: the first branch of the block that comes next.
+    spatial = network.get_submodule("Mixed_6d.branch1x1")(x)[:, :SPATIAL_CHANNELS]
+    for name in ("6d", "6e", "7a", "7b", "7c"):
+        x = network.get_submodule(f"Mixed_{name}")(x)
+    # Height, width, channel: the order of the published statistics (sFID is 299, not 6, without).
+    return x.mean((2, 3)), spatial.movedim(1, -1).flatten(1)
+
+
+def tf1_resize(x: torch.Tensor, side: int) -> torch.Tensor:
+    """TensorFlow 1's bilinear resize of (n, c, h, w) to (n, c, side, side).
+
+    Corners not aligned, no half-pixel shift, no antialiasing: other resizes give other FIDs.
+    """
+    top, bottom, down = _taps(x.shape[2], side, x)
+    left, right, across = _taps(x.shape[3], side, x)
+    upper, lower = x[:, :, top], x[:, :, bottom]
+    upper = upper[..., left] + (upper[..., right] - upper[..., left]) * across
+    lower = lower[..., left] + (lower[..., right] - lower[..., left]) * across
+    return upper + (lower - upper) * down[:, None]
+
+
+def _taps(size: int, side: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each output place: the two inputs that it mixes, and the second one's share."""
+    scale = torch.tensor(size, dtype=torch.float32) / torch.tensor(side, dtype=torch.float32)
+    places = torch.arange(side, dtype=torch.float32) * scale
+    first = places.floor().long()
+    share = (places - first).to(x.device, x.dtype)
+    first = first.to(x.device)
+    return first, (first + 1).clamp(max=size - 1), share
+
+
+def _with_counters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The published file has no num_batches_tracked; inference does not read it."""
+    counters = {
+        key.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
+        for key in tensors
+        if key.endswith("running_mean")
+    }
+    return counters | tensors

@@ -1,0 +1,217 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import run_module
+from PIL import Image
+
+from core.config import InputError
+from core.distributed import choose_device
+from core.images import save_npz
+from core.shards import write_json
+from evaluations import generation, reference, sweep, verify
+from evaluations.detectors import build_detector
+from evaluations.pictures import open_pictures
+from evaluations.reference_file import load_reference
+from evaluations.scoring import open_judge
+
+COUNT, SIDE = 45, 16
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Three classes of noise, each of its own colour."""
+    random = np.random.default_rng(0)
+    colours = np.array([[40, 0, 0], [0, 40, 0], [0, 0, 40]])[np.arange(COUNT) % 3]
+    noise = random.integers(0, 200, (COUNT, SIDE, SIDE, 3))
+    return (noise + colours[:, None, None]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pixels):
+    """A folder of pictures (one of them broken), the same as npz, as a sample run; a reference."""
+    folder = tmp_path_factory.mktemp("made")
+    for i, picture in enumerate(pixels):
+        path = folder / "images" / str(i % 3) / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(picture).save(path)
+    (folder / "images" / "2" / "zz.jpg").write_text("not a picture")
+    labels = np.arange(COUNT) % 3
+    save_npz(folder / "samples.npz", COUNT, [pixels], arr_1=labels)
+    for name, noise in (("cfg_1", 0), ("cfg_2", 60)):
+        run = folder / name
+        run.mkdir()
+        random = np.random.default_rng(1).integers(-noise, noise + 1, pixels.shape)
+        changed = (pixels + random).clip(0, 255).astype(np.uint8)
+        save_npz(run / "samples.npz", COUNT, [changed], arr_1=labels)
+        write_json(run / "index.json", {"count": COUNT, "rows": [COUNT], "sampling": {"cfg": name}})
+    run_module(
+        "evaluations.reference", *flags("images", folder / "images"), "--out", folder / "r.npz"
+    )
+    return folder
+
+
+def flags(name, value, batch_size=10):
+    return (
+        *(f"--{name}", value, "--detector", "proxy", "--image_size", f"[{SIDE},{SIDE}]"),
+        *("--num_workers", 0, "--device", "cpu", "--batch_size", batch_size),
+    )
+
+
+def settings(made, kind=generation.GenerationConfig, **changes):
+    shared = {"reference": made / "r.npz", "detector": "proxy", "image_size": (SIDE, SIDE)}
+    return kind(**{**shared, "num_workers": 0, "device": "cpu", "batch_size": 10, **changes})
+
+
+def test_the_reference_says_how_it_was_made(made):
+    protocol = json.loads((made / "r.json").read_text())
+    assert protocol["n"] == COUNT
+    assert protocol["note"] == "NOT FID"
+    assert len(protocol["skipped"]) == 1
+    with np.load(made / "r.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (COUNT, SIDE, SIDE, 3)
+        assert file["sigma"].shape == (224, 224)
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "images"])
+def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
+    run = ("--reference", made / "r.npz", "--out", tmp_path)
+    done = run_module("evaluations.generation", *flags("samples", made / name), *run)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert abs(scores["proxy_fd"]) < 1e-6
+    assert scores["proxy_precision"] == scores["proxy_recall"] == 1
+    assert not {"fid", "gfid", "rfid"} & set(scores)
+    assert "NOT FID" in done.stdout
+    assert "NOT FID" in scores["name"]
+    assert scores["n"] == COUNT
+    assert scores["class_balance"] == {"classes": 3, "least": 15, "most": 15}
+    assert len(scores["skipped"]) == (name == "images")
+    assert len(scores["reference_sha256"]) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_gives_the_same_scores(made, tmp_path, world, processes):
+    one = settings(made, samples=made / "cfg_2" / "samples.npz", out=tmp_path / "one")
+    expected = generation.evaluate(open_judge(one, world), one, world)
+    run_module(
+        "evaluations.generation",
+        *flags("samples", one.samples),
+        *("--reference", made / "r.npz", "--out", tmp_path / "many"),
+        processes=processes,
+    )
+    found = json.loads((tmp_path / "many" / "scores.json").read_text())
+    for name, value in expected.items():
+        # The network's own rounding depends on how its pictures are batched.
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_a_sweep_writes_a_table_and_a_plot(made, tmp_path, world):
+    runs = (made / "cfg_1", made / "cfg_2")
+    config = settings(made, sweep.SweepConfig, runs=runs, out=tmp_path / "sweep")
+    sweep.sweep(config, world)
+    with (config.out / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cfg"] for row in rows] == ["cfg_1", "cfg_2"]
+    assert float(rows[0]["proxy_fd"]) < float(rows[1]["proxy_fd"])
+    assert json.loads((config.out / "sweep.json").read_text())["note"] == "NOT FID"
+    assert (config.out / "sweep.png").stat().st_size > 1000
+
+
+def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
+    random = np.random.default_rng(0)
+    real, fake = random.integers(0, 256, (2, 600, 8, 8, 3), dtype=np.uint8)
+    fake[::3] //= 2
+    save_npz(tmp_path / "real.npz", 600, [real])
+    save_npz(tmp_path / "fake.npz", 600, [fake], arr_1=np.arange(600) % 3)
+    made = reference.ReferenceConfig(
+        images=tmp_path / "real.npz", out=tmp_path / "r.npz", detector="proxy", device="cpu"
+    )
+    reference.build_reference(made, world)
+    config = settings(tmp_path, samples=tmp_path / "fake.npz", out=tmp_path / "out")
+    scores = generation.evaluate(open_judge(config, world), config, world)
+    assert scores["proxy_standard_error"] > 0
+    with (config.out / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [rows[0]["class"], rows[0]["n"]] == ["0", "200"]
+    assert sum(float(row["effect"]) for row in rows) == pytest.approx(0, abs=1e-9)
+    assert (config.out / "classes.png").is_file()
+
+
+def test_verify_refuses_a_detector_that_is_not_fids(made, tmp_path):
+    with pytest.raises(ValueError, match="detector inception"):
+        settings(made, verify.VerifyConfig, samples=made / "samples.npz", out=tmp_path)
+
+
+def test_verify_prints_both_rows_and_fails_where_they_differ(
+    made, tmp_path, world, monkeypatch, capsys
+):
+    published = {name: row.value for name, row in verify.PUBLISHED.items()}
+    config = settings(made, verify.VerifyConfig, samples=made, out=tmp_path, detector="inception")
+    monkeypatch.setattr(verify, "open_judge", lambda config, world: None)
+    monkeypatch.setattr(verify, "evaluate", lambda *_: published)
+    verify.verify(config, world)
+    assert capsys.readouterr().out.count("pass") == len(published)
+    published["sfid"] += 0.1
+    with pytest.raises(InputError, match=r"not the published numbers: sfid$"):
+        verify.verify(config, world)
+
+
+def test_a_reference_for_reconstruction_is_refused_for_generation(made, tmp_path):
+    detector = build_detector("proxy", None, choose_device("cpu"))
+    with pytest.raises(InputError, match="gFID is not rFID"):
+        load_reference(made / "r.npz", detector, "reconstruction")
+
+
+def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
+    detector = build_detector("proxy", None, choose_device("cpu"))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(8, np.float32), sigma=np.eye(8))
+    with pytest.raises(InputError, match="belongs to the detector"):
+        load_reference(tmp_path / "other.npz", detector, "generation")
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}], object), sigma=np.eye(8))
+    (tmp_path / "text.npz").write_text("no")
+    (tmp_path / "cut.npz").write_bytes((made / "r.npz").read_bytes()[:5000])
+    for name in ("objects", "text", "cut"):
+        with pytest.raises(InputError, match="not a reference file"):
+            load_reference(tmp_path / f"{name}.npz", detector, "generation")
+    (tmp_path / "r.npz").write_bytes((made / "r.npz").read_bytes())
+    (tmp_path / "r.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(InputError, match="has changed"):
+        load_reference(tmp_path / "r.npz", detector, "generation")
+
+
+def test_published_references_in_float32_are_read_as_float64(tmp_path):
+    detector = build_detector("proxy", None, choose_device("cpu"))
+    arrays = {"mu": np.zeros(224, np.float32), "sigma": np.eye(224)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    found = load_reference(tmp_path / "adm.npz", detector, "generation")
+    assert str(found.pooled.mean.dtype) == "torch.float64"
+    assert found.image_size is None
+
+
+def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, world):
+    np.savez(tmp_path / "none.npz", other=pixels)
+    np.savez(tmp_path / "float.npz", arr_0=pixels.astype(np.float32))
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{}, {}], object))
+    (tmp_path / "cut.npz").write_bytes((made / "samples.npz").read_bytes()[:5000])
+    for name, message in (
+        ("none", "with arr_0"),
+        ("float", "float32"),
+        ("objects", "expected uint8"),
+        ("cut", "not an npz of pictures"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_pictures(tmp_path / f"{name}.npz", (SIDE, SIDE))
+    save_npz(tmp_path / "small.npz", COUNT, [pixels[:, :8, :8]])
+    config = settings(made, samples=tmp_path / "small.npz", out=tmp_path)
+    with pytest.raises(InputError, match="pictures of 8 x 8, those of"):
+        generation.evaluate(open_judge(config, world), config, world)
+    done = run_module(
+        "evaluations.generation",
+        *flags("samples", tmp_path / "objects.npz"),
+        *("--reference", made / "r.npz", "--out", tmp_path),
+        ok=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,94 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from core.distributed import World, choose_device
+from evaluations.detectors import Features, build_detector
+from evaluations.evaluator import Collected, Evaluator
+from evaluations.frechet import Gaussian, frechet_distance
+
+CPU = choose_device("cpu")
+COUNT = 37  # divides by neither 2 nor 4
+
+
+def exact_detector() -> SimpleNamespace:
+    """A detector whose features do not depend on how pictures are batched, unlike a network's."""
+
+    class Detector(SimpleNamespace):
+        def __call__(self, pixels: torch.Tensor) -> Features:
+            flat = pixels.flatten(1).float()
+            return Features(flat[:, :8], flat[:, 8:13])
+
+    return Detector(metric="fid", dim=8, spatial_dim=5, classifier=None, weights_sha256="")
+
+
+def pictures() -> torch.Tensor:
+    random = np.random.default_rng(0)
+    return torch.from_numpy(random.integers(0, 256, (COUNT, 4, 4, 3), dtype=np.uint8))
+
+
+def padded_share(rank: int, size: int) -> list[int]:
+    """As torch's DistributedSampler: every rank equally many, the first ones again at the end."""
+    padded = [*range(COUNT), *range(-COUNT % size)]
+    return padded[rank::size]
+
+
+def evaluate(ids: list[int], world: World, keep_rows: bool = True, batch: int = 5) -> Collected:
+    evaluator = Evaluator(exact_detector(), CPU, keep_rows)
+    for start in range(0, len(ids), batch):
+        part = torch.tensor(ids[start : start + batch])
+        evaluator.update(pictures()[part], part)
+    return evaluator.merge(world)
+
+
+def check_against_one_process(found: Collected) -> None:
+    whole = pictures().flatten(1).float()
+    assert found.ids.tolist() == list(range(COUNT))
+    assert found.pooled.count == found.spatial.count == COUNT
+    assert torch.equal(found.rows, whole[:, :8])
+    for sums, rows in ((found.pooled, whole[:, :8]), (found.spatial, whole[:, 8:13])):
+        exact = Gaussian.of_rows(rows)
+        assert abs(frechet_distance(sums.gaussian(), exact)) < 1e-9
+        assert (sums.gaussian().mean - exact.mean).abs().max() < 1e-9
+
+
+def run_rank(rank: int, size: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+    world = World(rank, size, CPU)
+    check_against_one_process(evaluate(padded_share(rank, size), world))
+    blocks = np.array_split(np.arange(COUNT), size)[rank].tolist()
+    assert evaluate(blocks, world, keep_rows=False).pooled.count == COUNT
+    with pytest.raises(ValueError, match="several ranks"):
+        evaluate(padded_share(rank, size), world, keep_rows=False)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_one_process_and_count_padded_pictures_once(size, tmp_path):
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.multiprocessing.spawn(run_rank, (size, rendezvous), nprocs=size)
+
+
+def test_one_process_counts_a_repeated_picture_once(world):
+    check_against_one_process(evaluate([*range(COUNT), 3, 3, *range(COUNT)], world))
+
+
+def test_scores_do_not_depend_on_the_order_of_the_pictures(world):
+    order = np.random.default_rng(0).permutation(COUNT).tolist()
+    check_against_one_process(evaluate(order, world, batch=4))
+
+
+def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
+    detector = build_detector("proxy", None, CPU)
+    one, two = Evaluator(detector, CPU), Evaluator(detector, CPU)
+    for ids in torch.arange(COUNT).split(10):
+        one.update(pictures()[ids], ids)
+        two.update(pictures()[ids].clone(), ids.numpy())
+    first, second = one.merge(world), two.merge(world)
+    assert torch.equal(first.pooled.outer, second.pooled.outer)
+    assert torch.equal(first.rows, second.rows)
+    # Merging is a snapshot: evaluation may go on.
+    assert torch.equal(one.merge(world).pooled.outer, first.pooled.outer)
