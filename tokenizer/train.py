@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m tokenizer.train ...
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +167,9 @@ def train(config: TrainConfig, world: World) -> None:
     state = checkpoints.restore_latest()
     first_step, samples = state["step"], state.get("samples", 0)
     parallel_vq = prepare(vq, config.parallel, world, ResnetBlock)
-    parallel_discriminator = prepare(discriminator, config.parallel, world, nn.Sequential)
+    # Recomputing a BatchNorm would count its batch twice.
+    unchecked = dataclasses.replace(config.parallel, activation_checkpointing="none")
+    parallel_discriminator = prepare(discriminator, unchecked, world, nn.Module)
     crop = RandomCrop(*config.image_size, config.crop_scale)
     batches = training_batches(
         TrainingImages(images_on_disk, crop, config.seed),
@@ -194,22 +197,11 @@ def train(config: TrainConfig, world: World) -> None:
                     stack.enter_context(no_sync(parallel_discriminator))
                 with world.autocast(config.precision):
                     out = parallel_vq(images)
-                losses = tokenizer_losses(config.loss, images, out.images, out.losses, lpips)
+                    losses = tokenizer_losses(config.loss, images, out.images, out.losses, lpips)
+                    if adversarial:
+                        game = game_loss(config.loss, discriminator, vq, out.images, losses)
+                        losses["generator"] = game
                 total = torch.stack(list(losses.values())).sum()
-                if adversarial:
-                    discriminator.requires_grad_(False)
-                    with world.autocast(config.precision):
-                        logits = discriminator(out.images)
-                    game = generator_loss(logits, config.loss.adversarial)
-                    weight = config.loss.adversarial_weight
-                    if config.loss.adaptive_weight:
-                        seen = losses["reconstruction"] + losses.get("perceptual", 0)
-                        last_layer = vq.decoder.conv_out.weight
-                        weight = weight * adaptive_weight(seen, game, last_layer)
-                        losses["adaptive_weight"] = weight
-                    losses["generator"] = weight * game
-                    total = total + losses["generator"]
-                    discriminator.requires_grad_(True)
                 (total / config.gradient_accumulation).backward()
                 if adversarial:
                     with world.autocast(config.precision):
@@ -236,8 +228,8 @@ def train(config: TrainConfig, world: World) -> None:
             metrics["epoch"] = samples / len(images_on_disk)
             if skipped_steps:
                 metrics["skipped_steps"] = skipped_steps
-            if skips:
-                metrics["skipped_pictures"] = len(skips)
+            if skipped_pictures := sum(world.gather(len(skips))):
+                metrics["skipped_pictures"] = skipped_pictures
             run.log(done, metrics)
         if config.report.samples(done, config.num_steps) and world.is_main:
             grid, scores = reconstruct(ema.model if ema else vq, pictures, world)
@@ -257,6 +249,24 @@ def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.
     while True:
         yield from local_positions(first, config.batch_size, config.gradient_accumulation, world)
         first += config.batch_size
+
+
+def game_loss(
+    config: LossConfig,
+    discriminator: nn.Module,
+    vq: VQModel,
+    reconstructions: torch.Tensor,
+    losses: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """The weighted adversarial loss of the tokenizer; the discriminator gets no gradient."""
+    discriminator.requires_grad_(False)
+    game = generator_loss(discriminator(reconstructions), config.adversarial)
+    discriminator.requires_grad_(True)
+    if not config.adaptive_weight:
+        return config.adversarial_weight * game
+    seen = losses["reconstruction"] + losses.get("perceptual", 0)
+    weight = adaptive_weight(seen, game, vq.decoder.conv_out.weight)
+    return config.adversarial_weight * weight * game
 
 
 def tokenizer_losses(

@@ -159,3 +159,33 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, wrong, message):
     assert len(failed.stderr.strip().splitlines()) == 1
     assert message in failed.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    codes = write_codes(tmp_path / "codes")
+    more = ("--report.trackers", "[wandb,tensorboard]", "--num_steps", 2)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_activation_checkpointing_changes_no_loss(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    plain = flags(codes, tmp_path / "plain", "--num_steps", 3)
+    run_module("autoregressive.train", *plain)
+    more = ("--num_steps", 3, "--parallel.activation_checkpointing", "full")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "full", *more))
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert weights(tmp_path / "full", 3).keys() == weights(tmp_path / "plain", 3).keys()
+
+
+def test_the_first_losses_stay_what_they_were(tmp_path):
+    # A refactor that changes these numbers changes every published training: it must say so.
+    codes = write_codes(tmp_path / "codes")
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", *DROPOUT))
+    assert losses(tmp_path / "run")[:10] == pytest.approx(
+        [3.46574, 3.46394, 3.46185, 3.45588, 3.45322, 3.44283, 3.44023, 3.43234, 3.42919, 3.41919],
+        abs=2e-4,
+    )

