@@ -78,8 +78,7 @@ def squared_distances(a: torch.Tensor, b: torch.Tensor, arithmetic: Arithmetic) 
     """
     if arithmetic == "adm16":
         a16, b16 = a.half().float(), b.half().float()
-        norms = (x.square().half().float().sum(1).half() for x in (a16, b16))
-        left, right = norms
+        left, right = (x.square().half().float().sum(1).half() for x in (a16, b16))
         distances = (left[:, None] - (2 * (a16 @ b16.T).half()) + right).clamp(min=0)
         if distances.isfinite().all():
             return distances.float()
