@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+WORKERS ?= 2
 
 .PHONY: demo test check quick clean
 
@@ -12,16 +13,16 @@ demo: .venv/ready
 	$(RUN) scripts/demo.py
 
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 quick: .venv/ready
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
 
 check: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

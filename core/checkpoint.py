@@ -74,7 +74,10 @@ class Checkpointer:
         return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
 
     def restore_latest(self) -> dict[str, int]:
-        """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none)."""
+        """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
+
+        Raises InputError where there are checkpoints and none is intact.
+        """
         step = self.world.broadcast(self._newest_intact() if self.world.is_main else None)
         if step is None:
             return {"step": 0}
@@ -91,9 +94,11 @@ class Checkpointer:
         for step in reversed(self.steps()):
             folder = self.folder / f"step_{step:07d}"
             if damage := find_damage(folder):
-                logger.warning("%s is damaged (%s); using the one before", folder, damage)
+                logger.warning("%s is damaged (%s); trying the one before", folder, damage)
             else:
                 return step
+        if self.steps():
+            raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start anew")
         return None
 
     def _file(self, folder: Path, name: str) -> Path:

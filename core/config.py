@@ -60,7 +60,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None = N
     parser = _parser(config_class)
     try:
         return _build(parser, config_class, parser.parse_args(arguments))
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
         raise InputError(_one_line(error)) from error
 
 
@@ -71,7 +71,7 @@ def load_config(config_class: type[Config], path: Path) -> Config:
     parser = _parser(config_class)
     try:
         return _build(parser, config_class, parser.parse_path(str(path)))
-    except (jsonargparse.ArgumentError, TypeError) as error:
+    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {_one_line(error)}") from error
 
 
@@ -103,12 +103,25 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - nested dataclass fields
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(parser: jsonargparse.ArgumentParser, config_class: type[Config], parsed: Any) -> Config:  # noqa: ANN401
+def _build(
+    parser: jsonargparse.ArgumentParser, config_class: type[Config], parsed: jsonargparse.Namespace
+) -> Config:
     parsed.pop("config", None)
+    _check_groups(config_class, parsed)
     try:
         return config_class(**vars(parser.instantiate(parsed)))
     except ValueError as error:
         raise InputError(_one_line(error)) from error
+
+
+def _check_groups(config_class: type, parsed: jsonargparse.Namespace, prefix: str = "") -> None:
+    """`optimizer: 3` or `optimizer:` in YAML parses, and fails later without naming the key."""
+    for field in dataclasses.fields(config_class):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            name, group = f"{prefix}{field.name}", parsed[field.name]
+            if not isinstance(group, jsonargparse.Namespace):
+                raise InputError(f"{name} is {group}, expected keys of its own below it")
+            _check_groups(field.type, group, f"{name}.")
 
 
 def _one_line(error: Exception) -> str:

@@ -213,17 +213,24 @@ def training_batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[tuple[torch.Tensor, list[Skipped]]]:
-    """Batches of `dataset` at the given positions: pixels (n, height, width, 3) uint8, skipped."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=_Batches(positions),
-            collate_fn=_collate,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-        )
+    """Batches of `dataset` at the given positions: pixels (n, height, width, 3) uint8, skipped.
+
+    Raises InputError where hardly any picture can be read.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Batches(positions),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
     )
+    try:
+        yield from loader
+    except InputError as error:
+        # A loader process sends its traceback as the message; its last line is what was said.
+        said = str(error).splitlines()[-1]
+        raise InputError(said.removeprefix("core.config.InputError: ")) from error
 
 
 class _Batches(torch.utils.data.Sampler[list[int]]):

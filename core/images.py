@@ -84,7 +84,9 @@ def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
 def _from_wide_grey(image: Image.Image) -> Image.Image:
     """16-bit grey to 8-bit RGB by scaling; Pillow's own conversion would clip it to white."""
     values = np.asarray(image, dtype=np.float64)
-    scale = 1.0 if values.max() <= 255 else 255.0 / 65535.0
+    # Modes "I" and "F" do not say whether they hold 8-bit or 16-bit values.
+    wide = image.mode.startswith("I;16") or values.max() > 255
+    scale = 255 / 65535 if wide else 1.0
     grey = np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 

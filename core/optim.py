@@ -39,6 +39,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}, must be > 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {self.betas}, each must be in [0, 1)")
         if min(self.weight_decay, self.clip_norm, self.warmup_steps, self.decay_steps) < 0:
             raise ValueError("optimizer: weight_decay, clip_norm and all steps must be >= 0")
         if not 0 <= self.final_lr <= 1:
@@ -109,7 +111,7 @@ class Stepper:
         skipped = int(self.skipped.item())
         if skipped and self.config.on_nan == "stop":
             raise InputError(
-                f"non-finite gradient at step {int(self.first_bad.item())}; the weights are those "
-                "before it. Lower optimizer.lr, or set optimizer.on_nan: skip"
+                f"non-finite gradient at step {int(self.first_bad.item())}; nothing was saved "
+                "since. Lower optimizer.lr, or set optimizer.on_nan: skip"
             )
         return skipped

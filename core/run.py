@@ -16,6 +16,7 @@ from tqdm import tqdm
 from core.config import InputError, config_text, save_config
 from core.distributed import World
 from core.images import save_png
+from core.shards import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def _open_tracker(name: str, folder: Path, config: Any, report: ReportConfig) ->
             project=report.project,
             name=folder.name,
             dir=folder,
-            id=folder.name.replace("/", "-"),
+            id=fingerprint(str(folder.resolve())),  # the same folder continues the same run
             resume="allow",
             config={"yaml": config_text(config)},
         )

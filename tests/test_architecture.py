@@ -15,10 +15,10 @@ MAY_IMPORT = {
     "autoregressive": {"core", "evaluations", "language", "tokenizer"},
 }
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
-TRACKED = [
+ALL_FILES = [
     *SOURCES,
     *sorted((ROOT / "scripts").rglob("*.py")),
-    *sorted((ROOT / "tests").rglob("*")),
+    *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
 
@@ -52,9 +52,9 @@ def test_only_the_config_file_knows_its_library():
 
 
 def test_no_file_is_too_long_and_the_source_stays_small():
-    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
+    lengths = {path: len(path.read_text().splitlines()) for path in ALL_FILES}
     assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)
-    assert sum(lengths.values()) <= 6000
+    assert sum(lengths[path] for path in SOURCES) <= 6000
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

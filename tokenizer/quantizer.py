@@ -101,7 +101,9 @@ class CodebookUsage:
 
     def update(self, codes: torch.Tensor) -> None:
         """Count codes of any shape, int64."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        codes = codes.flatten()
+        # Not bincount: on CUDA it asks the device for the largest code, which is a host sync.
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def result(self, world: World) -> dict[str, float]:
         """Over all ranks: codebook_usage in [0, 1] (share of codes seen) and perplexity."""

@@ -90,6 +90,26 @@ def test_unknown_and_mistyped_keys_in_files_are_named(tmp_path):
         load_config(Outer, tmp_path / "missing.yaml")
 
 
+@pytest.mark.parametrize("value", ["", "3", "[1]"])
+def test_a_group_that_is_no_group_is_named(tmp_path, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"out: x\ninner: {value}\n")
+    with pytest.raises(InputError, match="inner"):
+        load_config(Outer, path)
+    with pytest.raises(InputError, match="inner"):
+        parse_config(Outer, ["--config", str(path)])
+
+
+def test_a_file_that_is_no_yaml_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    for content in (b"\xff\xfe\x00", b"out: [1", b"- 1", b"hello", b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError):
+            load_config(Outer, path)
+        with pytest.raises(InputError):
+            parse_config(Outer, ["--config", str(path)])
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Outer(Path("x")).grid = (0, 0)

@@ -10,10 +10,12 @@ from core.datasets import (
     ShuffledOrder,
     SkipLog,
     Skipped,
+    TrainingImages,
     check_batch_size,
     find_images,
     local_positions,
     ordered_batches,
+    training_batches,
 )
 from core.distributed import World, choose_device
 from core.randomness import random_uniform, seed_step
@@ -97,6 +99,31 @@ def test_bad_pictures_are_reported_in_order_and_counted_once(tmp_path):
     log.add(batch.skipped)
     assert log.summary() == "1 picture skipped (1 not an image)"
     assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1
+
+
+def first_red(image, random):
+    return np.asarray(image)[:1, :1] + np.uint8(random.integers(0, 9))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_picture_gives_its_place_to_another_whatever_the_batch(tmp_path, num_workers):
+    save_pictures(tmp_path, "1.png", "333.png", "55555.png")
+    (tmp_path / "2.png").write_text("text")
+    dataset = TrainingImages(find_images(tmp_path), first_red, seed=0)
+    (whole,) = training_batches(dataset, iter([np.arange(8)]), num_workers, False)
+    halves = training_batches(dataset, iter([np.arange(4), np.arange(4, 8)]), num_workers, False)
+    assert torch.equal(whole[0], torch.cat([pixels for pixels, _ in halves]))
+    # Two epochs of four pictures meet it at least twice.
+    assert {skipped.reason for skipped in whole[1]} == {"not an image"}
+    assert len(whole[1]) >= 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_folder_without_one_good_picture_ends_with_one_line(tmp_path, num_workers):
+    (tmp_path / "1.png").write_text("text")
+    dataset = TrainingImages(find_images(tmp_path), first_red, seed=0)
+    with pytest.raises(InputError, match=r"^100 pictures in a row .*not an image$"):
+        next(training_batches(dataset, iter([np.arange(2)]), num_workers, False))
 
 
 def test_counter_noise_is_uniform_and_never_depends_on_its_batch():

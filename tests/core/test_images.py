@@ -60,12 +60,13 @@ def test_a_random_crop_depends_on_its_generator_alone():
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    image = picture(9, 7, "RGB").convert(mode)
+@pytest.mark.parametrize(("height", "width"), [(9, 7), (1, 1)])
+def test_every_mode_becomes_rgb(tmp_path, mode, height, width):
+    image = picture(height, width, mode)
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
     image.save(path)
     loaded = load_image(path)
-    assert (loaded.mode, loaded.size) == ("RGB", (7, 9))
+    assert (loaded.mode, loaded.size) == ("RGB", (width, height))
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
@@ -73,6 +74,11 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     values = np.asarray(load_image(tmp_path / "ramp.png"))[0, :, 0]
     assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
+
+
+def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path):
+    Image.fromarray(np.full((2, 2), 200, np.uint16)).save(tmp_path / "dark.png")
+    assert np.asarray(load_image(tmp_path / "dark.png")).max() == 1
 
 
 def test_exif_rotation_is_applied(tmp_path):

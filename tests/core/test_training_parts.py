@@ -43,6 +43,15 @@ def test_schedules_at_their_corners():
     assert learning_rate(100, wsd, 100) == 0
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", 0.0), ("betas", (0.9, 1.0)), ("clip_norm", -1.0), ("final_lr", 2), ("decay_steps", 5)],
+)
+def test_settings_that_cannot_train_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        OptimizerConfig(**{field: value})
+
+
 def test_only_matrices_are_decayed():
     groups = build_adamw(network(), OptimizerConfig(weight_decay=0.05)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
@@ -162,6 +171,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert "step_0000002 is damaged" in caplog.text
 
 
+def test_a_run_with_damaged_checkpoints_alone_does_not_start_anew(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path, world, network())
+    keeper.save(1)
+    (tmp_path / "step_0000001" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no checkpoint is intact"):
+        keeper.restore_latest()
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path, world):
     keeper, _ = checkpointer(tmp_path, world, network())
     keeper.save(1)
@@ -213,11 +230,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, world):
 
 
 COLLECTIVES = """
+import json
+import sys
+from pathlib import Path
 import torch
 from core.distributed import distributed
 with distributed("cpu") as world:
     total = world.sum(torch.tensor([world.rank + 1.0]))
-    print([float(total), world.gather(world.rank), world.broadcast(world.rank + 5)], flush=True)
+    seen = [float(total), world.gather(world.rank), world.broadcast(world.rank + 5)]
+    Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(seen))
 """
 
 
@@ -226,13 +247,15 @@ def test_two_processes_sum_gather_and_broadcast(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(tmp_path / "collectives.py")],
+        [*launcher, str(tmp_path / "collectives.py"), str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert done.stdout.splitlines() == ["[3.0, [0, 1], 5]"] * 2, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.json").read_text() == "[3.0, [0, 1], 5]"
 
 
 def test_the_cosine_is_smooth():

@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+from test_config import Inner
+
+from core.config import InputError
+from core.distributed import World
+from core.run import ReportConfig, Run, begin_run
+
+
+def report(folder, world, first_step: int, steps: range, config: Inner) -> Run:
+    run = Run(folder, config, ReportConfig(), world)
+    run.start(first_step, 10, "image")
+    for step in steps:
+        run.progress(4)
+        run.log(step, {"loss": 1.0 / step, "lr": 1e-4})
+    return run
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_of_steps_that_are_computed_again_are_dropped(tmp_path, world):
+    report(tmp_path, world, 0, range(1, 7), Inner())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+    run = report(tmp_path, world, 4, range(5, 9), Inner())
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
+    assert all(line["images_per_second"] > 0 for line in metrics(tmp_path))
+    run.draw(8, np.zeros((4, 4, 3), np.uint8))
+    run.finish()
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    expected = {"config.yaml", "metrics.jsonl", "curves.png", "samples/step_0000008.png"}
+    assert files == expected
+
+
+def test_a_value_that_is_not_finite_is_null_in_the_file(tmp_path, world):
+    run = report(tmp_path, world, 0, range(0), Inner())
+    run.log(1, {"loss": float("nan")})
+    assert metrics(tmp_path)[0]["loss"] is None
+    run.finish()
+
+
+def test_resuming_with_other_settings_names_them(tmp_path, world, caplog):
+    report(tmp_path, world, 0, range(1, 2), Inner())
+    report(tmp_path, world, 1, range(0), Inner(lr=0.5))
+    assert "resuming with other settings: lr: 0.5" in caplog.text
+    assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_only_the_main_rank_writes(tmp_path, world):
+    report(tmp_path, World(1, 2, world.device), 0, range(1, 3), Inner()).finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_reports_by_its_intervals_and_at_the_end():
+    config = ReportConfig(report_every=2, sample_every=0, save_every=3)
+    assert [s for s in range(1, 6) if config.reports(s, 5)] == [2, 4, 5]
+    assert [s for s in range(1, 6) if config.saves(s, 5)] == [3, 5]
+    assert not any(config.samples(s, 5) for s in range(1, 6))
+    with pytest.raises(ValueError, match="keep_last"):
+        ReportConfig(keep_last=0)
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path, world):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        begin_run(tmp_path / "file", world)
