@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
@@ -48,12 +49,25 @@ class LossConfig:
         return self.adversarial_weight > 0 and step >= self.discriminator_start
 
 
-def reconstruction_loss(
-    images: torch.Tensor, originals: torch.Tensor, kind: Literal["l2", "l1"]
-) -> torch.Tensor:
-    """Mean pixel loss of (b, 3, H, W), in float32."""
-    compare = F.mse_loss if kind == "l2" else F.l1_loss
-    return compare(images.float(), originals.float())
+def tokenizer_losses(
+    config: LossConfig,
+    images: torch.Tensor,
+    reconstructions: torch.Tensor,
+    quantizer_losses: dict[str, torch.Tensor],
+    lpips: nn.Module | None,
+) -> dict[str, torch.Tensor]:
+    """The weighted terms of the objective but for the adversarial one, scalars in float32.
+
+    images and reconstructions: (b, 3, H, W) in about [-1, 1]. lpips gives a distance (b,) of them.
+    """
+    compare = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
+    pixel = compare(reconstructions.float(), images.float())
+    losses = {"reconstruction": config.reconstruction_weight * pixel}
+    if lpips:
+        losses["perceptual"] = config.perceptual_weight * lpips(images, reconstructions).mean()
+    for name, value in quantizer_losses.items():
+        losses[name] = config.codebook_weight * value
+    return losses
 
 
 def generator_loss(fake_logits: torch.Tensor, kind: AdversarialLoss) -> torch.Tensor:

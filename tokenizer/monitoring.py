@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from core.config import InputError
-from core.datasets import CenterCrop, OrderedImages, find_images, ordered_batches
+from core.datasets import CenterCrop, OrderedImages, SkipLog, find_images, ordered_batches
 from core.distributed import World
 from core.images import images_to_pixels, pixels_to_images, side_by_side
 from evaluations.reconstruction import psnr
@@ -51,10 +51,11 @@ def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torc
     # Spread over the whole list, which is sorted by class.
     chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
     dataset = OrderedImages(images, CenterCrop(*image_size))
-    pixels = next(ordered_batches(dataset, chosen, count, num_workers=0)).pixels
-    if pixels is None:
+    batch = next(ordered_batches(dataset, chosen, count, num_workers=0))
+    SkipLog().add(batch.skipped)
+    if batch.pixels is None:
         raise InputError(f"{source}: none of {count} pictures can be read")
-    return pixels
+    return batch.pixels
 
 
 @torch.no_grad()

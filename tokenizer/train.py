@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +29,7 @@ from core.datasets import (
 )
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
-from core.images import (
-    image_to_pixels,
-    pixels_to_images,
-    random_crop,
-)
+from core.images import image_to_pixels, pixels_to_images, random_crop
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
@@ -45,7 +42,7 @@ from tokenizer.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    reconstruction_loss,
+    tokenizer_losses,
 )
 from tokenizer.model import ResnetBlock, VQConfig, VQModel
 from tokenizer.monitoring import Totals, load_pictures, reconstruct
@@ -60,7 +57,7 @@ class TrainConfig:
         data: Training images: a folder of class folders, a flat folder, or a list file.
         out: The run's folder.
         validation: Images to reconstruct while training; empty takes the training images.
-        validation_images: How many of them, for PSNR and usage; the first 16 are drawn.
+        validation_images: How many of them, for PSNR; the first 16 are drawn.
         image_size: Height and width of the crops.
         crop_scale: The least share of the resized short side that a random crop keeps.
         init_from: Start from these weights (a file, folder or Hub id) with fresh optimisers.
@@ -128,16 +125,22 @@ class RandomCrop:
         return image_to_pixels(random_crop(image, self.height, self.width, random, self.scale))
 
 
-def train(config: TrainConfig, world: World) -> None:
-    """Train to num_steps, from the newest checkpoint in the run's folder."""
-    check_batch_size(config.batch_size, config.gradient_accumulation, world)
-    images_on_disk = find_images(config.data)
-    lpips = None
-    if config.loss.perceptual_weight:
-        lpips = LPIPS(config.loss.vgg_weights).to(world.device)
-    pictures = load_pictures(
-        config.validation or config.data, config.validation_images, config.image_size
-    )
+class Nets(NamedTuple):
+    """The two players, each with its optimiser, and the judge of perception."""
+
+    vq: VQModel
+    discriminator: nn.Module
+    parallel_vq: nn.Module  # the same parameters, wrapped for training
+    parallel_discriminator: nn.Module
+    ema: EMA[VQModel] | None
+    stepper: Stepper
+    discriminator_stepper: Stepper
+    lpips: LPIPS | None
+
+
+def build(config: TrainConfig, world: World) -> Nets:
+    """Everything that learns, on world.device, with its initial weights."""
+    lpips = LPIPS(config.loss.vgg_weights) if config.loss.perceptual_weight else None
     torch.manual_seed(config.seed)
     vq = VQModel(config.model)
     if config.init_from:
@@ -145,31 +148,47 @@ def train(config: TrainConfig, world: World) -> None:
         load_weights(vq, start.vq.state_dict(), config.init_from)
     vq = vq.to(world.device)
     discriminator = build_discriminator(config.discriminator, config.image_size).to(world.device)
-    begin_run(config.out, world)
     ema = EMA(vq, config.ema_decay) if config.ema_decay else None
+    # The optimisers name their parameters, so they come before the wrappers.
     optimizer = build_adamw(vq, config.optimizer)
-    stepper = Stepper(optimizer, config.optimizer, world.device)
     discriminator_optimizer = build_adamw(discriminator, config.discriminator_optimizer)
-    discriminator_stepper = Stepper(
-        discriminator_optimizer, config.discriminator_optimizer, world.device
+    # Recomputing a BatchNorm would count its batch twice.
+    unchecked = dataclasses.replace(config.parallel, activation_checkpointing="none")
+    return Nets(
+        vq,
+        discriminator,
+        prepare(vq, config.parallel, world, ResnetBlock),
+        prepare(discriminator, unchecked, world, nn.Module),
+        ema,
+        Stepper(optimizer, config.optimizer, world.device),
+        Stepper(discriminator_optimizer, config.discriminator_optimizer, world.device),
+        lpips.to(world.device) if lpips else None,
     )
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Train to num_steps, from the newest checkpoint in the run's folder."""
+    check_batch_size(config.batch_size, config.gradient_accumulation, world)
+    images_on_disk = find_images(config.data)
+    pictures = load_pictures(
+        config.validation or config.data, config.validation_images, config.image_size
+    )
+    nets = build(config, world)
+    averaged = nets.ema.model if nets.ema else nets.vq
+    begin_run(config.out, world)
     checkpoints = Checkpointer(
         config.out / "checkpoints",
         config.model,
         world,
         config.report.keep_last,
-        model=vq,
-        ema=ema.model if ema else None,
-        discriminator=discriminator,
-        optimizer=optimizer,
-        discriminator_optimizer=discriminator_optimizer,
+        model=nets.vq,
+        ema=nets.ema.model if nets.ema else None,
+        discriminator=nets.discriminator,
+        optimizer=nets.stepper.optimizer,
+        discriminator_optimizer=nets.discriminator_stepper.optimizer,
     )
     state = checkpoints.restore_latest()
     first_step, samples = state["step"], state.get("samples", 0)
-    parallel_vq = prepare(vq, config.parallel, world, ResnetBlock)
-    # Recomputing a BatchNorm would count its batch twice.
-    unchecked = dataclasses.replace(config.parallel, activation_checkpointing="none")
-    parallel_discriminator = prepare(discriminator, unchecked, world, nn.Module)
     crop = RandomCrop(*config.image_size, config.crop_scale)
     batches = training_batches(
         TrainingImages(images_on_disk, crop, config.seed),
@@ -190,39 +209,24 @@ def train(config: TrainConfig, world: World) -> None:
             pixels, skipped = next(batches)
             skips.add(skipped)
             images = pixels_to_images(pixels.to(world.device, non_blocking=True))
-            accumulating = i + 1 < config.gradient_accumulation
             with contextlib.ExitStack() as stack:
-                if accumulating:
-                    stack.enter_context(no_sync(parallel_vq))
-                    stack.enter_context(no_sync(parallel_discriminator))
-                with world.autocast(config.precision):
-                    out = parallel_vq(images)
-                    losses = tokenizer_losses(config.loss, images, out.images, out.losses, lpips)
-                    if adversarial:
-                        game = game_loss(config.loss, discriminator, vq, out.images, losses)
-                        losses["generator"] = game
-                total = torch.stack(list(losses.values())).sum()
-                (total / config.gradient_accumulation).backward()
-                if adversarial:
-                    with world.autocast(config.precision):
-                        real = parallel_discriminator(images)
-                        fake = parallel_discriminator(out.images.detach())
-                    judged = discriminator_loss(real, fake, config.loss.adversarial)
-                    (judged / config.gradient_accumulation).backward()
-                    losses["discriminator"] = judged
-            totals.add(losses, out.codes)
-        totals.grad_norm = stepper.step(step, config.num_steps)
+                if i + 1 < config.gradient_accumulation:
+                    stack.enter_context(no_sync(nets.parallel_vq))
+                    stack.enter_context(no_sync(nets.parallel_discriminator))
+                losses, codes = accumulate(nets, images, config, world, adversarial)
+            totals.add(losses, codes)
+        totals.grad_norm = nets.stepper.step(step, config.num_steps)
         if adversarial:
-            discriminator_stepper.step(step, config.num_steps)
-        if ema:
-            ema.update(vq)
+            nets.discriminator_stepper.step(step, config.num_steps)
+        if nets.ema:
+            nets.ema.update(nets.vq)
         samples += config.batch_size
         run.progress(config.batch_size)
 
         # Once in a while: report, sample, save.
         done = step + 1
         if config.report.reports(done, config.num_steps):
-            skipped_steps = stepper.check() + discriminator_stepper.check()
+            skipped_steps = nets.stepper.check() + nets.discriminator_stepper.check()
             metrics = totals.take()
             metrics["lr"] = learning_rate(step, config.optimizer, config.num_steps)
             metrics["epoch"] = samples / len(images_on_disk)
@@ -232,16 +236,52 @@ def train(config: TrainConfig, world: World) -> None:
                 metrics["skipped_pictures"] = skipped_pictures
             run.log(done, metrics)
         if config.report.samples(done, config.num_steps) and world.is_main:
-            grid, scores = reconstruct(ema.model if ema else vq, pictures, world)
+            grid, scores = reconstruct(averaged, pictures, world)
             run.log(done, scores)
             run.draw(done, grid)
         if config.report.saves(done, config.num_steps):
-            stepper.check()
-            discriminator_stepper.check()
+            nets.stepper.check()
+            nets.discriminator_stepper.check()
             checkpoints.save(done, samples=samples)
     run.finish()
     if world.is_main and skips:
         print(f"{skips.summary()}: {skips.path}")
+
+
+def accumulate(
+    nets: Nets, images: torch.Tensor, config: TrainConfig, world: World, adversarial: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Add the gradients of one micro-batch (b, 3, H, W) -> what to show by name, and the codes."""
+    shown = {}
+    with world.autocast(config.precision):
+        out = nets.parallel_vq(images)
+        losses = tokenizer_losses(config.loss, images, out.images, out.losses, nets.lpips)
+        if adversarial:
+            game = generator_loss(frozen(nets.discriminator, out.images), config.loss.adversarial)
+            weight = config.loss.adversarial_weight
+            if config.loss.adaptive_weight:
+                seen = losses["reconstruction"] + losses.get("perceptual", 0)
+                balance = adaptive_weight(seen, game, nets.vq.decoder.conv_out.weight)
+                shown["adaptive_weight"] = balance
+                weight = weight * balance
+            losses["generator"] = weight * game
+    (torch.stack(list(losses.values())).sum() / config.gradient_accumulation).backward()
+    if adversarial:
+        with world.autocast(config.precision):
+            real = nets.parallel_discriminator(images)
+            fake = nets.parallel_discriminator(out.images.detach())
+        judged = discriminator_loss(real, fake, config.loss.adversarial)
+        (judged / config.gradient_accumulation).backward()
+        shown["discriminator"] = judged
+    return losses | shown, out.codes
+
+
+def frozen(discriminator: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits of images, with gradients for the images and none for the discriminator."""
+    discriminator.requires_grad_(False)
+    logits = discriminator(images)
+    discriminator.requires_grad_(True)
+    return logits
 
 
 def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.ndarray]:
@@ -249,41 +289,6 @@ def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.
     while True:
         yield from local_positions(first, config.batch_size, config.gradient_accumulation, world)
         first += config.batch_size
-
-
-def game_loss(
-    config: LossConfig,
-    discriminator: nn.Module,
-    vq: VQModel,
-    reconstructions: torch.Tensor,
-    losses: dict[str, torch.Tensor],
-) -> torch.Tensor:
-    """The weighted adversarial loss of the tokenizer; the discriminator gets no gradient."""
-    discriminator.requires_grad_(False)
-    game = generator_loss(discriminator(reconstructions), config.adversarial)
-    discriminator.requires_grad_(True)
-    if not config.adaptive_weight:
-        return config.adversarial_weight * game
-    seen = losses["reconstruction"] + losses.get("perceptual", 0)
-    weight = adaptive_weight(seen, game, vq.decoder.conv_out.weight)
-    return config.adversarial_weight * weight * game
-
-
-def tokenizer_losses(
-    config: LossConfig,
-    images: torch.Tensor,
-    reconstructions: torch.Tensor,
-    quantizer_losses: dict[str, torch.Tensor],
-    lpips: LPIPS | None,
-) -> dict[str, torch.Tensor]:
-    """The weighted terms of the objective but for the adversarial one, scalars in float32."""
-    pixel = reconstruction_loss(reconstructions, images, config.reconstruction)
-    losses = {"reconstruction": config.reconstruction_weight * pixel}
-    if lpips:
-        losses["perceptual"] = config.perceptual_weight * lpips(images, reconstructions).mean()
-    for name, value in quantizer_losses.items():
-        losses[name] = config.codebook_weight * value
-    return losses
 
 
 def main() -> None:
