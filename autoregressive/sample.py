@@ -1,10 +1,12 @@
-"""Sample images from a decoder and a tokenizer; run it again and it continues.
+"""Sample images from a decoder and a tokenizer, and score them; run it again and it continues.
 
     python -m autoregressive.sample --gpt runs/gpt_b --tokenizer weights/vq16 --out samples/b \
-        --num_images 50000 --sampling.cfg_scale 2.0
+        --num_images 50000 --sampling.cfg_scale 2.0 --npz false \
+        --judge.reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc-per-node 8 -m autoregressive.sample ...
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +21,13 @@ from autoregressive.model import GPT
 from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
 from core.checkpoint import Weights
-from core.config import InputError, parse_config, run_command, save_config
+from core.config import InputError, config_values, parse_config, run_command, save_config
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import image_grid, images_to_pixels, save_npz, save_png
 from core.randomness import random_uniform
 from core.shards import ShardReader, ShardWriter
+from evaluations.report import Scored, publish
+from evaluations.scoring import Judge, JudgeConfig, check_size, open_judge, score
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
 
@@ -46,8 +50,10 @@ class SampleConfig:
             reference evaluates 384 px models at 256); 0 to keep the size.
         batch_size: Images at a time on each process; does not change any image.
         shard_size: Images a shard: what a killed run loses at most, on each process.
-        npz: Write samples.npz, arr_0 uint8 (n, height, width, 3) and the labels in arr_1.
+        npz: Write samples.npz, arr_0 uint8 (n, height, width, 3) and the labels in arr_1. Without
+            it only the codes are kept, 512 bytes an image of 16 x 16 codes.
         png: Also write png/000000.png and so on.
+        judge: With a reference, score the images as they are sampled and write scores.json.
         grid_rows: Classes (or rows of images) of samples.png.
         grid_columns: Images a row of samples.png.
         gpt_weights: auto takes averaged weights of our runs.
@@ -70,6 +76,7 @@ class SampleConfig:
     shard_size: int = 500
     npz: bool = True
     png: bool = False
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     grid_rows: int = 10
     grid_columns: int = 10
     gpt_weights: Weights = "auto"
@@ -117,34 +124,88 @@ def check_pair(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
 
 
 @torch.no_grad()
-def sample_pixels(
-    gpt: GPT,
-    vq: VQModel,
-    labels: torch.Tensor,
-    sample_ids: torch.Tensor,
-    sampling: SamplingConfig,
-    resize: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels and ids (n,) int64 -> codes (n, h, w) int64, pixels (n, height, width, 3) uint8."""
-    codes = generate(gpt, labels, **asdict(sampling), sample_ids=sample_ids)
+def decode_pixels(vq: VQModel, codes: torch.Tensor, resize: int = 0) -> torch.Tensor:
+    """Codes (n, h, w) int64 -> pixels (n, height, width, 3) uint8."""
     images = vq.decode(codes).float()
     if resize:
         images = F.interpolate(images, (resize, resize), mode="bicubic", antialias=False)
-    return codes, images_to_pixels(images)
+    return images_to_pixels(images)
+
+
+def score_samples(
+    gpt: GPT,
+    vq: VQModel,
+    labels: torch.Tensor,
+    sampling: SamplingConfig,
+    judge: Judge,
+    world: World,
+    batch_size: int,
+) -> dict[str, float]:
+    """Sample an image per label (n,) int64 and score them -> scores by name (empty off rank 0)."""
+    evaluator = judge.evaluator(world)
+    # Equally many on each rank, so that sharded weights are gathered in step; the judge counts
+    # the repeated ones once.
+    ids = torch.arange(math.ceil(len(labels) / world.size) * world.size) % len(labels)
+    for part in ids[world.rank :: world.size].split(batch_size):
+        codes = generate(gpt, labels[part], **asdict(sampling), sample_ids=part)
+        evaluator.update(decode_pixels(vq, codes), part)
+    collected = evaluator.merge(world)
+    return score(judge, collected).values if world.is_main else {}
 
 
 def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
+    gpt, vq, settings = load_models(config, world)
+    labels = sample_labels(config, gpt.config.num_classes)
+    judge = open_judge(config.judge, "generation", world) if config.judge.reference else None
+    if judge:
+        height, width = (vq.config.downsample * side for side in gpt.config.grid)
+        size = (config.resize, config.resize) if config.resize else (height, width)
+        check_size(size, Path(config.gpt), judge.reference)
+    evaluator = judge.evaluator(world) if judge else None
+    writer = ShardWriter(config.out, config.num_images, config.shard_size, settings, world)
+    finished = writer.finished() if judge else []
+    todo = writer.begin()
+    if world.is_main:
+        save_config(config, config.out / "config.yaml")
+    total = sum(len(writer.items(shard)) for shard in (*todo, *finished))
+    with tqdm(total=total * world.size, unit="image", disable=not world.is_main) as bar:
+        for shard in sorted((*todo, *finished)):
+            items = torch.tensor(writer.items(shard))
+            known = writer.read(shard, "codes").astype(np.int64) if shard in finished else None
+            kept: dict[str, list[np.ndarray]] = {"codes": [], "pixels": []}
+            for start in range(0, len(items), config.batch_size):
+                ids = items[start : start + config.batch_size]
+                if known is None:
+                    chosen = torch.from_numpy(labels)[ids]
+                    codes = generate(gpt, chosen, **asdict(config.sampling), sample_ids=ids)
+                else:
+                    # The images of an earlier run, for the scores.
+                    codes = torch.from_numpy(known[start : start + len(ids)]).to(world.device)
+                pixels = decode_pixels(vq, codes, config.resize)
+                if evaluator:
+                    evaluator.update(pixels, ids)
+                kept["codes"].append(codes.cpu().numpy().astype(np.uint16))
+                kept["pixels"].append(pixels.cpu().numpy())
+                bar.update(len(ids) * world.size)
+            if known is None:
+                write_shard(config, writer, shard, kept)
+    writer.finish({"image_labels": labels.tolist()})
+    if world.is_main:
+        _write_outputs(config, vq, labels)
+    if judge and evaluator:
+        scored = Scored(evaluator.merge(world), labels, (), [])
+        publish(judge, scored, config.out, config_values(config), world)
+
+
+def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[str, Any]]:
+    """Decoder and tokenizer on this rank's device, and what the images depend on."""
     overrides: dict[str, Any] = {} if config.grid == (0, 0) else {"grid": config.grid}
     gpt, gpt_sha256 = load_gpt(config.gpt, config.gpt_weights, **overrides)
     vq, vq_sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
     check_pair(gpt, vq, vq_sha256, config.tokenizer)
     if gpt.config.condition != "class":
         raise InputError(f"{config.gpt}: conditioned on text; this command samples classes")
-    gpt = gpt.to(world.device, dtype_of(config.precision))
-    vq = vq.to(world.device, dtype_of(config.tokenizer_precision))
-    labels = sample_labels(config, gpt.config.num_classes)
-
     settings = {
         "gpt": config.gpt,
         "gpt_sha256": gpt_sha256,
@@ -154,47 +215,44 @@ def sample(config: SampleConfig, world: World) -> None:
         "labels": config.labels,
         "classes": list(config.classes),
         "resize": config.resize,
+        "npz": config.npz,
         "precision": [config.precision, config.tokenizer_precision],
         "grid": list(gpt.config.grid),
     }
-    writer = ShardWriter(config.out, config.num_images, config.shard_size, settings, world)
-    todo = writer.begin()
-    if world.is_main:
-        save_config(config, config.out / "config.yaml")
-    total = sum(len(writer.items(shard)) for shard in todo)
-    with tqdm(total=total, unit="image", disable=not world.is_main) as bar:
-        for shard in todo:
-            codes, pixels = [], []
-            for ids in torch.tensor(writer.items(shard)).split(config.batch_size):
-                chosen = torch.from_numpy(labels)[ids]
-                drawn = sample_pixels(gpt, vq, chosen, ids, config.sampling, config.resize)
-                codes.append(drawn[0].cpu().numpy().astype(np.uint16))
-                pixels.append(drawn[1].cpu().numpy())
-                bar.update(len(ids) * world.size)
-            arrays = {"codes": np.concatenate(codes), "pixels": np.concatenate(pixels)}
-            if config.png:
-                _write_pngs(arrays["pixels"], writer.items(shard), config.out / "png")
-            writer.write(shard, arrays)
-    writer.finish({"image_labels": labels.tolist()})
-    if world.is_main:
-        _write_outputs(config, labels)
+    gpt = gpt.to(world.device, dtype_of(config.precision))
+    vq = vq.to(world.device, dtype_of(config.tokenizer_precision))
+    return gpt, vq, settings
 
 
-def _write_pngs(pixels: np.ndarray, ids: range, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for i, picture in zip(ids, pixels, strict=True):
-        save_png(picture, folder / f"{i:06d}.png")
+def write_shard(
+    config: SampleConfig, writer: ShardWriter, shard: int, kept: dict[str, list[np.ndarray]]
+) -> None:
+    """A shard's codes, and its pixels where a file of them is wanted."""
+    arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+    if config.png:
+        folder = config.out / "png"
+        folder.mkdir(exist_ok=True)
+        for i, picture in zip(writer.items(shard), arrays["pixels"], strict=True):
+            save_png(picture, folder / f"{i:06d}.png")
+    if not config.npz:
+        del arrays["pixels"]
+    writer.write(shard, arrays)
 
 
-def _write_outputs(config: SampleConfig, labels: np.ndarray) -> None:
+def _write_outputs(config: SampleConfig, vq: VQModel, labels: np.ndarray) -> None:
     """The grid, and the npz streamed from the shards."""
-    pixels = ShardReader(config.out, "pixels")
     shown = grid_ids(labels, config.grid_rows, config.grid_columns)
-    save_png(image_grid(pixels[shown], config.grid_columns), config.out / "samples.png")
+    codes = torch.from_numpy(ShardReader(config.out, "codes")[shown].astype(np.int64))
+    pixels = [
+        decode_pixels(vq, part.to(vq.quant_conv.weight.device), config.resize).cpu()
+        for part in codes.split(config.batch_size)
+    ]
+    grid = image_grid(torch.cat(pixels).numpy(), config.grid_columns)
+    save_png(grid, config.out / "samples.png")
     written = [config.out / "samples.png", config.out / "index.json"]
     if config.npz:
         path = config.out / "samples.npz"
-        save_npz(path, len(labels), _batches(pixels), arr_1=labels)
+        save_npz(path, len(labels), _batches(ShardReader(config.out, "pixels")), arr_1=labels)
         written.append(path)
     print("\n".join(str(path) for path in written))
 

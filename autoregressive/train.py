@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
 from autoregressive.model import GPT, Architecture, Block, GPTConfig
-from autoregressive.sample import sample_pixels
-from autoregressive.sampling import SamplingConfig
+from autoregressive.sample import decode_pixels, score_samples
+from autoregressive.sampling import SamplingConfig, generate
 from core.checkpoint import Checkpointer
 from core.config import InputError, parse_config, run_command
 from core.datasets import ShuffledOrder, check_batch_size, local_positions
@@ -28,10 +28,31 @@ from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
+from evaluations.scoring import JudgeConfig, open_judge
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(JudgeConfig):
+    """Scores of samples, while training; they need a reference.
+
+    Args:
+        every: Optimizer steps from one evaluation to the next; 0 for none.
+        num_images: Images to sample for it, of all classes in turn.
+    """
+
+    every: int = 0
+    num_images: int = 5000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0 or self.num_images < 2:
+            raise ValueError("evaluation: every must be >= 0, num_images >= 2")
+        if self.every and self.reference is None:
+            raise ValueError("evaluation.every needs evaluation.reference")
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,7 @@ class TrainConfig:
         optimizer: AdamW and its schedule.
         parallel: Compile and activation checkpointing.
         report: How often to report, sample and save.
+        evaluation: Scores of samples, and how often.
         num_steps: Optimizer steps.
         batch_size: Samples per optimizer step, over all processes and accumulation steps.
         gradient_accumulation: Micro-batches per optimizer step.
@@ -68,6 +90,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: int = 1501200
     batch_size: int = 256
     gradient_accumulation: int = 1
@@ -119,7 +142,14 @@ def train(config: TrainConfig, world: World) -> None:
     parallel = prepare(gpt, config.parallel, world, Block)
     order = ShuffledOrder(len(data), config.seed)
     averaged = ema.model if ema else gpt
-    pictures = SampleGrid(config, gpt_config, find_tokenizer(data, world))
+    vq = find_tokenizer(data, world)
+    pictures = SampleGrid(config, gpt_config, vq)
+    evaluation = config.evaluation
+    judge = open_judge(evaluation, "generation", world) if evaluation.every else None
+    if judge and vq is None:
+        raise InputError(
+            f"evaluation: the tokenizer of {config.data.codes[0]} is gone or has changed"
+        )
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "token")
     loss_sum = torch.zeros((), device=world.device)
@@ -166,8 +196,12 @@ def train(config: TrainConfig, world: World) -> None:
             if validation:
                 loss = validation_loss(averaged, validation, config, world)
                 run.log(done, {"validation_loss": loss})
-            if world.is_main and pictures.vq:
+            if world.is_main and vq:
                 run.draw(done, pictures.draw(averaged))
+        if judge and vq and done % evaluation.every == 0:
+            labels = torch.arange(evaluation.num_images) % gpt_config.num_classes
+            batch = evaluation.batch_size
+            run.log(done, score_samples(averaged, vq, labels, config.sampling, judge, world, batch))
         if config.report.saves(done, config.num_steps):
             stepper.check()
             checkpoints.save(done, samples=samples)
@@ -220,7 +254,7 @@ def validation_loss(
 def find_tokenizer(data: CodeDataset, world: World) -> VQModel | None:
     """The tokenizer that made the codes, where it still stands: it decodes the sample grids."""
     path = data.index.get("tokenizer", "")
-    if not world.is_main or not path or not Path(path).exists():
+    if not path or not Path(path).exists():
         return None
     vq, sha256 = load_tokenizer(path)
     if sha256 != data.tokenizer_sha256:
@@ -248,7 +282,8 @@ class SampleGrid:
         ids = torch.arange(len(labels))
         pixels = []
         for i in ids.split(16):
-            pixels.append(sample_pixels(gpt, self.vq, labels[i], i, self.config.sampling)[1].cpu())
+            codes = generate(gpt, labels[i], **asdict(self.config.sampling), sample_ids=i)
+            pixels.append(decode_pixels(self.vq, codes).cpu())
         return image_grid(torch.cat(pixels).numpy(), self.config.sample_columns)
 
 

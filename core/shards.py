@@ -68,10 +68,17 @@ class ShardWriter:
                     "choose another folder or remove it"
                 )
             write_json(path, expected)
-        self.world.barrier()
+        return self._share(written=False)
+
+    def finished(self) -> list[int]:
+        """This rank's share of the shards that an earlier run wrote; call it before `begin`."""
+        return self._share(written=True)
+
+    def _share(self, written: bool) -> list[int]:
+        # One rank looks: another's would already miss what a third has just written.
         shards = range(math.ceil(self.count / self.shard_size))
-        todo = [s for s in shards if not self._marker(s).exists()]
-        return todo[self.world.rank :: self.world.size]
+        found = [s for s in shards if self._marker(s).exists() == written]
+        return self.world.broadcast(found)[self.world.rank :: self.world.size]
 
     def items(self, shard: int) -> range:
         """The item numbers of a shard."""
@@ -88,6 +95,14 @@ class ShardWriter:
                 np.lib.format.write_array(file, array, allow_pickle=False)
             os.replace(aside, path)
         write_json(self._marker(shard), {"rows": rows.pop(), "arrays": sorted(arrays), **facts})
+
+    def read(self, shard: int, name: str) -> np.ndarray:
+        """An array of a shard that has been written."""
+        path = self.folder / f"{name}_{shard:05d}.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
 
     def markers(self) -> list[dict[str, Any]]:
         """What `write` noted of every shard; call it when all ranks have finished."""

@@ -1,4 +1,4 @@
-"""The networks whose features are compared: the 2015 Inception, and what stands in without weights.
+"""The networks whose features are compared: the 2015 Inception, DINOv2, and what needs no weights.
 
 A Frechet distance is called FID on the 2015 Inception's weights alone. The others' distances rise
 with blur, noise and lost variety, but may not be compared with any published FID.
@@ -6,15 +6,48 @@ with blur, noise and lost variety, but may not be compared with any published FI
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from evaluations import inception
+from core.distributed import World
+from evaluations import dinov2, inception
 
-DetectorName = Literal["inception", "proxy", "random_inception"]
+DetectorName = Literal["inception", "dinov2", "proxy", "random_inception"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """Which network looks at the pictures.
+
+    Args:
+        detector: inception (FID); dinov2 (FD-DINOv2); or without weights proxy or random_inception
+            (both NOT FID).
+        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
+        dinov2_weights: DINOv2's ViT-L/14: dinov2_vitl14_pretrain.pth, timm's file, or a Hub id.
+        batch_size: Pictures that the network sees at a time, on each process.
+    """
+
+    detector: DetectorName = "inception"
+    inception_weights: Path | None = None
+    dinov2_weights: str = dinov2.HUB_ID
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, must be >= 1")
+
+    def build_detector(self, world: World) -> "Detector":
+        """The network, on this process's device; InputError where its weights are missing."""
+        if self.detector == "proxy":
+            return ProxyDetector(world.device)
+        if self.detector == "dinov2":
+            return Dinov2Detector(self.dinov2_weights, world.device)
+        random = self.detector == "random_inception"
+        return InceptionDetector(self.inception_weights, world.device, random)
 
 
 class Features(NamedTuple):
@@ -40,13 +73,6 @@ class Detector(Protocol):
     def __call__(self, pixels: torch.Tensor) -> Features:
         """Look at a batch."""
         ...
-
-
-def build_detector(name: DetectorName, weights: Path | None, device: torch.device) -> Detector:
-    """The detector called `name`; raises InputError where the Inception's weights are missing."""
-    if name == "proxy":
-        return ProxyDetector(device)
-    return InceptionDetector(weights, device, random=name == "random_inception")
 
 
 def note_of(detector: Detector) -> str:
@@ -85,18 +111,20 @@ class ProxyDetector:
 
 
 class InceptionDetector:
-    """FID's network; with `random` weights its distance is called `random_inception_fd`."""
+    """FID's network; on other weights than FID's its distance is not called so."""
 
     dim = 2048
     spatial_dim = 17 * 17 * inception.SPATIAL_CHANNELS
 
     def __init__(self, weights: Path | None, device: torch.device, random: bool = False) -> None:
-        self.metric = "random_inception_fd" if random else "fid"
         if random:
             network = inception.build_inception().eval().requires_grad_(False)
             self.weights_sha256 = inception.fill_random(network)
+            self.metric = "random_inception_fd"
         else:
             network, self.weights_sha256 = inception.load_inception(weights)
+            published = self.weights_sha256.startswith(inception.INCEPTION_SHA256)
+            self.metric = "fid" if published else "unverified_inception_fd"
         self.network, self.device = network.to(device), device
         # The Inception Score leaves the bias out.
         self.classifier: torch.Tensor | None = network.get_parameter("fc.weight")
@@ -106,6 +134,25 @@ class InceptionDetector:
         """See Detector."""
         with full_float32(self.device):
             return Features(*inception.features(self.network, pixels))
+
+
+class Dinov2Detector:
+    """The class token of DINOv2's ViT-L/14 (Stein et al. 2023): FD-DINOv2, not FID."""
+
+    metric = "fd_dinov2"
+    dim = 1024
+    spatial_dim = 0
+    classifier: torch.Tensor | None = None
+
+    def __init__(self, weights: str, device: torch.device) -> None:
+        network, self.weights_sha256 = dinov2.load_dinov2(weights)
+        self.network, self.device = network.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """See Detector."""
+        with full_float32(self.device):
+            return Features(dinov2.features(self.network, pixels.to(self.device)), None)
 
 
 @contextlib.contextmanager

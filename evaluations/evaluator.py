@@ -1,13 +1,11 @@
 """Streaming evaluation: feed uint8 batches with their ids, on any rank; merge; score.
 
-evaluator = Evaluator(detector, world.device)
+evaluator = Evaluator(detector, world.device, batch_size)
 evaluator.update(pixels, ids)          # as they are sampled: no picture needs a file
 collected = evaluator.merge(world)     # exact, whichever rank saw which picture
 """
 
 import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,39 +13,10 @@ import torch
 from tqdm import tqdm
 
 from core.config import InputError
-from core.distributed import DeviceName, World
-from evaluations.detectors import Detector, DetectorName, build_detector
+from core.distributed import World
+from evaluations.detectors import Detector
 from evaluations.frechet import FeatureSums, Gaussian
 from evaluations.pictures import Pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class LookConfig:
-    """How pictures are looked at.
-
-    Args:
-        image_size: Height and width of the centre crop, for image files; an npz is taken as it is.
-        detector: inception (FID), or without weights proxy or random_inception (both NOT FID).
-        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
-        batch_size: Images at a time on each process.
-        num_workers: Loader processes per rank, for image files.
-        device: auto, cpu, cuda or mps.
-    """
-
-    image_size: tuple[int, int] = (256, 256)
-    detector: DetectorName = "inception"
-    inception_weights: Path | None = None
-    batch_size: int = 64
-    num_workers: int = 8
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        if min(self.batch_size, *self.image_size) < 1 or self.num_workers < 0:
-            raise ValueError("batch_size and image_size must be >= 1, num_workers >= 0")
-
-    def build_detector(self, world: World) -> Detector:
-        """The detector that is asked for, on this process's device."""
-        return build_detector(self.detector, self.inception_weights, world.device)
 
 
 class Collected(NamedTuple):
@@ -71,12 +40,17 @@ class Evaluator:
     A picture counts once, by its id: repeats on this rank are dropped when they come, repeats on
     other ranks (a sampler's padding) when merging, which needs their features. `keep_rows` keeps
     those, in float32 on the CPU (16 kB a picture); all scores but FID and sFID need them too.
+    The detector sees `batch_size` pictures at a time, however they come: so pictures that are
+    streamed get the very features of those read from a file.
     """
 
-    def __init__(self, detector: Detector, device: torch.device, keep_rows: bool = True) -> None:
+    def __init__(
+        self, detector: Detector, device: torch.device, batch_size: int, keep_rows: bool = True
+    ) -> None:
         # Apple's MPS has no float64.
         device = torch.device("cpu") if device.type == "mps" else device
-        self.detector, self.keep_rows = detector, keep_rows
+        self.detector, self.batch_size, self.keep_rows = detector, batch_size, keep_rows
+        self._waiting: list[torch.Tensor] = []
         dims = (detector.dim, *([detector.spatial_dim] if detector.spatial_dim else []))
         self._sums = [FeatureSums.empty(dim, device) for dim in dims]
         self._rows: list[list[torch.Tensor]] = [[torch.empty(0, dim)] for dim in dims]
@@ -93,7 +67,17 @@ class Evaluator:
                 fresh.append(place)
         if not fresh:
             return
-        found = [part for part in self.detector(pixels[fresh]) if part is not None]
+        self._waiting.append(pixels[fresh])
+        if sum(map(len, self._waiting)) >= self.batch_size:
+            *full, rest = torch.cat(self._waiting).split(self.batch_size)
+            if len(rest) == self.batch_size:
+                full, rest = [*full, rest], rest[:0]
+            for batch in full:
+                self._look(batch)
+            self._waiting = [rest] if len(rest) else []
+
+    def _look(self, pixels: torch.Tensor) -> None:
+        found = [part for part in self.detector(pixels) if part is not None]
         for sums, rows, part in zip(self._sums, self._rows, found, strict=True):
             sums.add(part)
             if self.keep_rows:
@@ -104,6 +88,9 @@ class Evaluator:
 
         Raises ValueError for a picture seen by several ranks where rows are not kept.
         """
+        if self._waiting:
+            self._look(torch.cat(self._waiting))
+            self._waiting = []
         ids = torch.tensor(self._ids, dtype=torch.int64)
         everyone = world.gather(ids)
         repeated = _seen_before(everyone, world.rank)
@@ -134,17 +121,18 @@ def collect(
     detector: Detector,
     pictures: Pictures,
     world: World,
-    config: LookConfig,
+    batch_size: int,
+    num_workers: int = 0,
     keep_rows: bool = True,
 ) -> Collected:
     """Show every picture to the detector once, shared out over the ranks.
 
     Raises InputError where fewer than two pictures can be read.
     """
-    evaluator = Evaluator(detector, world.device, keep_rows)
+    evaluator = Evaluator(detector, world.device, batch_size, keep_rows)
     mine = np.array_split(np.arange(pictures.count), world.size)[world.rank]
     with tqdm(total=len(mine), unit="picture", disable=not world.is_main) as bar:
-        for ids, pixels in pictures.batches(mine, config.batch_size, config.num_workers):
+        for ids, pixels in pictures.batches(mine, batch_size, num_workers):
             evaluator.update(pixels, ids)
             bar.update(len(ids))
     collected = evaluator.merge(world)

@@ -34,7 +34,10 @@ def load_inception(weights: Path | None) -> tuple[nn.Module, str]:
         raise InputError(f"{path}: no such file. {_ADVICE}")
     sha256 = file_sha256(path)
     if not sha256.startswith(INCEPTION_SHA256):
-        logger.warning("%s: sha256 %.8s is not %s of FID", path, sha256, INCEPTION_SHA256)
+        logger.warning(
+            "%s: sha256 %.8s is not %s of FID's file: the distance is not called FID",
+            *(path, sha256, INCEPTION_SHA256),
+        )
     network = build_inception()
     load_weights(network, _with_counters(read_file(path).weights("model", path)), path)
     return network.eval().requires_grad_(False), sha256

@@ -17,8 +17,28 @@ from core.datasets import (
     find_images,
     ordered_batches,
 )
+from core.distributed import DeviceName
 from core.images import npz_pictures_shape, read_npz_pictures
 from core.shards import read_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """How pictures are read.
+
+    Args:
+        image_size: Height and width of the centre crop, for image files; an npz is taken as it is.
+        num_workers: Loader processes per rank, for image files.
+        device: auto, cpu, cuda or mps.
+    """
+
+    image_size: tuple[int, int] = (256, 256)
+    num_workers: int = 8
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.image_size) < 1 or self.num_workers < 0:
+            raise ValueError("image_size must be >= 1, num_workers >= 0")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from core.distributed import World, distributed
 from core.images import save_npz
 from core.shards import write_json
 from core.weights import file_sha256
-from evaluations.detectors import note_of
-from evaluations.evaluator import LookConfig, collect
-from evaluations.pictures import open_pictures
+from evaluations.detectors import DetectorConfig, note_of
+from evaluations.evaluator import collect
+from evaluations.pictures import PicturesConfig, open_pictures
 from evaluations.reference_file import Kind, statistics_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(LookConfig):
+class ReferenceConfig(DetectorConfig, PicturesConfig):
     """Which images.
 
     Args:
@@ -39,7 +39,8 @@ class ReferenceConfig(LookConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DetectorConfig.__post_init__(self)
+        PicturesConfig.__post_init__(self)
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}, must be >= 0")
         if self.out.suffix != ".npz":
@@ -50,7 +51,8 @@ def build_reference(config: ReferenceConfig, world: World) -> None:
     """Look at every image once and write the statistics, in ADM's keys, and their protocol."""
     detector = config.build_detector(world)
     pictures = open_pictures(config.images, config.image_size)
-    collected = collect(detector, pictures, world, config, keep_rows=False)
+    looked = (config.batch_size, config.num_workers)
+    collected = collect(detector, pictures, world, *looked, keep_rows=False)
     skipped = [item for rank in world.gather(pictures.skipped) for item in rank]
     if not world.is_main:
         return
@@ -60,7 +62,7 @@ def build_reference(config: ReferenceConfig, world: World) -> None:
     chosen = np.sort(order[: config.pictures])
     config.out.parent.mkdir(parents=True, exist_ok=True)
     # A second reading: 10,000 pictures need not fit in memory.
-    batches = pictures.batches(chosen, config.batch_size, config.num_workers)
+    batches = pictures.batches(chosen, *looked)
     save_npz(config.out, len(chosen), (pixels.numpy() for _, pixels in batches), **arrays)
     protocol = {
         "kind": config.kind,

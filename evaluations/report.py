@@ -1,14 +1,101 @@
-"""Tables and plots: which classes make the distance, and how a sweep trades quality for variety."""
+"""What people look at: scores.json, which classes make the distance, and a sweep's plot."""
 
 import csv
+import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.datasets import Skipped
+from core.distributed import World
+from core.shards import write_json
+from evaluations.detectors import note_of
+from evaluations.evaluator import Collected
+from evaluations.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
+from evaluations.scoring import Judge, score
+
+logger = logging.getLogger(__name__)
+
+FEW_SAMPLES = 10_000  # below, the distance's bias exceeds the differences that papers report
 SHOWN_CLASSES = 20
+
+
+class Scored(NamedTuple):
+    """What was looked at: features, labels of all ids (or None), class names, this rank's skips."""
+
+    collected: Collected
+    labels: np.ndarray | None
+    classes: Sequence[str]
+    skipped: list[Skipped]
+
+
+def publish(
+    judge: Judge, scored: Scored, out: Path, settings: dict[str, Any], world: World
+) -> dict[str, float]:
+    """Score, write scores.json and the class report, print them -> the scores (empty off rank 0).
+
+    All ranks call it.
+    """
+    skipped = [item for rank in world.gather(scored.skipped) for item in rank]
+    if not world.is_main:
+        return {}
+    scores = score(judge, scored.collected)
+    count, note = len(scored.collected.ids), note_of(judge.detector)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = _facts(judge, scored) | {"skipped": [list(item) for item in skipped]}
+    write_json(out / "scores.json", {**scores.values, **facts, "settings": settings})
+    if count < FEW_SAMPLES:
+        logger.warning("only %d samples: the distance is biased upwards", count)
+    if scores.influence is not None and scored.labels is not None:
+        labels = scored.labels[scored.collected.ids.numpy()]
+        change = scores.influence.numpy()
+        write_class_report(change, labels, scored.classes, judge.distance, out)
+        print(out / "classes.png")
+    for name, value in scores.values.items():
+        print(f"{name}{f' ({note})' if note else ''}: {value:.4f} on {count} images")
+    print(out / "scores.json")
+    return scores.values
+
+
+def _facts(judge: Judge, scored: Scored) -> dict[str, Any]:
+    """What the scores depend on."""
+    ids = scored.collected.ids
+    note = note_of(judge.detector)
+    # Only 50,000 images make what papers call FID-50k.
+    label = note or ("FID-50k" if len(ids) == 50_000 else "not FID-50k")
+    balance = None
+    if scored.labels is not None:
+        sizes = np.unique(scored.labels[ids.numpy()], return_counts=True)[1]
+        balance = {"classes": len(sizes), "least": int(sizes.min()), "most": int(sizes.max())}
+    return {
+        "n": len(ids),
+        "name": f"{judge.distance} of {len(ids)} images ({label})",
+        "note": note,
+        "reference": judge.reference.path.name,
+        "reference_sha256": judge.reference.sha256,
+        "reference_images": 0 if judge.real is None else len(judge.real),
+        "weights_sha256": judge.detector.weights_sha256,
+        "inception_score_splits": f"{ADM_SPLIT} a split, shuffled; adm: {ADM_SPLIT}, unshuffled; "
+        f"fidelity: {FIDELITY_SPLITS} splits, shuffled",
+        "inception_score_seed": SEED,
+        "class_balance": balance,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """The commit of this code, or "" outside a git checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    here = Path(__file__).parent
+    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def write_class_report(

@@ -1,4 +1,9 @@
-"""From features to scores: one judge, holding detector and reference, for any number of runs."""
+"""From features to scores: one judge, holding detector and reference, for any number of runs.
+
+judge = open_judge(config, "generation", world)
+evaluator = judge.evaluator(world)           # feed it pictures: of files, or as they are sampled
+score(judge, evaluator.merge(world)).values  # {"gfid": 2.19, ...}
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +13,8 @@ import torch
 
 from core.config import InputError
 from core.distributed import World
-from evaluations.detectors import Detector, full_float32
-from evaluations.evaluator import Collected, LookConfig, collect
+from evaluations.detectors import Detector, DetectorConfig, full_float32
+from evaluations.evaluator import Collected, Evaluator, collect
 from evaluations.frechet import frechet_at_infinity, frechet_distance, influence
 from evaluations.inception_score import inception_scores
 from evaluations.neighbours import (
@@ -24,19 +29,15 @@ from evaluations.reference_file import Kind, Reference, load_reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringConfig(LookConfig):
+class JudgeConfig(DetectorConfig):
     """What to compare with.
 
     Args:
         reference: An npz with mu and sigma: ADM's, or one of evaluations.reference.
-        out: The folder to write to.
-        kind: generation (gFID) or reconstruction (rFID); the reference must be made for it.
         extended: Also KID, density, coverage, the distance's error bar and limit at infinite n.
     """
 
-    reference: Path
-    out: Path
-    kind: Kind = "generation"
+    reference: Path | None = None
     extended: bool = True
 
 
@@ -48,6 +49,11 @@ class Judge(NamedTuple):
     real: torch.Tensor | None
     kind: Kind
     extended: bool
+    batch_size: int
+
+    def evaluator(self, world: World) -> Evaluator:
+        """What adds up the features of the pictures to be scored."""
+        return Evaluator(self.detector, world.device, self.batch_size)
 
     @property
     def distance(self) -> str:
@@ -64,16 +70,29 @@ class Scores(NamedTuple):
     influence: torch.Tensor | None
 
 
-def open_judge(config: ScoringConfig, world: World) -> Judge:
+def open_judge(config: JudgeConfig, kind: Kind, world: World) -> Judge:
     """Load detector and reference; all ranks look at the reference's images together."""
+    if config.reference is None:
+        raise InputError("reference: give the npz to compare with (see evaluations.reference)")
     detector = config.build_detector(world)
-    reference = load_reference(config.reference, detector, config.kind)
+    reference = load_reference(config.reference, detector, kind)
     real = None
     if reference.image_size:
         pictures = open_pictures(reference.path, reference.image_size)
         if pictures.count > COVERAGE_NEIGHBOURS:
-            real = collect(detector, pictures, world, config).rows
-    return Judge(detector, reference, real, config.kind, config.extended)
+            real = collect(detector, pictures, world, config.batch_size).rows
+    return Judge(detector, reference, real, kind, config.extended, config.batch_size)
+
+
+def judge_by_originals(
+    config: JudgeConfig, detector: Detector, source: Path, originals: Collected
+) -> Judge:
+    """A judge of reconstructions whose reference is the originals themselves."""
+    spatial = originals.spatial.gaussian() if originals.spatial else None
+    reference = Reference(source, "", originals.gaussian(), spatial, None)
+    kind: Kind = "reconstruction"
+    real = originals.rows
+    return Judge(detector, reference, real, kind, config.extended, config.batch_size)
 
 
 def check_size(size: tuple[int, int], source: Path, reference: Reference) -> None:
@@ -108,9 +127,10 @@ def score(judge: Judge, collected: Collected) -> Scores:
         if judge.extended and len(rows) > rows.shape[1]:
             change = influence(rows, reference).cpu()
             values["standard_error"] = float(change.std() / len(change) ** 0.5)
-    prefix = "" if judge.detector.metric == "fid" else judge.detector.metric.removesuffix("fd")
-    named = {k if k.startswith(prefix) else prefix + k: v for k, v in values.items()}
-    return Scores(named, change)
+    if judge.detector.metric != "fid":
+        prefix = judge.detector.metric.replace("_fd", "").replace("fd_", "")
+        values = {k if prefix in k else f"{prefix}_{k}": v for k, v in values.items()}
+    return Scores(values, change)
 
 
 def _against_real(rows: torch.Tensor, real: torch.Tensor, extended: bool) -> dict[str, float]:

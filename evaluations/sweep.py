@@ -13,9 +13,9 @@ from core.config import config_values, parse_config, run_command
 from core.distributed import World, distributed
 from core.shards import read_index, write_json
 from evaluations.detectors import note_of
-from evaluations.generation import GenerationConfig, evaluate
+from evaluations.generation import GenerationConfig, ScoringConfig, evaluate
 from evaluations.report import plot_trade, write_csv
-from evaluations.scoring import ScoringConfig, open_judge
+from evaluations.scoring import open_judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class SweepConfig(ScoringConfig):
 
 def sweep(config: SweepConfig, world: World) -> None:
     """Score every run; write sweep.csv, sweep.json and sweep.png (distance against variety)."""
-    judge = open_judge(config, world)
+    judge = open_judge(config, config.kind, world)
     shared = {k: v for k, v in vars(config).items() if k not in ("runs", "out")}
     settings = [read_index(run).get("sampling", {}) for run in config.runs]
     rows = []

@@ -47,7 +47,7 @@ class VerifyConfig(GenerationConfig):
 
 def verify(config: VerifyConfig, world: World) -> None:
     """Print the table; raises InputError where a number is too far from the published one."""
-    found = evaluate(open_judge(config, world), config, world)
+    found = evaluate(open_judge(config, config.kind, world), config, world)
     if not world.is_main:
         return
     failed = []

@@ -4,9 +4,10 @@ python -m tokenizer.reconstruct --tokenizer runs/vq16 --data imagenet/val --out 
 torchrun --nproc-per-node 8 -m tokenizer.reconstruct ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,8 +17,10 @@ from core.datasets import CenterCrop, OrderedImages, Skipped, find_images, order
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import images_to_pixels, pixels_to_images, save_png, side_by_side
 from core.shards import write_json
+from evaluations.evaluator import Evaluator
 from evaluations.lpips import LPIPS
 from evaluations.reconstruction import psnr, ssim, ssim_reference_inflated
+from evaluations.scoring import JudgeConfig, check_size, judge_by_originals, open_judge, score
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
 from tokenizer.quantizer import CodebookUsage
@@ -32,6 +35,8 @@ class ReconstructConfig:
         data: Images: a folder of class folders, a flat folder, or a list file.
         out: The folder to write scores.json and reconstructions.png to.
         image_size: Height and width of the centre crop.
+        rfid: Also score rFID (and what comes with it), which needs the detector's weights.
+        judge: By which network, and against which reference; without one, against `data` itself.
         lpips: Also score LPIPS, which needs VGG16's weights.
         vgg_weights: torchvision's vgg16-397923af.pth; by default its cache or download.
         shown: Pictures in reconstructions.png.
@@ -47,6 +52,8 @@ class ReconstructConfig:
     data: Path
     out: Path
     image_size: tuple[int, int] = (256, 256)
+    rfid: bool = False
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     lpips: bool = False
     vgg_weights: Path | None = None
     shown: int = 16
@@ -72,6 +79,7 @@ def reconstruct(config: ReconstructConfig, world: World) -> None:
         )
     lpips = LPIPS(config.vgg_weights).to(world.device) if config.lpips else None
     vq = vq.to(world.device, dtype_of(config.precision))
+    rfid = RFID(config, world) if config.rfid else None
     dataset = OrderedImages(images, CenterCrop(*config.image_size))
     mine = list(range(world.rank, len(images), world.size))
     usage = CodebookUsage(vq.config.vocab_size, world.device)
@@ -88,14 +96,46 @@ def reconstruct(config: ReconstructConfig, world: World) -> None:
             usage.update(codes)
             for name, values in scores(real, fake, lpips).items():
                 sums[name] = sums.get(name, 0) + values.double().sum()
+            if rfid:
+                rfid.update(real, fake, batch.indices)
             if count < config.shown:
                 shown.append((real.cpu(), fake.cpu()))
             count += len(real)
-    write(config, world, usage, sums, count, skipped, sha256)
+    distances = rfid.scores() if rfid else {}
+    write(config, world, usage, sums, distances, count, skipped, sha256)
     if world.is_main and shown:
         real, fake = (torch.cat(part)[: config.shown] for part in zip(*shown, strict=True))
         save_png(side_by_side(real, fake, config.columns), config.out / "reconstructions.png")
         print(config.out / "reconstructions.png")
+
+
+class RFID:
+    """The distance of the rebuilt pictures to a reference file, or to the originals themselves."""
+
+    def __init__(self, config: ReconstructConfig, world: World) -> None:
+        self.config, self.world = config, world
+        judge = config.judge
+        self.judge = open_judge(judge, "reconstruction", world) if judge.reference else None
+        if self.judge:
+            check_size(config.image_size, config.data, self.judge.reference)
+        detector = self.judge.detector if self.judge else judge.build_detector(world)
+        self.real, self.fake = (Evaluator(detector, world.device, judge.batch_size) for _ in "rf")
+
+    def update(self, real: torch.Tensor, fake: torch.Tensor, ids: np.ndarray) -> None:
+        """Pixels (n, h, w, 3) uint8 of the pictures `ids` (n,), before and after."""
+        self.fake.update(fake, ids)
+        if self.judge is None:
+            self.real.update(real, ids)
+
+    def scores(self) -> dict[str, float]:
+        """rfid and what comes with it; all ranks call it."""
+        fake, real = self.fake.merge(self.world), self.real.merge(self.world)
+        if not self.world.is_main or len(fake.ids) < 2:
+            return {}
+        judge = self.judge or judge_by_originals(
+            self.config.judge, self.fake.detector, self.config.data, real
+        )
+        return score(judge, fake).values
 
 
 @torch.no_grad()
@@ -122,6 +162,7 @@ def write(
     world: World,
     usage: CodebookUsage,
     sums: dict[str, torch.Tensor],
+    distances: dict[str, float],
     count: int,
     skipped: list[Skipped],
     sha256: str,
@@ -140,16 +181,16 @@ def write(
     if not sum(counts):
         raise InputError(f"{config.data}: no picture can be read")
     config.out.mkdir(parents=True, exist_ok=True)
+    found = means | used | distances
     result = {
-        **means,
-        **used,
+        **found,
         "n": sum(counts),
         "skipped": [list(item) for item in everywhere],
         "tokenizer_sha256": sha256,
         "settings": config_values(config),
     }
     write_json(config.out / "scores.json", result)
-    for name, value in (means | used).items():
+    for name, value in found.items():
         print(f"{name:<26} {value:.4f}")
     print(f"{sum(counts)} images, {len(everywhere)} skipped: {config.out / 'scores.json'}")
 

@@ -15,6 +15,7 @@ from test_decoder import tiny
 
 from autoregressive.sample import SampleConfig, grid_ids, sample_labels
 from core.config import save_config
+from core.images import save_npz
 from core.shards import ShardReader
 from tokenizer import VQConfig, VQModel
 
@@ -93,6 +94,36 @@ def test_the_index_holds_labels_and_every_setting(tmp_path, models):
     assert np.array_equal(first, arrays(tmp_path / "out")["arr_0"][0])
     assert first.shape == (16, 16, 3)
     assert (tmp_path / "out" / "samples.png").exists()
+
+
+def scores(folder: Path) -> dict[str, float]:
+    found = json.loads((folder / "scores.json").read_text())
+    return {k: v for k, v in found.items() if k.startswith("proxy") or k == "n"}
+
+
+def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, models):
+    """And no picture is written but the grid; a second run scores the codes of the first."""
+    real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    save_npz(tmp_path / "real.npz", 40, [real])
+    look = ("--detector", "proxy", "--batch_size", 7, "--device", "cpu")
+    made = ("--images", tmp_path / "real.npz", "--out", tmp_path / "reference.npz")
+    run_module("evaluations.reference", *made, *look)
+    judge = ("--judge.reference", tmp_path / "reference.npz", "--judge.detector", "proxy")
+    judge = (*judge, "--judge.batch_size", 7)
+    stream = tmp_path / "stream"
+    run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
+    written = {path.name for path in stream.rglob("*") if path.suffix in (".png", ".npz")}
+    assert written == {"samples.png"}
+    assert not list(stream.glob("pixels*"))
+    run_module("autoregressive.sample", *models, "--out", tmp_path / "file")
+    run = ("--samples", tmp_path / "file", "--reference", tmp_path / "reference.npz")
+    run_module("evaluations.generation", *run, *look, "--out", tmp_path / "scored")
+    expected = scores(tmp_path / "scored")
+    assert scores(stream) == expected
+    assert expected["n"] == 30
+    (stream / "shard_00001.json").unlink()
+    run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
+    assert scores(stream) == expected
 
 
 def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import PICTURES, run_module
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from core.config import InputError
 from core.distributed import choose_device
-from evaluations import inception
-from evaluations.detectors import InceptionDetector, ProxyDetector, build_detector, full_float32
+from evaluations import dinov2, inception
+from evaluations.detectors import InceptionDetector, ProxyDetector, full_float32
 from evaluations.frechet import Gaussian, frechet_distance
 
 CPU = choose_device("cpu")
@@ -122,6 +123,7 @@ def test_a_weights_file_without_counters_is_read_and_an_unknown_one_is_pointed_o
     assert len(sha256) == 64
     assert "is not 6726825d" in caplog.text
     assert all(torch.equal(network.state_dict()[key], value) for key, value in published.items())
+    assert InceptionDetector(tmp_path / "weights.pth", CPU).metric == "unverified_inception_fd"
     del published["fc.weight"]
     torch.save(published, tmp_path / "cut.pth")
     with pytest.raises(InputError, match=r"fc\.weight is missing"):
@@ -150,9 +152,32 @@ def test_without_weights_or_internet_a_command_ends_with_one_line(tmp_path, monk
         assert part in line
 
 
+def test_dinov2_files_of_any_picture_size_are_read_and_a_missing_one_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dinov2, "ARCHITECTURE", "vit_small_patch14_dinov2")  # the large has 1.2 GB
+    tensors = {k: v.clone() for k, v in dinov2.build_dinov2().state_dict().items()}
+    small = tensors["pos_embed"]
+    torch.save(tensors, tmp_path / "small.pth")
+    table = torch.randn(1, 1 + 37 * 37, small.shape[2])
+    save_file(
+        {**tensors, "pos_embed": table, "mask_token": torch.zeros(1)},
+        tmp_path / "published.safetensors",
+    )
+    network, _ = dinov2.load_dinov2(str(tmp_path / "small.pth"))
+    assert torch.equal(network.get_parameter("pos_embed"), small)
+    network, sha256 = dinov2.load_dinov2(str(tmp_path / "published.safetensors"))
+    assert len(sha256) == 64
+    assert torch.equal(network.get_parameter("pos_embed")[:, 0], table[:, 0])
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    assert dinov2.features(network, pixels).shape == (2, 384)
+    with pytest.raises(InputError, match=r"dinov2_vitl14_pretrain.pth.*--dinov2_weights"):
+        dinov2.load_dinov2(str(tmp_path / "nowhere.pth"))
+
+
 def test_the_proxy_is_seeded_and_never_called_fid():
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    first, second = (build_detector("proxy", None, CPU) for _ in range(2))
+    first, second = (ProxyDetector(CPU) for _ in range(2))
     assert isinstance(first, ProxyDetector)
     assert first.metric == "proxy_fd"
     features = first(pixels)
@@ -162,7 +187,7 @@ def test_the_proxy_is_seeded_and_never_called_fid():
 
 
 def test_the_detector_runs_in_float32_whatever_surrounds_it():
-    detector = build_detector("proxy", None, CPU)
+    detector = ProxyDetector(CPU)
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     plain = detector(pixels).pooled
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -183,7 +208,7 @@ def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
         pytest.skip("the CIFAR-10 pictures are not here")
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
     pixels = np.stack([np.asarray(picture) for picture in pictures])
-    detector = build_detector("proxy", None, CPU)
+    detector = ProxyDetector(CPU)
 
     def look(pixels: np.ndarray) -> Gaussian:
         return Gaussian.of_rows(detector(torch.from_numpy(pixels)).pooled)

@@ -11,7 +11,7 @@ from core.distributed import choose_device
 from core.images import save_npz
 from core.shards import write_json
 from evaluations import generation, reference, sweep, verify
-from evaluations.detectors import build_detector
+from evaluations.detectors import ProxyDetector
 from evaluations.pictures import open_pictures
 from evaluations.reference_file import load_reference
 from evaluations.scoring import open_judge
@@ -94,7 +94,7 @@ def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_scores(made, tmp_path, world, processes):
     one = settings(made, samples=made / "cfg_2" / "samples.npz", out=tmp_path / "one")
-    expected = generation.evaluate(open_judge(one, world), one, world)
+    expected = generation.evaluate(open_judge(one, "generation", world), one, world)
     run_module(
         "evaluations.generation",
         *flags("samples", one.samples),
@@ -130,7 +130,7 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
     )
     reference.build_reference(made, world)
     config = settings(tmp_path, samples=tmp_path / "fake.npz", out=tmp_path / "out")
-    scores = generation.evaluate(open_judge(config, world), config, world)
+    scores = generation.evaluate(open_judge(config, "generation", world), config, world)
     assert scores["proxy_standard_error"] > 0
     with (config.out / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -149,7 +149,7 @@ def test_verify_prints_both_rows_and_fails_where_they_differ(
 ):
     published = {name: row.value for name, row in verify.PUBLISHED.items()}
     config = settings(made, verify.VerifyConfig, samples=made, out=tmp_path, detector="inception")
-    monkeypatch.setattr(verify, "open_judge", lambda config, world: None)
+    monkeypatch.setattr(verify, "open_judge", lambda *_: None)
     monkeypatch.setattr(verify, "evaluate", lambda *_: published)
     verify.verify(config, world)
     assert capsys.readouterr().out.count("pass") == len(published)
@@ -159,13 +159,13 @@ def test_verify_prints_both_rows_and_fails_where_they_differ(
 
 
 def test_a_reference_for_reconstruction_is_refused_for_generation(made, tmp_path):
-    detector = build_detector("proxy", None, choose_device("cpu"))
+    detector = ProxyDetector(choose_device("cpu"))
     with pytest.raises(InputError, match="gFID is not rFID"):
         load_reference(made / "r.npz", detector, "reconstruction")
 
 
 def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
-    detector = build_detector("proxy", None, choose_device("cpu"))
+    detector = ProxyDetector(choose_device("cpu"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(8, np.float32), sigma=np.eye(8))
     with pytest.raises(InputError, match="belongs to the detector"):
         load_reference(tmp_path / "other.npz", detector, "generation")
@@ -182,7 +182,7 @@ def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
 
 
 def test_published_references_in_float32_are_read_as_float64(tmp_path):
-    detector = build_detector("proxy", None, choose_device("cpu"))
+    detector = ProxyDetector(choose_device("cpu"))
     arrays = {"mu": np.zeros(224, np.float32), "sigma": np.eye(224)}
     np.savez(tmp_path / "adm.npz", **arrays)
     found = load_reference(tmp_path / "adm.npz", detector, "generation")
@@ -206,7 +206,7 @@ def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, wor
     save_npz(tmp_path / "small.npz", COUNT, [pixels[:, :8, :8]])
     config = settings(made, samples=tmp_path / "small.npz", out=tmp_path)
     with pytest.raises(InputError, match="pictures of 8 x 8, those of"):
-        generation.evaluate(open_judge(config, world), config, world)
+        generation.evaluate(open_judge(config, "generation", world), config, world)
     done = run_module(
         "evaluations.generation",
         *flags("samples", tmp_path / "objects.npz"),

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from core.distributed import World, choose_device
-from evaluations.detectors import Features, build_detector
+from evaluations.detectors import Features, ProxyDetector
 from evaluations.evaluator import Collected, Evaluator
 from evaluations.frechet import Gaussian, frechet_distance
 
@@ -37,7 +37,7 @@ def padded_share(rank: int, size: int) -> list[int]:
 
 
 def evaluate(ids: list[int], world: World, keep_rows: bool = True, batch: int = 5) -> Collected:
-    evaluator = Evaluator(exact_detector(), CPU, keep_rows)
+    evaluator = Evaluator(exact_detector(), CPU, 7, keep_rows)
     for start in range(0, len(ids), batch):
         part = torch.tensor(ids[start : start + batch])
         evaluator.update(pictures()[part], part)
@@ -82,8 +82,8 @@ def test_scores_do_not_depend_on_the_order_of_the_pictures(world):
 
 
 def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
-    detector = build_detector("proxy", None, CPU)
-    one, two = Evaluator(detector, CPU), Evaluator(detector, CPU)
+    detector = ProxyDetector(CPU)
+    one, two = Evaluator(detector, CPU, 6), Evaluator(detector, CPU, 6)
     for ids in torch.arange(COUNT).split(10):
         one.update(pictures()[ids], ids)
         two.update(pictures()[ids].clone(), ids.numpy())

@@ -116,13 +116,16 @@ def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, p
     run = flags(tokenizer, pictures, out)
     position = run.index("--shard_size")
     del run[position : position + 2]
-    run_module("tokenizer.reconstruct", *run)
+    rfid = ("--rfid", "true", "--judge.detector", "proxy", "--judge.batch_size", 4)
+    run_module("tokenizer.reconstruct", *run, *rfid)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["n"] == 6
     assert len(scores["skipped"]) == 2
     assert {"psnr", "ssim", "ssim_reference_inflated", "codebook_usage", "perplexity"} <= set(
         scores
     )
+    assert scores["proxy_fd"] > 0
+    assert not {"fid", "rfid"} & set(scores)
     assert (out / "reconstructions.png").exists()
     failed = run_module("tokenizer.reconstruct", *run, "--image_size", "[15,16]", ok=False)
     assert failed.returncode == 2

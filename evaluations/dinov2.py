@@ -1,0 +1,62 @@
+"""DINOv2's ViT-L/14, whose class token is what FD-DINOv2 compares (Stein et al. 2023)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from core.config import InputError
+from core.weights import file_sha256, find_weights, load_weights, read_file
+
+ARCHITECTURE = "vit_large_patch14_dinov2"
+HUB_ID = "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors"
+SIDE, PATCH = 224, 14
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OFFSET = 0.1  # added to the table's target size, as DINOv2's own code does when it interpolates
+
+
+def load_dinov2(weights: str) -> tuple[nn.Module, str]:
+    """The network in eval mode, and its file's sha256; raises InputError where it is missing."""
+    try:
+        path = find_weights(weights, "model.safetensors")
+    except InputError as error:
+        raise InputError(
+            f"{error}. FD-DINOv2 needs dinov2_vitl14_pretrain.pth (published by DINOv2) or "
+            f"{HUB_ID} (the Hub): give the file with --dinov2_weights, or take --detector proxy "
+            "(which is NOT FID)"
+        ) from error
+    network = build_dinov2()
+    load_weights(network, _for_our_size(read_file(path).weights("model", path), path), path)
+    return network.eval().requires_grad_(False), file_sha256(path)
+
+
+def build_dinov2() -> nn.Module:
+    """timm's ViT-L/14 for pictures of 224 x 224, without weights."""
+    import timm
+
+    return timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIDE, num_classes=0)
+
+
+def _for_our_size(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The published table of positions is for 518 x 518: interpolated; the mask token is unused."""
+    tensors.pop("mask_token", None)
+    table, side = tensors.get("pos_embed"), SIDE // PATCH
+    if table is None or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        raise InputError(f"{path}: no square pos_embed; is it DINOv2's ViT-L/14 (no registers)?")
+    places = round((table.shape[1] - 1) ** 0.5)
+    if places != side:
+        cells = table[:, 1:].unflatten(1, (places, places)).movedim(-1, 1)
+        scale = (side + OFFSET) / places
+        cells = F.interpolate(cells, scale_factor=(scale, scale), mode="bicubic")
+        tensors["pos_embed"] = torch.cat([table[:, :1], cells.flatten(2).movedim(1, 2)], dim=1)
+    return tensors
+
+
+def features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (n, h, w, 3) uint8 on the network's device -> class tokens (n, 1024) float32."""
+    x = pixels.movedim(-1, 1).float() / 255
+    if x.shape[2:] != (SIDE, SIDE):
+        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp_(0, 1)
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return network((x - mean) / std)
