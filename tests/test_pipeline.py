@@ -43,8 +43,13 @@ def test_images_become_scores_through_every_command(tmp_path):
             "tokenizer.encode",
             *("--tokenizer", vq, "--data", tmp_path / name, "--out", codes / name, *shape, *cpu),
         )
+    proxy = ("--detector", "proxy", "--device", "cpu", *shape)
+    reference = tmp_path / "reference.npz"
+    run_module("evaluations.reference", "--images", tmp_path / "train", "--out", reference, *proxy)
     run_module(
         "autoregressive.train",
+        *("--evaluation.every", 3, "--evaluation.reference", reference),
+        *("--evaluation.detector", "proxy", "--evaluation.num_images", 5),
         *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'val'}]"),
         *("--out", gpt, "--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32),
         *("--num_steps", 6, "--batch_size", 8, "--sample_columns", 3, "--ema_decay", 0.9, *cpu),
@@ -54,9 +59,6 @@ def test_images_become_scores_through_every_command(tmp_path):
         *("--gpt", gpt, "--tokenizer", vq, "--out", tmp_path / "samples", *cpu),
         *("--num_images", 12, "--labels", "balanced", "--grid_columns", 6),
     )
-    proxy = ("--detector", "proxy", "--device", "cpu", *shape)
-    reference = tmp_path / "reference.npz"
-    run_module("evaluations.reference", "--images", tmp_path / "train", "--out", reference, *proxy)
     run_module(
         "evaluations.generation",
         *("--samples", tmp_path / "samples", "--reference", reference),
@@ -64,6 +66,8 @@ def test_images_become_scores_through_every_command(tmp_path):
     )
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert np.isfinite(json.loads(json.dumps(scores))["proxy_fd"])
+    history = [json.loads(line) for line in (gpt / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history if "proxy_fd" in line] == [3, 6]
     for picture in (
         vq / "curves.png",
         vq / "samples" / "step_0000006.png",
