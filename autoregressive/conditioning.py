@@ -16,6 +16,18 @@ Text = tuple[torch.Tensor, torch.Tensor]  # features (batch, T, text_dim), lengt
 Condition = torch.Tensor | Text  # labels (batch,) int64, or a Text
 
 
+def select(condition: Condition, rows: torch.Tensor) -> Condition:
+    """Some rows (n,) int64 of a condition."""
+    if isinstance(condition, torch.Tensor):
+        return condition[rows]
+    return condition[0][rows], condition[1][rows]
+
+
+def repeat(condition: Condition, count: int) -> Condition:
+    """The first row of a condition, `count` times."""
+    return select(condition, torch.zeros(count, dtype=torch.int64))
+
+
 class ClassEmbedding(nn.Module):
     """One token per class; the null class is number `num_classes`."""
 

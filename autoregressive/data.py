@@ -1,4 +1,4 @@
-"""Codes and labels for training: our shards, or the reference's one file per image."""
+"""Codes and classes for training: our shards, or the reference's one file per image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from core.shards import ShardReader, read_index
 
 CROP_STREAM = 1  # tells the draws of one training position apart
 DROP_STREAM = 2
+CAPTION_STREAM = 4
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,30 @@ class CodesConfig:
             one `{i}.npy` per image. Vocabulary and classes then come from the next two fields.
         vocab_size: Entries of the codebook, for the reference's layout.
         num_classes: Classes, for the reference's layout.
+        features: A folder of language.encode, of the same pictures: trains on captions.
+        caption: For features: the variant of the caption to take.
+        short_caption: The variant to take instead at short_caption_rate; empty for none.
+        short_caption_rate: Share of the samples with the short caption (paper: 0.3).
     """
 
     codes: tuple[Path, ...]
     labels: tuple[Path, ...] = ()
     vocab_size: int = 16384
     num_classes: int = 1000
+    features: Path | None = None
+    caption: str = "long"
+    short_caption: str = ""
+    short_caption_rate: float = 0.3
 
     def __post_init__(self) -> None:
         if not self.codes:
             raise ValueError("data.codes: give at least one folder")
         if self.labels and len(self.labels) != len(self.codes):
             raise ValueError("data.labels: give one label folder per code folder")
+        if self.labels and self.features:
+            raise ValueError("data: give labels or features, not both")
+        if not 0 <= self.short_caption_rate <= 1:
+            raise ValueError("data.short_caption_rate must be in [0, 1]")
 
 
 class _Source(Protocol):
@@ -78,7 +91,7 @@ class ReferenceCodes:
 class CodeDataset:
     """Every image's codes under its crops, and its class.
 
-    vocab_size, num_classes, grid (rows, columns) and tokenizer_sha256 come from `index.json`.
+    vocab_size, classes, grid (rows, columns) and tokenizer_sha256 come from `index.json`.
     """
 
     def __init__(self, config: CodesConfig) -> None:
@@ -108,8 +121,6 @@ class CodeDataset:
         self.vocab_size, self.num_classes = int(index["vocab_size"]), len(index["classes"])
         self.grid = (int(index["grid"][0]), int(index["grid"][1]))
         self.tokenizer_sha256 = str(index["tokenizer_sha256"])
-        if not self.num_classes:
-            raise InputError(f"{folders[0]}: the images had no classes; encode a folder of classes")
         self.sources = [ShardReader(folder, "codes") for folder in folders]
         labels = [_all(ShardReader(folder, "labels")) for folder in folders]
         if any(not np.array_equal(labels[0], other) for other in labels[1:]):
@@ -127,10 +138,35 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def model_fields(self) -> dict[str, Any]:
+        """What the data decides of the model: fields of GPTConfig.
+
+        Raises InputError where the images had no classes.
+        """
+        if not self.num_classes:
+            raise InputError(
+                "data.codes: the images had no classes; encode a folder of class folders, or give "
+                "the features of their captions"
+            )
+        return {"condition": "class", "num_classes": self.num_classes, **self.code_fields()}
+
+    def code_fields(self) -> dict[str, Any]:
+        """The fields that the codes alone decide."""
+        names = ("vocab_size", "grid", "tokenizer_sha256")
+        return {name: getattr(self, name) for name in names}
+
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (n,) of the data set -> codes (n, tokens) int64, labels (n,) int64.
+        """Rows (n,) of the data set -> codes (n, tokens) int64, labels (n,) int64."""
+        return self.code_batch(rows, positions, seed), torch.from_numpy(self.labels[rows])
+
+    def conditions(self, ids: np.ndarray) -> torch.Tensor:
+        """What image number ids (n,) of a sample shows: all classes in turn, (n,) int64."""
+        return torch.from_numpy(ids % self.num_classes)
+
+    def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
+        """Rows (n,) of the data set -> codes (n, tokens) int64.
 
         Which folder and crop each sample shows depends on (seed, its position in the training
         order) alone. Raises InputError for a code outside the vocabulary.
@@ -150,7 +186,7 @@ class CodeDataset:
             raise InputError(
                 f"data.codes: code {codes.max()} is outside the vocabulary of {self.vocab_size}"
             )
-        return torch.from_numpy(codes), torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(codes)
 
 
 def dropped_conditions(positions: np.ndarray, rate: float, seed: int) -> torch.Tensor:

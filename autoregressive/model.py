@@ -31,7 +31,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The decoder's shape, without what the codes decide.
+    """The decoder's shape, without what the codes and captions decide.
 
     Args:
         num_layers: Transformer blocks.
@@ -47,8 +47,6 @@ class Architecture:
         ffn_dropout: Dropout on the FFN's output.
         drop_path: Stochastic depth, growing linearly to this rate at the last block. The paper
             sets residual_dropout and ffn_dropout to 0 where it is used.
-        text_dim: Width of the text features.
-        max_text_tokens: The longest caption.
     """
 
     num_layers: int = 12
@@ -63,8 +61,6 @@ class Architecture:
     residual_dropout: float = 0.0
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
-    text_dim: int = 2048
-    max_text_tokens: int = 120
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -99,7 +95,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class GPTConfig(Architecture):
-    """The whole decoder: its shape, and what the codes decide.
+    """The whole decoder: its shape, and what the codes and captions decide.
 
     Args:
         condition: What an image is conditioned on.
@@ -107,6 +103,10 @@ class GPTConfig(Architecture):
         vocab_size: Entries of the tokenizer's codebook.
         grid: Rows and columns of codes.
         tokenizer_sha256: The tokenizer whose codes the model was trained on; empty if unknown.
+        text_dim: Width of the text features, for condition text.
+        max_text_tokens: The longest caption, in tokens.
+        text_encoder: What tells the text encoder that the model was trained with from others;
+            empty if unknown.
     """
 
     condition: Literal["class", "text"] = "class"
@@ -114,6 +114,9 @@ class GPTConfig(Architecture):
     vocab_size: int = 16384
     grid: tuple[int, int] = (16, 16)
     tokenizer_sha256: str = ""
+    text_dim: int = 2048
+    max_text_tokens: int = 120
+    text_encoder: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

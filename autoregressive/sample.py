@@ -1,5 +1,7 @@
 """Sample images from a decoder and a tokenizer, and score them; run it again and it continues.
 
+    python -m autoregressive.sample --gpt weights/t2i_512 --tokenizer weights/vq16_t2i \
+        --prompts prompts.txt --out samples/prompts
     python -m autoregressive.sample --gpt runs/gpt_b --tokenizer weights/vq16 --out samples/b \
         --num_images 50000 --sampling.cfg_scale 2.0 --npz false \
         --judge.reference VIRTUAL_imagenet256_labeled.npz
@@ -7,44 +9,41 @@
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from autoregressive.conditioning import Condition, repeat
+from autoregressive.layouts import Layout, write_pngs
 from autoregressive.model import GPT
 from autoregressive.pretrained import load_gpt
+from autoregressive.prompts import Classes, Prompts, ShownConfig
 from autoregressive.sampling import SamplingConfig, generate
 from core.checkpoint import Weights
 from core.config import InputError, config_values, parse_config, run_command, save_config
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import image_grid, images_to_pixels, save_npz, save_png
-from core.randomness import random_uniform
 from core.shards import ShardReader, ShardWriter
 from evaluations.report import Scored, publish
 from evaluations.scoring import Judge, JudgeConfig, check_size, open_judge, score
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
 
-LABEL_STREAM = 3  # tells the draw of a sample's class from its other draws
-
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(ShownConfig):
     """What to sample, and where to.
 
     Args:
         gpt: The decoder: a run or checkpoint folder, a released file, or a Hub id.
         tokenizer: The tokenizer, likewise.
         out: The folder to write samples.png, samples.npz and index.json to.
-        num_images: How many images.
-        classes: Sample image i under classes[i % len]; empty to follow `labels`.
-        labels: random draws a class per image (as published); balanced takes them in turn.
         sampling: Guidance, filters and seed.
         resize: Resize to resize x resize before rounding (bicubic, no antialiasing: how the
             reference evaluates 384 px models at 256); 0 to keep the size.
@@ -52,7 +51,10 @@ class SampleConfig:
         shard_size: Images a shard: what a killed run loses at most, on each process.
         npz: Write samples.npz, arr_0 uint8 (n, height, width, 3) and the labels in arr_1. Without
             it only the codes are kept, 512 bytes an image of 16 x 16 codes.
-        png: Also write png/000000.png and so on.
+        png: Also write png files, as `layout` says.
+        layout: flat: png/000000.png, as scorers of COCO-30k and PartiPrompts read. geneval:
+            png/00000/metadata.jsonl and png/00000/samples/0000.png. dpg: all images of a prompt in
+            one picture, png/NAME.png (DPG-Bench: images_per_prompt 4).
         judge: With a reference, score the images as they are sampled and write scores.json.
         grid_rows: Classes (or rows of images) of samples.png.
         grid_columns: Images a row of samples.png.
@@ -67,15 +69,13 @@ class SampleConfig:
     gpt: str
     tokenizer: str
     out: Path
-    num_images: int = 50000
-    classes: tuple[int, ...] = ()
-    labels: Literal["random", "balanced"] = "random"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     resize: int = 0
     batch_size: int = 32
     shard_size: int = 500
     npz: bool = True
     png: bool = False
+    layout: Layout = "flat"
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     grid_rows: int = 10
     grid_columns: int = 10
@@ -87,25 +87,15 @@ class SampleConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.num_images, self.batch_size, self.shard_size) < 1:
-            raise ValueError("num_images, batch_size and shard_size must be >= 1")
+        super().__post_init__()
+        if min(self.batch_size, self.shard_size) < 1:
+            raise ValueError("batch_size and shard_size must be >= 1")
         if min(self.grid_rows, self.grid_columns) < 1 or self.resize < 0:
             raise ValueError("grid_rows and grid_columns must be >= 1, resize >= 0")
-
-
-def sample_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
-    """The class of every image, (num_images,) int64, from the seed and the image's number alone."""
-    ids = np.arange(config.num_images)
-    if config.classes:
-        wrong = [label for label in config.classes if not 0 <= label < num_classes]
-        if wrong:
-            raise InputError(f"classes: {wrong[0]} is not in 0 .. {num_classes - 1}")
-        return np.array(config.classes, np.int64)[ids % len(config.classes)]
-    if config.labels == "balanced":
-        return ids % num_classes
-    stream = torch.tensor([LABEL_STREAM])
-    uniform = random_uniform(config.sampling.seed, stream, torch.from_numpy(ids)).double()
-    return (uniform * num_classes).long().numpy()
+        if self.layout != "flat" and not self.png:
+            raise ValueError(f"layout {self.layout} is of png files: give png true")
+        if self.layout == "dpg" and self.shard_size % self.images_per_prompt:
+            raise ValueError("layout dpg: shard_size must be a multiple of images_per_prompt")
 
 
 def check_pair(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
@@ -135,19 +125,21 @@ def decode_pixels(vq: VQModel, codes: torch.Tensor, resize: int = 0) -> torch.Te
 def score_samples(
     gpt: GPT,
     vq: VQModel,
-    labels: torch.Tensor,
+    conditions: Callable[[np.ndarray], Condition],
+    count: int,
     sampling: SamplingConfig,
     judge: Judge,
     world: World,
-    batch_size: int,
 ) -> dict[str, float]:
-    """Sample an image per label (n,) int64 and score them -> scores by name (empty off rank 0)."""
+    """Sample images 0 .. count-1 under conditions(ids) and score them (empty off rank 0)."""
     evaluator = judge.evaluator(world)
     # Equally many on each rank, so that sharded weights are gathered in step; the judge counts
     # the repeated ones once.
-    ids = torch.arange(math.ceil(len(labels) / world.size) * world.size) % len(labels)
-    for part in ids[world.rank :: world.size].split(batch_size):
-        codes = generate(gpt, labels[part], **asdict(sampling), sample_ids=part)
+    ids = np.arange(math.ceil(count / world.size) * world.size) % count
+    for part in torch.from_numpy(ids[world.rank :: world.size]).split(judge.batch_size):
+        condition = conditions(part.numpy())
+        arguments = sampling.arguments(gpt.config.condition)
+        codes = generate(gpt, condition, **arguments, sample_ids=part)
         evaluator.update(decode_pixels(vq, codes), part)
     collected = evaluator.merge(world)
     return score(judge, collected).values if world.is_main else {}
@@ -156,14 +148,16 @@ def score_samples(
 def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
     gpt, vq, settings = load_models(config, world)
-    labels = sample_labels(config, gpt.config.num_classes)
+    shown = open_shown(config, gpt, world)
+    arguments = config.sampling.arguments(gpt.config.condition)
     judge = open_judge(config.judge, "generation", world) if config.judge.reference else None
     if judge:
         height, width = (vq.config.downsample * side for side in gpt.config.grid)
         size = (config.resize, config.resize) if config.resize else (height, width)
         check_size(size, Path(config.gpt), judge.reference)
     evaluator = judge.evaluator(world) if judge else None
-    writer = ShardWriter(config.out, config.num_images, config.shard_size, settings, world)
+    settings |= {"sampling": arguments, **shown.settings}
+    writer = ShardWriter(config.out, shown.count, config.shard_size, settings, world)
     finished = writer.finished() if judge else []
     todo = writer.begin()
     if world.is_main:
@@ -177,8 +171,10 @@ def sample(config: SampleConfig, world: World) -> None:
             for start in range(0, len(items), config.batch_size):
                 ids = items[start : start + config.batch_size]
                 if known is None:
-                    chosen = torch.from_numpy(labels)[ids]
-                    codes = generate(gpt, chosen, **asdict(config.sampling), sample_ids=ids)
+                    negative = shown.negative and repeat(shown.negative, len(ids))
+                    codes = generate(
+                        gpt, shown.batch(ids), **arguments, sample_ids=ids, negative=negative
+                    )
                 else:
                     # The images of an earlier run, for the scores.
                     codes = torch.from_numpy(known[start : start + len(ids)]).to(world.device)
@@ -189,13 +185,20 @@ def sample(config: SampleConfig, world: World) -> None:
                 kept["pixels"].append(pixels.cpu().numpy())
                 bar.update(len(ids) * world.size)
             if known is None:
-                write_shard(config, writer, shard, kept)
-    writer.finish({"image_labels": labels.tolist()})
+                write_shard(config, writer, shard, kept, shown)
+    writer.finish(shown.index)
     if world.is_main:
-        _write_outputs(config, vq, labels)
+        _write_outputs(config, vq, shown)
     if judge and evaluator:
-        scored = Scored(evaluator.merge(world), labels, (), [])
+        scored = Scored(evaluator.merge(world), shown.labels, (), [])
         publish(judge, scored, config.out, config_values(config), world)
+
+
+def open_shown(config: SampleConfig, gpt: GPT, world: World) -> Classes | Prompts:
+    """What the images show."""
+    if gpt.config.condition == "class":
+        return Classes(config, gpt.config, config.sampling.seed)
+    return Prompts(config, gpt.config, world)
 
 
 def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[str, Any]]:
@@ -204,16 +207,11 @@ def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[
     gpt, gpt_sha256 = load_gpt(config.gpt, config.gpt_weights, **overrides)
     vq, vq_sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
     check_pair(gpt, vq, vq_sha256, config.tokenizer)
-    if gpt.config.condition != "class":
-        raise InputError(f"{config.gpt}: conditioned on text; this command samples classes")
     settings = {
         "gpt": config.gpt,
         "gpt_sha256": gpt_sha256,
         "tokenizer": config.tokenizer,
         "tokenizer_sha256": vq_sha256,
-        "sampling": asdict(config.sampling),
-        "labels": config.labels,
-        "classes": list(config.classes),
         "resize": config.resize,
         "npz": config.npz,
         "precision": [config.precision, config.tokenizer_precision],
@@ -225,34 +223,41 @@ def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[
 
 
 def write_shard(
-    config: SampleConfig, writer: ShardWriter, shard: int, kept: dict[str, list[np.ndarray]]
+    config: SampleConfig,
+    writer: ShardWriter,
+    shard: int,
+    kept: dict[str, list[np.ndarray]],
+    shown: Classes | Prompts,
 ) -> None:
     """A shard's codes, and its pixels where a file of them is wanted."""
     arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
     if config.png:
-        folder = config.out / "png"
-        folder.mkdir(exist_ok=True)
-        for i, picture in zip(writer.items(shard), arrays["pixels"], strict=True):
-            save_png(picture, folder / f"{i:06d}.png")
+        prompts = shown if isinstance(shown, Prompts) else None
+        write_pngs(
+            config.out / "png", config.layout, writer.items(shard), arrays["pixels"], prompts
+        )
     if not config.npz:
         del arrays["pixels"]
     writer.write(shard, arrays)
 
 
-def _write_outputs(config: SampleConfig, vq: VQModel, labels: np.ndarray) -> None:
+def _write_outputs(config: SampleConfig, vq: VQModel, shown: Classes | Prompts) -> None:
     """The grid, and the npz streamed from the shards."""
-    shown = grid_ids(labels, config.grid_rows, config.grid_columns)
-    codes = torch.from_numpy(ShardReader(config.out, "codes")[shown].astype(np.int64))
-    pixels = [
-        decode_pixels(vq, part.to(vq.quant_conv.weight.device), config.resize).cpu()
-        for part in codes.split(config.batch_size)
-    ]
-    grid = image_grid(torch.cat(pixels).numpy(), config.grid_columns)
-    save_png(grid, config.out / "samples.png")
+    rows, columns = config.grid_rows, config.grid_columns
+    ids = np.arange(min(shown.count, rows * columns))
+    if isinstance(shown, Classes):
+        ids = grid_ids(shown.labels, rows, columns)
+    codes = torch.from_numpy(ShardReader(config.out, "codes")[ids].astype(np.int64))
+    device = vq.quant_conv.weight.device
+    parts = [decode_pixels(vq, part.to(device), config.resize) for part in codes.split(32)]
+    pixels = torch.cat(parts).cpu().numpy()
+    captions = [shown.of(i).text for i in ids] if isinstance(shown, Prompts) else None
+    save_png(image_grid(pixels, columns, captions), config.out / "samples.png")
     written = [config.out / "samples.png", config.out / "index.json"]
     if config.npz:
         path = config.out / "samples.npz"
-        save_npz(path, len(labels), _batches(ShardReader(config.out, "pixels")), arr_1=labels)
+        labels = {} if shown.labels is None else {"arr_1": shown.labels}
+        save_npz(path, shown.count, _batches(ShardReader(config.out, "pixels")), **labels)
         written.append(path)
     print("\n".join(str(path) for path in written))
 

@@ -1,25 +1,32 @@
-"""Train the decoder on codes; run it again and it continues, bit for bit.
+"""Train the decoder on codes, under classes or captions; run again, it continues bit for bit.
 
     python -m autoregressive.train --config configs/autoregressive/class_256.yaml \
         --config configs/autoregressive/size/b.yaml --data.codes [codes/train] --out runs/gpt_b
+    python -m autoregressive.train --config configs/autoregressive/text_256.yaml \
+        --data.codes [codes/laion] --data.features features/laion --out runs/t2i_stage1
     torchrun --nproc-per-node 8 -m autoregressive.train ...
 """
 
 import contextlib
+import dataclasses
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from autoregressive.conditioning import select
 from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
 from autoregressive.model import GPT, Architecture, Block, GPTConfig
+from autoregressive.pretrained import load_gpt
 from autoregressive.sample import decode_pixels, score_samples
 from autoregressive.sampling import SamplingConfig, generate
-from core.checkpoint import Checkpointer
-from core.config import InputError, parse_config, run_command
+from autoregressive.text_data import Dataset, TextDataset, open_data
+from core.checkpoint import Checkpointer, inference_files
+from core.config import InputError, load_config, parse_config, run_command
 from core.datasets import ShuffledOrder, check_batch_size, local_positions
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
@@ -28,6 +35,7 @@ from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
+from core.weights import load_weights
 from evaluations.scoring import JudgeConfig, open_judge
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
@@ -61,8 +69,12 @@ class TrainConfig:
 
     Args:
         out: The run's folder.
-        data: The codes to train on; vocabulary, grid and classes come from them.
+        init_from: Start from these weights (a run or checkpoint folder, a released file, a Hub
+            id) at step 0 with a fresh optimiser; the grid may be another one.
+        data: The codes to train on, and the captions' features; vocabulary, grid, classes and
+            text encoder come from them.
         validation: Codes for the validation loss; empty for none.
+        validation_features: The features of their captions, for a text model.
         validation_samples: At most so many of them; 0 for all.
         model: The decoder's shape.
         optimizer: AdamW and its schedule.
@@ -79,13 +91,17 @@ class TrainConfig:
         device: auto, cpu, cuda or mps.
         sampling: How the sample grids are drawn.
         sample_classes: Their classes, a row each; empty for the first ten.
-        sample_columns: Images per class.
+        sample_prompts: Their prompts, a row each, of a text model; empty for the captions of the
+            first ten training images.
+        sample_columns: Images a row.
     """
 
     out: Path
     data: CodesConfig
     validation: tuple[Path, ...] = ()
+    validation_features: Path | None = None
     validation_samples: int = 10000
+    init_from: str = ""
     model: Architecture = field(default_factory=Architecture)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -101,6 +117,7 @@ class TrainConfig:
     device: DeviceName = "auto"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample_classes: tuple[int, ...] = ()
+    sample_prompts: tuple[str, ...] = ()
     sample_columns: int = 8
 
     def __post_init__(self) -> None:
@@ -113,18 +130,16 @@ class TrainConfig:
 def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.batch_size, config.gradient_accumulation, world)
-    data = CodeDataset(config.data)
-    validation = open_validation(config, data)
-    gpt_config = GPTConfig(
-        **asdict(config.model),
-        num_classes=data.num_classes,
-        vocab_size=data.vocab_size,
-        grid=data.grid,
-        tokenizer_sha256=data.tokenizer_sha256,
-    )
+    data = open_data(config.data)
+    gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
+    validation = open_validation(config, gpt_config)
+    check_resumable(config.out, gpt_config)
     begin_run(config.out, world)
     torch.manual_seed(config.seed)
-    gpt = GPT(gpt_config).to(world.device)
+    gpt = GPT(gpt_config)
+    if config.init_from:
+        start_from(gpt, config.init_from)
+    gpt = gpt.to(world.device)
     ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
@@ -143,7 +158,7 @@ def train(config: TrainConfig, world: World) -> None:
     order = ShuffledOrder(len(data), config.seed)
     averaged = ema.model if ema else gpt
     vq = find_tokenizer(data, world)
-    pictures = SampleGrid(config, gpt_config, vq)
+    pictures = SampleGrid(config, data, gpt_config, vq)
     evaluation = config.evaluation
     judge = open_judge(evaluation, "generation", world) if evaluation.every else None
     if judge and vq is None:
@@ -162,13 +177,13 @@ def train(config: TrainConfig, world: World) -> None:
             samples, config.batch_size, config.gradient_accumulation, world
         )
         for i, positions in enumerate(micro_batches):
-            codes, labels = data.batch(order[positions], positions, config.seed)
+            codes, condition = data.batch(order[positions], positions, config.seed)
             dropped = dropped_conditions(positions, config.condition_dropout, config.seed)
-            codes, labels, dropped = to_device(world.device, codes, labels, dropped)
+            codes, condition, dropped = to_device(world.device, codes, condition, dropped)
             accumulating = i + 1 < len(micro_batches)
             with no_sync(parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.precision):
-                    logits = parallel(codes, labels, dropped)
+                    logits = parallel(codes, condition, dropped)
                 loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
                 (loss / len(micro_batches)).backward()
             loss_sum += loss.detach() / len(micro_batches)
@@ -199,39 +214,73 @@ def train(config: TrainConfig, world: World) -> None:
             if world.is_main and vq:
                 run.draw(done, pictures.draw(averaged))
         if judge and vq and done % evaluation.every == 0:
-            labels = torch.arange(evaluation.num_images) % gpt_config.num_classes
-            batch = evaluation.batch_size
-            run.log(done, score_samples(averaged, vq, labels, config.sampling, judge, world, batch))
+            count = evaluation.num_images
+            found = score_samples(
+                averaged, vq, data.conditions, count, config.sampling, judge, world
+            )
+            run.log(done, found)
         if config.report.saves(done, config.num_steps):
             stepper.check()
             checkpoints.save(done, samples=samples)
     run.finish()
 
 
-def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def to_device(device: torch.device, *values: Any) -> list[Any]:  # noqa: ANN401 - tensors, tuples
     """Copy without waiting: pinned memory lets the copy overlap with the step before."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    copies = []
+    for value in values:
+        if isinstance(value, tuple):
+            copies.append(tuple(to_device(device, *value)))
+        elif device.type != "cuda":
+            copies.append(value.to(device))
+        else:
+            copies.append(value.pin_memory().to(device, non_blocking=True))
+    return copies
 
 
-def open_validation(config: TrainConfig, data: CodeDataset) -> CodeDataset | None:
-    """The validation codes; raises InputError where they do not fit the training codes."""
-    if not config.validation:
-        return None
-    validation = CodeDataset(CodesConfig(config.validation))
-    for name in ("vocab_size", "grid", "num_classes", "tokenizer_sha256"):
-        ours, theirs = getattr(validation, name), getattr(data, name)
+def start_from(gpt: GPT, source: str) -> None:
+    """Take over the weights of another training; InputError where they do not fit."""
+    given = load_gpt(source, grid=gpt.config.grid).gpt
+    load_weights(gpt, given.state_dict(), source)
+    ours, theirs = gpt.config.text_encoder, given.config.text_encoder
+    if ours and theirs and ours != theirs:
+        raise InputError(f"init_from {source}: trained with another text encoder")
+
+
+def check_resumable(out: Path, gpt_config: GPTConfig) -> None:
+    """Raise InputError where the folder holds a run on other codes: that is no resume."""
+    if not list((out / "checkpoints").glob("step_*/checksums.json")):
+        return
+    found = load_config(GPTConfig, inference_files(out, "model")[0])
+    for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
+        ours, theirs = getattr(gpt_config, name), getattr(found, name)
         if ours != theirs:
             raise InputError(
-                f"validation {config.validation[0]}: {name} is {ours}, in data.codes it is {theirs}"
+                f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
+                f"resumed. To start from its weights: --init_from {out} and another --out"
+            )
+
+
+def open_validation(config: TrainConfig, gpt_config: GPTConfig) -> Dataset | None:
+    """The validation data; raises InputError where it does not fit the training data."""
+    if not config.validation:
+        return None
+    given = dataclasses.replace(
+        config.data, codes=config.validation, features=config.validation_features, labels=()
+    )
+    validation = open_data(given)
+    for name, theirs in validation.model_fields().items():
+        ours = getattr(gpt_config, name)
+        if ours != theirs:
+            raise InputError(
+                f"validation {config.validation[0]}: {name} is {theirs}, in data it is {ours}"
             )
     return validation
 
 
 @torch.no_grad()
 def validation_loss(
-    gpt: GPT, validation: CodeDataset, config: TrainConfig, world: World
+    gpt: GPT, validation: Dataset, config: TrainConfig, world: World
 ) -> torch.Tensor:
     """Mean cross-entropy per code over the same samples on any number of processes, a scalar."""
     count = min(len(validation), config.validation_samples or len(validation))
@@ -241,9 +290,9 @@ def validation_loss(
     training = gpt.training
     gpt.eval()
     for rows in np.split(mine, range(batch, len(mine), batch)):
-        codes, labels = to_device(world.device, *validation.batch(rows, rows, config.seed))
+        codes, condition = to_device(world.device, *validation.batch(rows, rows, config.seed))
         with world.autocast(config.precision):
-            logits = gpt(codes, labels)
+            logits = gpt(codes, condition)
         losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
         total += torch.stack([losses.double(), torch.tensor(codes.numel(), device=world.device)])
     gpt.train(training)
@@ -251,40 +300,51 @@ def validation_loss(
     return total[0] / total[1]
 
 
-def find_tokenizer(data: CodeDataset, world: World) -> VQModel | None:
+def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     """The tokenizer that made the codes, where it still stands: it decodes the sample grids."""
     path = data.index.get("tokenizer", "")
     if not path or not Path(path).exists():
         return None
     vq, sha256 = load_tokenizer(path)
-    if sha256 != data.tokenizer_sha256:
+    if sha256 != data.index["tokenizer_sha256"]:
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
     return vq.to(world.device)
 
 
 class SampleGrid:
-    """Draws the same classes under the same noise each time, a row per class."""
+    """Draws the same conditions under the same noise each time, a row per class or prompt."""
 
-    def __init__(self, config: TrainConfig, gpt_config: GPTConfig, vq: VQModel | None) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Dataset, gpt_config: GPTConfig, vq: VQModel | None
+    ) -> None:
         self.vq, self.config = vq, config
-        self.classes = config.sample_classes or tuple(range(min(10, gpt_config.num_classes)))
-        wrong = [label for label in self.classes if not 0 <= label < gpt_config.num_classes]
-        if wrong:
-            raise InputError(
-                f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
-            )
+        shown = np.arange(min(10, gpt_config.num_classes))
+        self.condition = data.conditions(shown)
+        if isinstance(data, CodeDataset) and config.sample_classes:
+            wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
+            if wrong:
+                raise InputError(
+                    f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
+                )
+            self.condition = torch.tensor(config.sample_classes)
+        if isinstance(data, TextDataset) and config.sample_prompts:
+            self.condition = data.encode(list(config.sample_prompts))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """A grid picture (height, width, 3) uint8."""
         assert self.vq is not None
-        labels = torch.tensor(self.classes).repeat_interleave(self.config.sample_columns)
-        ids = torch.arange(len(labels))
+        columns = self.config.sample_columns
+        count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
+        ids = torch.arange(count * columns)
         pixels = []
         for i in ids.split(16):
-            codes = generate(gpt, labels[i], **asdict(self.config.sampling), sample_ids=i)
+            rows = select(self.condition, i // columns)
+            codes = generate(
+                gpt, rows, **self.config.sampling.arguments(gpt.config.condition), sample_ids=i
+            )
             pixels.append(decode_pixels(self.vq, codes).cpu())
-        return image_grid(torch.cat(pixels).numpy(), self.config.sample_columns)
+        return image_grid(torch.cat(pixels).numpy(), columns)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,30 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """What picture `index` is called in lists of skipped ones."""
+        return str(self.paths[index])
+
+    def load(self, index: int) -> Image.Image:
+        """Read picture `index`; raises ImageError."""
+        return load_image(self.paths[index])
+
+
+class Images(Protocol):
+    """Numbered pictures: an ImageList, or the pictures of core.pairs."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What picture `index` is called in lists of skipped ones."""
+        ...
+
+    def load(self, index: int) -> Image.Image:
+        """Read picture `index`; raises ImageError."""
+        ...
 
 
 def find_images(source: Path) -> ImageList:
@@ -184,7 +208,7 @@ class TrainingImages(Dataset):
 
     def __init__(
         self,
-        images: ImageList,
+        images: Images,
         transform: Callable[[Image.Image, np.random.Generator], np.ndarray],
         seed: int,
     ) -> None:
@@ -195,14 +219,14 @@ class TrainingImages(Dataset):
         random = np.random.default_rng((self.seed, position))
         index, skipped = int(self.order[np.array([position])][0]), []
         while True:
-            path = self.images.paths[index]
             try:
-                return self.transform(load_image(path), random), skipped
+                return self.transform(self.images.load(index), random), skipped
             except ImageError as error:
-                skipped.append(Skipped(str(path), error.reason))
+                name = self.images.name(index)
+                skipped.append(Skipped(name, error.reason))
                 if len(skipped) == 100:
                     raise InputError(
-                        f"100 pictures in a row cannot be read, the last is {path}: {error.reason}"
+                        f"100 pictures in a row cannot be read, the last is {name}: {error.reason}"
                     ) from error
                 index = int(random.integers(len(self.images)))
 
@@ -263,18 +287,17 @@ class CenterCrop:
 class OrderedImages(Dataset):
     """Picture i, transformed without randomness, or why it is skipped; for encoding and scoring."""
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], np.ndarray]) -> None:
+    def __init__(self, images: Images, transform: Callable[[Image.Image], np.ndarray]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | Skipped]:
-        path = self.images.paths[index]
         try:
-            return index, self.transform(load_image(path))
+            return index, self.transform(self.images.load(index))
         except ImageError as error:
-            return index, Skipped(str(path), error.reason)
+            return index, Skipped(self.images.name(index), error.reason)
 
 
 class OrderedBatch(NamedTuple):

@@ -8,16 +8,17 @@ import io
 import math
 import os
 import struct
+import textwrap
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from core.config import InputError
 
@@ -142,8 +143,19 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
     return scaled.movedim(-3, -1).to(torch.uint8)
 
 
-def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
-    """(n, height, width, 3) uint8 -> one picture with `columns` a row on white, uint8."""
+CAPTION_WIDTH, CAPTION_LINES, CHARACTER = 160, 3, (6, 11)  # pixels, lines, a letter's pixels
+
+
+def image_grid(
+    pixels: np.ndarray, columns: int, captions: Sequence[str] | None = None, padding: int = 2
+) -> np.ndarray:
+    """(n, height, width, 3) uint8 -> one picture with `columns` a row on white, uint8.
+
+    With captions, each stands under its picture; small pictures are enlarged to give it room.
+    """
+    if captions:
+        pairs = zip(pixels, captions, strict=True)
+        pixels = np.stack([_captioned(picture, caption) for picture, caption in pairs])
     count, height, width, _ = pixels.shape
     rows = math.ceil(count / columns)
     shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
@@ -153,6 +165,20 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
         left = padding + (i % columns) * (width + padding)
         grid[top : top + height, left : left + width] = picture
     return grid
+
+
+def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A picture (height, width, 3) uint8, at least CAPTION_WIDTH wide, above its caption."""
+    times = math.ceil(CAPTION_WIDTH / picture.shape[1])
+    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+    height, width, _ = picture.shape
+    lines = textwrap.wrap(caption, width // CHARACTER[0])
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1][:-3] + "..."]
+    canvas = Image.new("RGB", (width, height + CAPTION_LINES * CHARACTER[1] + 4), "white")
+    canvas.paste(Image.fromarray(picture))
+    ImageDraw.Draw(canvas).text((2, height), "\n".join(lines), fill="black", spacing=1)
+    return np.asarray(canvas)
 
 
 def side_by_side(real: torch.Tensor, fake: torch.Tensor, columns: int) -> np.ndarray:

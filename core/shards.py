@@ -84,11 +84,20 @@ class ShardWriter:
         """The item numbers of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
-    def write(self, shard: int, arrays: Mapping[str, np.ndarray], **facts: Any) -> None:  # noqa: ANN401
-        """Write a shard's arrays (equal first dimension), then its marker with `facts`."""
+    def write(
+        self,
+        shard: int,
+        arrays: Mapping[str, np.ndarray],
+        ragged: Mapping[str, np.ndarray] | None = None,
+        **facts: Any,  # noqa: ANN401 - any JSON value
+    ) -> None:
+        """Write a shard's arrays (equal first dimension), then its marker with `facts`.
+
+        ragged: arrays with another first dimension, which ShardReader does not read.
+        """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, f"arrays of different lengths: {rows}"
-        for name, array in arrays.items():
+        for name, array in {**arrays, **(ragged or {})}.items():
             path = self.folder / f"{name}_{shard:05d}.npy"
             aside = path.with_name(f".{path.name}.tmp")
             with aside.open("wb") as file:
@@ -128,17 +137,10 @@ class ShardReader:
         self.folder, self.name = Path(folder), name
         rows = read_index(self.folder)["rows"]
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
-        self._shards = [self._open(shard, count) for shard, count in enumerate(rows)]
+        self._shards = [map_array(self._path(i), count) for i, count in enumerate(rows)]
 
-    def _open(self, shard: int, rows: int) -> np.ndarray:
-        path = self.folder / f"{self.name}_{shard:05d}.npy"
-        try:
-            array = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: missing or damaged ({error})") from error
-        if len(array) != rows:
-            raise InputError(f"{path}: {len(array)} rows, index.json says {rows}")
-        return array
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{self.name}_{shard:05d}.npy"
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -151,6 +153,17 @@ class ShardReader:
             here = shards == shard
             result[here] = self._shards[shard][rows[here] - self.starts[shard]]
         return result
+
+
+def map_array(path: Path, rows: int) -> np.ndarray:
+    """A memory-mapped npy of so many rows; raises InputError where it is missing or damaged."""
+    try:
+        array = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from error
+    if len(array) != rows:
+        raise InputError(f"{path}: {len(array)} rows, expected {rows}")
+    return array
 
 
 def read_index(folder: Path) -> dict[str, Any]:

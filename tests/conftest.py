@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.distributed import World, choose_device
 from core.shards import ShardWriter
@@ -30,6 +31,29 @@ def goldens() -> Path:
 def world() -> World:
     """A world of one process on the CPU."""
     return World(0, 1, choose_device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small T5 encoder with random weights and a real tokenizer file, made on the spot."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("tiny_t5")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    text = ["a red cat and the blue dog run on a mat in the sun", "abcdefghijklmnopqrstuvwxyz."]
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64}
+    T5EncoderModel(T5Config(vocab_size=120, **shape)).save_pretrained(folder)
+    return folder
 
 
 def command(module: str, *flags: object, processes: int = 1) -> list[str]:

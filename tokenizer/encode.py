@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 -m tokenizer.encode ...
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from core.config import InputError, parse_config, run_command, save_config
 from core.datasets import OrderedImages, Skipped, find_images, ordered_batches
 from core.distributed import DeviceName, Precision, World, distributed, dtype_of
 from core.images import center_crop, pixels_to_images
+from core.pairs import Pairs, PairsConfig
 from core.shards import ShardWriter
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
@@ -34,6 +35,7 @@ class EncodeConfig:
     Args:
         tokenizer: A run or checkpoint folder, a released file, or a Hub id.
         data: Images: a folder of class folders, a flat folder, or a list file.
+        pairs: Instead of `data`: pictures with captions, as language.encode reads them.
         out: The folder to write codes_*.npy, labels_*.npy and index.json to.
         image_size: Height and width of a crop, divisible by the tokenizer's downsampling.
         crop: center, one crop; or ten, the corners and the centre and all five flipped.
@@ -49,8 +51,9 @@ class EncodeConfig:
     """
 
     tokenizer: str
-    data: Path
     out: Path
+    data: Path | None = None
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     image_size: tuple[int, int] = (256, 256)
     crop: Literal["center", "ten"] = "center"
     crop_ranges: tuple[float, ...] = (1.1,)
@@ -63,6 +66,8 @@ class EncodeConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
+        if (self.data is None) == (self.pairs.source is None):
+            raise ValueError("give data or pairs.source, one of them")
         if min(self.batch_size, self.shard_size) < 1 or self.num_workers < 0:
             raise ValueError("batch_size and shard_size must be >= 1, num_workers >= 0")
         if not self.crop_ranges or min(self.crop_ranges) < 1:
@@ -102,7 +107,7 @@ class Crops:
 
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all images, this rank's shards on this rank, then write the index."""
-    images = find_images(config.data)
+    images = find_images(config.data) if config.data else Pairs(config.pairs)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     check_sizes(config, vq)
     vq = vq.to(world.device, dtype_of(config.precision))
@@ -121,11 +126,13 @@ def encode(config: EncodeConfig, world: World) -> None:
         "crop_ranges": list(crops.ranges),
         "flips": config.flip or config.crop == "ten",
         "precision": config.precision,
-        "data": str(config.data),
+        "data": str(config.data or config.pairs.source),
         "classes": list(images.classes),
         "num_classes": len(images.classes),
         "images": len(images),
     }
+    if isinstance(images, Pairs):
+        settings["pairs_fingerprint"] = images.fingerprint
     writer = ShardWriter(config.out, len(images), config.shard_size, settings, world)
     todo = writer.begin()
     if world.is_main:

@@ -1,0 +1,159 @@
+"""Complete pictures: keep the top rows, or redraw a rectangle; under classes or prompts.
+
+    python -m autoregressive.complete --gpt runs/gpt_b --tokenizer weights/vq16 --images photos \
+        --keep_rows 8 --classes [207] --out completions
+
+A decoder draws codes in raster order, each from the codes before it. What is kept *below or right
+of* a redrawn cell is kept, but its cell was drawn without seeing it: seams there are expected.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from autoregressive.conditioning import repeat
+from autoregressive.model import GPT
+from autoregressive.pretrained import load_gpt
+from autoregressive.prompts import ShownConfig
+from autoregressive.sample import check_pair, decode_pixels, open_shown
+from autoregressive.sampling import SamplingConfig, generate
+from core.checkpoint import Weights
+from core.config import InputError, parse_config, run_command, save_config
+from core.datasets import CenterCrop, OrderedImages, find_images, ordered_batches
+from core.distributed import DeviceName, Precision, World, distributed, dtype_of
+from core.images import image_grid, pixels_to_images, save_png
+from core.shards import write_json
+from tokenizer.model import VQModel
+from tokenizer.pretrained import load_tokenizer
+
+HOLE = 128  # the grey level of what is redrawn, in the shown input
+
+
+@dataclass(frozen=True)
+class CompleteConfig(ShownConfig):
+    """Which pictures, and what of them to draw anew.
+
+    Args:
+        gpt: The decoder: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer, likewise.
+        images: Pictures: a folder, or a list file; num_images takes the first ones.
+        out: The folder to write completions.png, png/ and index.json to.
+        keep_rows: Rows of codes to keep from the top; the rest is drawn.
+        redraw: Instead: top, left, bottom, right of the cells to redraw; [0, 0, 0, 0] for none.
+        sampling: Guidance, filters and seed.
+        batch_size: Pictures at a time.
+        gpt_weights: auto takes averaged weights of our runs.
+        tokenizer_weights: auto takes averaged weights where there are any.
+        precision: bf16 or fp32 for the decoder; the tokenizer is in fp32.
+        device: auto, cpu, cuda or mps.
+    """
+
+    gpt: str
+    tokenizer: str
+    images: Path
+    out: Path
+    keep_rows: int = 0
+    redraw: tuple[int, int, int, int] = (0, 0, 0, 0)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch_size: int = 16
+    gpt_weights: Weights = "auto"
+    tokenizer_weights: Weights = "auto"
+    precision: Precision = "bf16"
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1 or self.keep_rows < 0:
+            raise ValueError("batch_size must be >= 1, keep_rows >= 0")
+        if bool(self.keep_rows) == any(self.redraw):
+            raise ValueError("give keep_rows or redraw, one of them")
+
+
+def redrawn_cells(config: CompleteConfig, grid: tuple[int, int]) -> torch.Tensor:
+    """Which cells are drawn anew, (rows, columns) bool."""
+    rows, columns = grid
+    top, left, bottom, right = config.redraw
+    if config.keep_rows:
+        top, left, bottom, right = config.keep_rows, 0, rows, columns
+    if not (0 <= top < bottom <= rows and 0 <= left < right <= columns):
+        raise InputError(f"keep_rows or redraw: not a part of the grid of {rows} x {columns} codes")
+    cells = torch.zeros(rows, columns, dtype=torch.bool)
+    cells[top:bottom, left:right] = True
+    return cells
+
+
+def complete(config: CompleteConfig, world: World) -> None:
+    """Draw every picture's missing part and write the results."""
+    gpt, _ = load_gpt(config.gpt, config.gpt_weights)
+    vq, sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
+    check_pair(gpt, vq, sha256, config.tokenizer)
+    gpt, vq = gpt.to(world.device, dtype_of(config.precision)), vq.to(world.device)
+    cells = redrawn_cells(config, gpt.config.grid)
+    images = find_images(config.images)
+    count = min(config.num_images or len(images), len(images))
+    shown = open_shown(dataclasses.replace(config, num_images=count), gpt, world)
+    if shown.count < count:
+        raise InputError(f"{shown.count} prompts for {count} pictures: give one for each")
+    config.out.mkdir(parents=True, exist_ok=True)
+    save_config(config, config.out / "config.yaml")
+    height, width = (vq.config.downsample * side for side in gpt.config.grid)
+    dataset = OrderedImages(images, CenterCrop(height, width))
+    rows, skipped = [], []
+    for batch in tqdm(ordered_batches(dataset, list(range(count)), config.batch_size, 0)):
+        skipped += batch.skipped
+        if batch.pixels is None:
+            continue
+        ids = torch.from_numpy(batch.indices)
+        negative = shown.negative and repeat(shown.negative, len(ids))
+        arguments = config.sampling.arguments(gpt.config.condition)
+        arguments |= {"sample_ids": ids, "negative": negative}
+        drawn = fill(gpt, vq, batch.pixels.to(world.device), cells, shown.batch(ids), arguments)
+        hole = cells.repeat_interleave(vq.config.downsample, 0)
+        hole = hole.repeat_interleave(vq.config.downsample, 1)
+        seen = batch.pixels.masked_fill(hole[None, :, :, None], HOLE)
+        for i, *triple in zip(ids.tolist(), batch.pixels, seen, drawn, strict=True):
+            save_png(triple[2].numpy(), _folder(config.out / "png") / f"{i:06d}.png")
+            rows += triple
+    if not rows:
+        raise InputError(f"{config.images}: no picture can be read")
+    save_png(image_grid(torch.stack(rows).numpy(), columns=3), config.out / "completions.png")
+    index = {"skipped": [list(item) for item in skipped], **shown.settings, **shown.index}
+    write_json(config.out / "index.json", {"count": len(rows) // 3, **index})
+    print(f"{config.out / 'completions.png'}: original, input, completion; {len(skipped)} skipped")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@torch.no_grad()
+def fill(
+    gpt: GPT,
+    vq: VQModel,
+    pixels: torch.Tensor,
+    cells: torch.Tensor,
+    condition: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    arguments: dict[str, object],
+) -> torch.Tensor:
+    """Pixels (n, height, width, 3) uint8 with `cells` (rows, columns) drawn anew, on the CPU."""
+    codes = vq.encode(pixels_to_images(pixels))
+    known = codes.masked_fill(cells.to(codes.device), -1)
+    codes = generate(gpt, condition, known=known, **arguments)  # pyright: ignore[reportArgumentType]
+    return decode_pixels(vq, codes).cpu()
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_config(CompleteConfig)
+    with distributed(config.device) as world:
+        if world.size > 1:
+            raise InputError("complete runs in one process")
+        complete(config, world)
+
+
+if __name__ == "__main__":
+    run_command(main)

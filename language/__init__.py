@@ -1,0 +1,1 @@
+"""Captions: cleaning, text encoders, and features on disk."""

@@ -1,0 +1,146 @@
+"""Turn captions into feature shards, once, for training; run it again and it continues.
+
+python -m language.encode --t5 google/flan-t5-xl --pairs.source laion-coco --out features/laion
+torchrun --nproc-per-node 8 -m language.encode ...
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from core.config import parse_config, run_command, save_config
+from core.datasets import Skipped
+from core.distributed import DeviceName, World, distributed
+from core.pairs import CaptionError, Pairs, PairsConfig
+from core.shards import ShardWriter
+from language.captions import clean_caption, first_sentence
+from language.features import DTYPES
+from language.t5 import T5, load_t5
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Which captions, by which encoder, and where the features go.
+
+    Args:
+        t5: The text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5).
+        out: The folder to write features_*.npy, lengths_*.npy, ids_*.npy and index.json to.
+        pairs: The pictures with captions, and their variants.
+        max_tokens: Longer captions are cut, and counted.
+        clean: clean (captions in any script stay), reference (the reference's rules), or none.
+        shard_size: Pairs a shard: what a killed run loses at most, on each process.
+        precision: Of the encoder and of the features; T5 overflows in fp16 at some sizes.
+        device: auto, cpu, cuda or mps.
+    """
+
+    t5: str
+    out: Path
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    max_tokens: int = 120
+    clean: Literal["clean", "reference", "none"] = "clean"
+    shard_size: int = 1000
+    precision: Literal["bf16", "fp16"] = "bf16"
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.max_tokens, self.shard_size) < 1:
+            raise ValueError("max_tokens and shard_size must be >= 1")
+
+
+def encode(config: EncodeConfig, world: World) -> None:
+    """Encode all captions, this rank's shards on this rank, then write the index."""
+    pairs = Pairs(config.pairs)
+    t5 = load_t5(config.t5, world.device, DTYPES[config.precision], config.max_tokens)
+    settings = {
+        "t5": config.t5,
+        "t5_identity": t5.identity,
+        "dim": t5.dim,
+        "max_tokens": config.max_tokens,
+        "dtype": config.precision,
+        "clean": config.clean,
+        "variants": list(config.pairs.variants),
+        "pairs": str(config.pairs.source),
+        "pairs_fingerprint": pairs.fingerprint,
+    }
+    writer = ShardWriter(config.out, len(pairs), config.shard_size, settings, world)
+    todo = writer.begin()
+    if world.is_main:
+        save_config(config, config.out / "config.yaml")
+    total = sum(len(writer.items(shard)) for shard in todo)
+    with tqdm(total=total, unit="pair", disable=not world.is_main) as bar:
+        for shard in todo:
+            write_shard(config, writer, shard, pairs, t5)
+            bar.update(len(writer.items(shard)))
+    finish(writer, world)
+
+
+def write_shard(
+    config: EncodeConfig, writer: ShardWriter, shard: int, pairs: Pairs, t5: T5
+) -> None:
+    """Encode and write one shard: the pairs with captions, and the names of the others."""
+    ids, captions, skipped = [], [], []
+    for i in writer.items(shard):
+        try:
+            captions += cleaned(config, pairs.captions(i))
+            ids.append(i)
+        except CaptionError as error:
+            skipped.append(Skipped(pairs.name(i), str(error)))
+    t5.cut = 0
+    # On the CPU at once: features of a whole shard need not fit on the device.
+    found = [part.cpu() for part in t5.encode(captions)]
+    lengths = np.array([len(part) for part in found], np.int32)
+    features = torch.cat([*found, torch.empty(0, t5.dim, dtype=DTYPES[config.precision])])
+    arrays = {
+        "ids": np.array(ids, np.int64),
+        "lengths": lengths.reshape(len(ids), len(config.pairs.variants)),
+    }
+    # numpy has no bfloat16: the bits are stored.
+    ragged = {"features": features.view(torch.int16).numpy()}
+    named = [list(item) for item in skipped]
+    writer.write(shard, arrays, ragged, skipped=named, cut=t5.cut)
+
+
+def cleaned(config: EncodeConfig, captions: list[str]) -> list[str]:
+    """All variants of a pair's caption, as they are encoded; raises CaptionError for empty ones."""
+    if config.pairs.first_sentence:
+        captions = [*captions, first_sentence(captions[0])]
+    if config.clean != "none":
+        captions = [clean_caption(text, config.clean == "reference") for text in captions]
+    if not all(captions):
+        raise CaptionError("empty caption")
+    return captions
+
+
+def finish(writer: ShardWriter, world: World) -> None:
+    """Write index.json and, where pairs were left out, skipped.txt; say what came out."""
+    world.barrier()
+    markers = writer.markers()
+    skipped = [Skipped(*item) for marker in markers for item in marker["skipped"]]
+    reasons = dict(Counter(item.reason for item in skipped))
+    cut = sum(marker["cut"] for marker in markers)
+    writer.finish({"skipped": len(skipped), "skipped_by_reason": reasons, "cut": cut})
+    if not world.is_main:
+        return
+    print(
+        f"{writer.folder}: captions of {writer.count - len(skipped)} pairs, {cut} cut, index.json"
+    )
+    if skipped:
+        path = writer.folder / "skipped.txt"
+        path.write_text("".join(f"{item.path}\t{item.reason}\n" for item in skipped))
+        print(f"{path}: {len(skipped)} pairs skipped ({reasons})")
+
+
+def main() -> None:
+    """Entry point."""
+    config = parse_config(EncodeConfig)
+    with distributed(config.device) as world:
+        encode(config, world)
+
+
+if __name__ == "__main__":
+    run_command(main)

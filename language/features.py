@@ -1,0 +1,100 @@
+"""Text features on disk: of language.encode, or the reference's one file per caption."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import InputError
+from core.shards import ShardReader, map_array, read_index
+from language.t5 import pad
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FeatureDataset:
+    """Features of captions, memory-mapped.
+
+    ids: the pairs that have captions, (n,) int64 ascending. variants: names of the captions of
+    each. dim: their width, max_tokens: the most tokens of one. index: what index.json says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.index: dict[str, Any] = read_index(self.folder)
+        if "variants" not in self.index:
+            raise InputError(f"{folder}/index.json: no variants; is it of language.encode?")
+        self.dim, self.max_tokens = int(self.index["dim"]), int(self.index["max_tokens"])
+        self.variants = tuple(self.index["variants"])
+        self.ids = self._all("ids")
+        self.lengths = self._all("lengths").reshape(len(self.ids), len(self.variants))
+        rows = self.index["rows"]
+        self._shard = np.repeat(np.arange(len(rows)), rows)
+        starts = np.zeros(self.lengths.size, np.int64)
+        self._shards = []
+        first = 0
+        for shard, count in enumerate(rows):
+            size = count * len(self.variants)
+            here = self.lengths.reshape(-1)[first : first + size].astype(np.int64)
+            starts[first : first + size] = np.cumsum(here) - here
+            path = self.folder / f"features_{shard:05d}.npy"
+            self._shards.append(map_array(path, int(here.sum())))
+            first += size
+        self._starts = starts.reshape(self.lengths.shape)
+
+    def _all(self, name: str) -> np.ndarray:
+        reader = ShardReader(self.folder, name)
+        return reader[np.arange(len(reader))]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, ids: np.ndarray, variants: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs (n,), variant numbers (n,) -> features (n, T, dim) padded last, lengths (n,).
+
+        Raises InputError for a pair without a caption.
+        """
+        rows = np.searchsorted(self.ids, ids)
+        if len(ids) and (rows.max() >= len(self.ids) or (self.ids[rows] != ids).any()):
+            raise InputError(f"{self.folder}: no caption of some of the pairs asked for")
+        dtype = DTYPES[self.index["dtype"]]
+        found = []
+        for row, variant in zip(rows.tolist(), variants.tolist(), strict=True):
+            start = self._starts[row, variant]
+            bits = self._shards[self._shard[row]][start : start + self.lengths[row, variant]]
+            found.append(torch.from_numpy(bits.copy()).view(dtype))
+        return pad(found)
+
+
+class ReferenceFeatures:
+    """The reference's layout: FOLDER/{jsonl stem}/{line:09d}.npy, float (1, tokens, dim)."""
+
+    variants = ("long",)
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        self.folder, self.max_tokens = Path(folder), max_tokens
+        self.paths = sorted(self.folder.rglob("*.npy"))
+        if not self.paths:
+            raise InputError(f"{folder}: holds no .npy features")
+        self.ids = np.arange(len(self.paths))
+        self.dim = self._load(0).shape[1]
+        self.index: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _load(self, row: int) -> np.ndarray:
+        path = self.paths[row]
+        try:
+            array = np.load(path, allow_pickle=False)[0]
+        except (OSError, ValueError, IndexError) as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+        if array.ndim != 2 or not len(array):
+            raise InputError(f"{path}: expected features (1, tokens, dim)")
+        return array[: self.max_tokens]
+
+    def batch(self, ids: np.ndarray, variants: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """See FeatureDataset.batch; there is one variant."""
+        assert not variants.any()
+        return pad([torch.from_numpy(self._load(row).astype(np.float32)) for row in ids.tolist()])

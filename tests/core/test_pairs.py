@@ -1,0 +1,112 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.config import InputError
+from core.images import ImageError
+from core.pairs import CaptionError, Pairs, PairsConfig
+
+
+def jpeg(side: int = 40, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A good pair, then one of each kind that is not."""
+    members = {"000.jpg": jpeg(), "000.txt": b"a good one", "000.json": b'{"aesthetic": 6.5}'}
+    members |= {"001.jpg": jpeg()[:400], "001.txt": b"a truncated picture"}
+    members |= {"002.jpg": jpeg()}
+    members |= {"003.jpg": jpeg(), "003.txt": b"caf\xe9"}
+    members |= {"004.jpg": jpeg(), "004.txt": b"  "}
+    members |= {"005.jpg": jpeg(side=1), "005.txt": b"one pixel"}
+    write_tar(tmp_path / "00000.tar", members)
+    return tmp_path
+
+
+def reason(call, index: int) -> str:
+    try:
+        call(index)
+    except ImageError as error:
+        return error.reason
+    except CaptionError as error:
+        return str(error)
+    return ""
+
+
+def test_each_bad_pair_of_a_tar_has_its_reason(shard):
+    pairs = Pairs(PairsConfig(shard))
+    assert len(pairs) == 6
+    assert [reason(pairs.captions, i) for i in range(6)] == [
+        *("", "", "no caption", "caption is not UTF-8", "empty caption", "")
+    ]
+    assert [reason(pairs.load, i) for i in range(6)] == [
+        *("", "damaged image", "", "", "", "smaller than 16 pixels")
+    ]
+    assert pairs.captions(0) == ["a good one"]
+    assert pairs.name(1) == "00000.tar/001"
+
+
+def test_the_places_in_a_tar_are_kept_and_listed_again_when_it_changes(shard):
+    first = Pairs(PairsConfig(shard))
+    assert (shard / ".pairs" / "00000.tar.npz").is_file()
+    assert Pairs(PairsConfig(shard)).fingerprint == first.fingerprint
+    write_tar(shard / "00000.tar", {"9.jpg": jpeg(), "9.txt": b"new"})
+    again = Pairs(PairsConfig(shard))
+    assert again.source.keys == ["00000.tar/9"]
+    assert again.fingerprint != first.fingerprint
+    (shard / ".pairs" / "00000.tar.npz").write_bytes(b"half")
+    assert len(Pairs(PairsConfig(shard))) == 1
+
+
+def test_pairs_are_filtered_by_score_and_aspect(shard):
+    config = PairsConfig(shard, score_field="aesthetic", min_score=5.0)
+    pairs = Pairs(config)
+    assert [reason(pairs.load, i) for i in (0, 2)] == ["", "no aesthetic"]
+    low = Pairs(PairsConfig(shard, score_field="aesthetic", min_score=7.0))
+    assert reason(low.captions, 0) == "aesthetic below 7.0"
+    Image.new("RGB", (100, 20)).save(shard / "wide.png")
+    (shard / "00000.tar").unlink()
+    assert reason(Pairs(PairsConfig(shard, max_aspect=3)).load, 0) == "aspect beyond 3"
+
+
+def test_the_references_lists_are_read_line_by_line(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg())
+    lines = [
+        {"image_path": "pictures/a.jpg", "text": ["short", "a long one"]},
+        {"image_path": "pictures/gone.jpg", "text": ["short"]},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines) + "\nno json\n"
+    (tmp_path / "part.jsonl").write_text(text)
+    pairs = Pairs(PairsConfig(tmp_path, captions={"long": "text.1", "short": "text.0"}))
+    assert pairs.captions(0) == ["a long one", "short"]
+    assert pairs.load(0).size == (40, 40)
+    assert [reason(pairs.captions, i) for i in (1, 2)] == ["no caption", "damaged json"]
+    assert [reason(pairs.load, i) for i in (1, 2)] == ["no such file", "no such file"]
+    assert pairs.name(1) == "part/000000001"
+
+
+def test_what_holds_no_pairs_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="holds no pictures"):
+        Pairs(PairsConfig(tmp_path))
+    with pytest.raises(InputError, match="no such folder"):
+        Pairs(PairsConfig(tmp_path / "nowhere"))
+    (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(InputError, match="not an uncompressed tar"):
+        Pairs(PairsConfig(tmp_path))

@@ -1,0 +1,102 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, run_module
+from PIL import Image
+
+from core.config import InputError
+from core.distributed import choose_device
+from language.features import FeatureDataset, ReferenceFeatures
+from language.t5 import load_t5
+
+WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "mat", "in", "sun", "and", "run"]
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """60 pictures with captions; number 7 has none."""
+    folder, draw = tmp_path / "pairs", random.Random(0)
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i:03d}.png")
+        caption = " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+        if i != 7:
+            (folder / f"{i:03d}.txt").write_text(f"{caption}. {caption}")
+    return folder
+
+
+def flags(t5: Path, pairs: Path, out: Path, *more: object) -> list[object]:
+    run = ("--t5", t5, "--pairs.source", pairs, "--out", out, "--device", "cpu")
+    return [*run, "--shard_size", 8, "--pairs.first_sentence", "true", "--max_tokens", 16, *more]
+
+
+def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs):
+    done = run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "out"))
+    data = FeatureDataset(tmp_path / "out")
+    assert data.variants == ("long", "first_sentence")
+    assert data.ids.tolist() == [i for i in range(60) if i != 7]
+    assert data.index["skipped_by_reason"] == {"no caption": 1}
+    assert data.index["cut"] > 0
+    assert "'no caption': 1" in done.stdout
+    encoder = load_t5(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
+    ids, variants = np.array([59, 0, 8]), np.array([0, 1, 1])
+    texts = [(pairs / f"{i:03d}.txt").read_text() for i in ids]
+    texts = [t.split(". ")[0] + "." if v else t for t, v in zip(texts, variants, strict=True)]
+    expected, lengths = encoder.batch(texts)
+    found = data.batch(ids, variants)
+    assert torch.equal(found[1], lengths)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], expected, rtol=0.1, atol=0.1)
+    with pytest.raises(InputError, match="no caption of some"):
+        data.batch(np.array([7]), np.array([0]))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_shards_bit_for_bit(tmp_path, tiny_t5, pairs):
+    run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "whole"))
+    killed = flags(tiny_t5, pairs, tmp_path / "killed")
+    process = subprocess.Popen(
+        command("language.encode", *killed),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "index.json").exists()
+    run_module("language.encode", *killed, processes=2)
+    for path in sorted((tmp_path / "whole").glob("*_*.npy")):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
+
+
+def test_another_encoder_does_not_go_on_in_the_same_folder(tmp_path, tiny_t5, pairs):
+    run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "out"))
+    more = ("--clean", "none")
+    failed = run_module(
+        "language.encode", *flags(tiny_t5, pairs, tmp_path / "out", *more), ok=False
+    )
+    assert failed.returncode == 2
+    assert "other settings (clean)" in failed.stderr.splitlines()[-1]
+
+
+def test_the_references_files_are_read(tmp_path):
+    for i, tokens in enumerate((3, 5)):
+        path = tmp_path / "part0" / f"{i:09d}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.full((1, tokens, 4), i, np.float32))
+    data = ReferenceFeatures(tmp_path, max_tokens=4)
+    features, lengths = data.batch(np.array([1, 0]), np.array([0, 0]))
+    assert (data.dim, features.shape, lengths.tolist()) == (4, (2, 4, 4), [4, 3])
+    assert features[0].eq(1).all()
+    assert json.dumps(data.index) == "{}"
