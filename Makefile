@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on handwritten digits, in minutes
+# make demo-text   captions to pictures, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
@@ -7,10 +8,13 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: demo test check quick clean
+.PHONY: demo demo-text test check quick clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
+
+demo-text: .venv/ready
+	$(RUN) scripts/demo_text.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
@@ -32,4 +36,4 @@ check: .venv/ready
 	touch $@
 
 clean:
-	rm -rf runs/demo .pytest_cache .ruff_cache
+	rm -rf runs/demo runs/demo_text .pytest_cache .ruff_cache

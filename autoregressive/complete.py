@@ -17,8 +17,8 @@ from tqdm import tqdm
 from autoregressive.conditioning import repeat
 from autoregressive.model import GPT
 from autoregressive.pretrained import load_gpt
-from autoregressive.prompts import ShownConfig
-from autoregressive.sample import check_pair, decode_pixels, open_shown
+from autoregressive.prompts import ShownConfig, open_shown
+from autoregressive.sample import check_pair, decode_pixels
 from autoregressive.sampling import SamplingConfig, generate
 from core.checkpoint import Weights
 from core.config import InputError, parse_config, run_command, save_config
@@ -94,7 +94,8 @@ def complete(config: CompleteConfig, world: World) -> None:
     cells = redrawn_cells(config, gpt.config.grid)
     images = find_images(config.images)
     count = min(config.num_images or len(images), len(images))
-    shown = open_shown(dataclasses.replace(config, num_images=count), gpt, world)
+    asked = dataclasses.replace(config, num_images=count)
+    shown = open_shown(asked, gpt.config, config.sampling.seed, world)
     if shown.count < count:
         raise InputError(f"{shown.count} prompts for {count} pictures: give one for each")
     config.out.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,53 @@
 """Codes and classes for training: our shards, or the reference's one file per image."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from core.config import InputError
+from core.pairs import PairsConfig
 from core.randomness import random_uniform
 from core.shards import ShardReader, read_index
 
 CROP_STREAM = 1  # tells the draws of one training position apart
 DROP_STREAM = 2
 CAPTION_STREAM = 4
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """Pictures and captions that are encoded while training, on each process's device.
+
+    Args:
+        pairs: The pictures with captions; with a source, nothing else of `data` is read but the
+            captions' variants.
+        tokenizer: Encodes the pictures: a run or checkpoint folder, a released file, or a Hub id.
+        t5: Encodes the captions: a folder or a Hub id.
+        image_size: Height and width of the crops.
+        crop_scale: The least share of the resized short side that a random crop keeps.
+        max_tokens: Longer captions are cut.
+        clean: clean, reference or none, as for language.encode.
+        num_workers: Threads that read pictures, per rank.
+    """
+
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    tokenizer: str = ""
+    t5: str = "google/flan-t5-xl"
+    image_size: tuple[int, int] = (256, 256)
+    crop_scale: float = 0.9
+    max_tokens: int = 120
+    clean: Literal["clean", "reference", "none"] = "clean"
+    num_workers: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale <= 1 or min(*self.image_size, self.max_tokens) < 1:
+            raise ValueError("data.live: crop_scale in (0, 1], image_size and max_tokens >= 1")
+        if self.num_workers < 1:
+            raise ValueError("data.live.num_workers must be >= 1")
 
 
 @dataclass(frozen=True)
@@ -31,9 +65,10 @@ class CodesConfig:
         caption: For features: the variant of the caption to take.
         short_caption: The variant to take instead at short_caption_rate; empty for none.
         short_caption_rate: Share of the samples with the short caption (paper: 0.3).
+        live: Instead of codes and features: pictures and captions encoded while training.
     """
 
-    codes: tuple[Path, ...]
+    codes: tuple[Path, ...] = ()
     labels: tuple[Path, ...] = ()
     vocab_size: int = 16384
     num_classes: int = 1000
@@ -41,10 +76,11 @@ class CodesConfig:
     caption: str = "long"
     short_caption: str = ""
     short_caption_rate: float = 0.3
+    live: LiveConfig = field(default_factory=LiveConfig)
 
     def __post_init__(self) -> None:
-        if not self.codes:
-            raise ValueError("data.codes: give at least one folder")
+        if bool(self.codes) == bool(self.live.pairs.source):
+            raise ValueError("data: give codes, or live.pairs.source; one of them")
         if self.labels and len(self.labels) != len(self.codes):
             raise ValueError("data.labels: give one label folder per code folder")
         if self.labels and self.features:
@@ -187,6 +223,23 @@ class CodeDataset:
                 f"data.codes: code {codes.max()} is outside the vocabulary of {self.vocab_size}"
             )
         return torch.from_numpy(codes)
+
+
+def chosen_captions(
+    positions: np.ndarray, seed: int, variants: Sequence[str], config: CodesConfig
+) -> np.ndarray:
+    """Which variant of its caption each training position (n,) shows -> (n,) int64.
+
+    Depends on (seed, position) alone. Raises InputError for a variant that there is not.
+    """
+    wanted = [config.caption, config.short_caption or config.caption]
+    for name in wanted:
+        if name not in variants:
+            raise InputError(f"data.caption: no variant {name!r}, only {', '.join(variants)}")
+    stream = torch.tensor([CAPTION_STREAM])
+    uniform = random_uniform(seed, stream, torch.from_numpy(positions)).numpy()
+    long, short = (list(variants).index(name) for name in wanted)
+    return np.where(uniform < config.short_caption_rate, short, long)
 
 
 def dropped_conditions(positions: np.ndarray, rate: float, seed: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from autoregressive.model import GPTConfig
 from core.config import InputError
 from core.distributed import Precision, World, dtype_of
 from core.randomness import random_uniform
-from language.captions import clean_caption
+from language.captions import Cleaning, cleaned
 from language.t5 import T5, load_t5
 
 LABEL_STREAM = 3  # tells the draw of a sample's class from its other draws
@@ -35,7 +35,7 @@ class ShownConfig:
         prompt: One prompt, instead of a file.
         images_per_prompt: Images of each prompt, one after the other.
         negative_prompt: What guidance leads away from; empty for the null caption.
-        clean_prompts: none; clean (as language.encode cleans captions); reference (its rules).
+        clean_prompts: clean (as language.encode cleans captions), reference (its rules) or none.
         t5: The text encoder: a folder or a Hub id.
         t5_precision: bf16 or fp32.
     """
@@ -47,7 +47,7 @@ class ShownConfig:
     prompt: str = ""
     images_per_prompt: int = 1
     negative_prompt: str = ""
-    clean_prompts: Literal["none", "clean", "reference"] = "clean"
+    clean_prompts: Cleaning = "clean"
     t5: str = "google/flan-t5-xl"
     t5_precision: Precision = "bf16"
 
@@ -112,7 +112,7 @@ class Prompts:
         dtype = dtype_of(config.t5_precision)
         self.t5: T5 = load_t5(config.t5, world.device, dtype, gpt.max_text_tokens)
         check_encoder(gpt, self.t5, config.t5)
-        self.clean = config.clean_prompts
+        self.clean: Cleaning = config.clean_prompts
         self.negative = self.encode([config.negative_prompt]) if config.negative_prompt else None
         texts = [prompt.text for prompt in self.prompts]
         self.settings = {
@@ -135,9 +135,14 @@ class Prompts:
 
     def encode(self, texts: list[str]) -> Text:
         """Texts, cleaned as configured -> features (n, T, dim), lengths (n,)."""
-        if self.clean != "none":
-            texts = [clean_caption(text, reference=self.clean == "reference") for text in texts]
-        return self.t5.batch(texts)
+        return self.t5.batch(cleaned(texts, self.clean))
+
+
+def open_shown(config: ShownConfig, gpt: GPTConfig, seed: int, world: World) -> Classes | Prompts:
+    """What the images show, under a model of classes or of text."""
+    if gpt.condition == "class":
+        return Classes(config, gpt, seed)
+    return Prompts(config, gpt, world)
 
 
 def check_encoder(gpt: GPTConfig, t5: T5, name: str) -> None:

@@ -23,7 +23,7 @@ from autoregressive.conditioning import Condition, repeat
 from autoregressive.layouts import Layout, write_pngs
 from autoregressive.model import GPT
 from autoregressive.pretrained import load_gpt
-from autoregressive.prompts import Classes, Prompts, ShownConfig
+from autoregressive.prompts import Classes, Prompts, ShownConfig, open_shown
 from autoregressive.sampling import SamplingConfig, generate
 from core.checkpoint import Weights
 from core.config import InputError, config_values, parse_config, run_command, save_config
@@ -148,7 +148,7 @@ def score_samples(
 def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
     gpt, vq, settings = load_models(config, world)
-    shown = open_shown(config, gpt, world)
+    shown = open_shown(config, gpt.config, config.sampling.seed, world)
     arguments = config.sampling.arguments(gpt.config.condition)
     judge = open_judge(config.judge, "generation", world) if config.judge.reference else None
     if judge:
@@ -192,13 +192,6 @@ def sample(config: SampleConfig, world: World) -> None:
     if judge and evaluator:
         scored = Scored(evaluator.merge(world), shown.labels, (), [])
         publish(judge, scored, config.out, config_values(config), world)
-
-
-def open_shown(config: SampleConfig, gpt: GPT, world: World) -> Classes | Prompts:
-    """What the images show."""
-    if gpt.config.condition == "class":
-        return Classes(config, gpt.config, config.sampling.seed)
-    return Prompts(config, gpt.config, world)
 
 
 def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[str, Any]]:
@@ -251,7 +244,7 @@ def _write_outputs(config: SampleConfig, vq: VQModel, shown: Classes | Prompts) 
     device = vq.quant_conv.weight.device
     parts = [decode_pixels(vq, part.to(device), config.resize) for part in codes.split(32)]
     pixels = torch.cat(parts).cpu().numpy()
-    captions = [shown.of(i).text for i in ids] if isinstance(shown, Prompts) else None
+    captions = [shown.of(i).text for i in ids.tolist()] if isinstance(shown, Prompts) else None
     save_png(image_grid(pixels, columns, captions), config.out / "samples.png")
     written = [config.out / "samples.png", config.out / "index.json"]
     if config.npz:

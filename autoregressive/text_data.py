@@ -1,17 +1,18 @@
 """Codes and captions for training: codes of tokenizer.encode, features of language.encode."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from autoregressive.conditioning import Text
-from autoregressive.data import CAPTION_STREAM, CodeDataset, CodesConfig
+from autoregressive.data import CodeDataset, CodesConfig, chosen_captions
+from autoregressive.live_data import LivePairs
 from core.config import InputError
-from core.distributed import choose_device
-from core.randomness import random_uniform
+from core.distributed import World, choose_device
 from core.shards import ShardReader
-from language.captions import clean_caption
+from language.captions import cleaned
 from language.features import FeatureDataset
 from language.t5 import load_t5
 
@@ -38,17 +39,8 @@ class TextDataset:
         self.pairs = pairs[self.rows]
         if not len(self.rows):
             raise InputError(f"{config.features}: no picture of {config.codes[0]} has a caption")
-        self.long = self._variant(config, config.caption)
-        self.short = self._variant(config, config.short_caption or config.caption)
-        self.short_rate = config.short_caption_rate if config.short_caption else 0.0
-
-    def _variant(self, config: CodesConfig, name: str) -> int:
-        variants = list(self.features.variants)
-        if name not in variants:
-            raise InputError(
-                f"data.caption: {config.features} has no variant {name!r}, only {variants}"
-            )
-        return variants.index(name)
+        self.config = config
+        chosen_captions(np.arange(1), 0, self.features.variants, config)  # refuses unknown ones
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,28 +63,27 @@ class TextDataset:
         Which caption a sample shows depends on (seed, its position in the training order) alone.
         """
         codes = self.codes.code_batch(self.rows[rows], positions, seed)
-        stream = torch.tensor([CAPTION_STREAM])
-        uniform = random_uniform(seed, stream, torch.from_numpy(positions)).numpy()
-        variants = np.where(uniform < self.short_rate, self.short, self.long)
+        variants = chosen_captions(positions, seed, self.features.variants, self.config)
         return codes, self.features.batch(self.pairs[rows], variants)
 
     def conditions(self, ids: np.ndarray) -> Text:
         """What image number ids (n,) of a sample shows: the captions in turn."""
         pairs = self.pairs[ids % len(self.pairs)]
-        return self.features.batch(pairs, np.full(len(pairs), self.long))
+        long = self.features.variants.index(self.config.caption)
+        return self.features.batch(pairs, np.full(len(pairs), long))
 
     def encode(self, prompts: list[str]) -> Text:
         """Prompts as the text encoder of the features sees them."""
         device, index = choose_device("cpu"), self.features.index
         t5 = load_t5(index["t5"], device, torch.float32, self.features.max_tokens)
-        if index["clean"] != "none":
-            prompts = [clean_caption(text, index["clean"] == "reference") for text in prompts]
-        return t5.batch(prompts)
+        return t5.batch(cleaned(prompts, index["clean"]))
 
 
-Dataset = CodeDataset | TextDataset
+Dataset = CodeDataset | TextDataset | LivePairs
 
 
-def open_data(config: CodesConfig) -> Dataset:
-    """Codes with classes, or with captions where the configuration names features."""
+def open_data(config: CodesConfig, world: World, out: Path) -> Dataset:
+    """Codes with classes or captions, or pairs encoded as they come (skips are listed in `out`)."""
+    if config.live.pairs.source:
+        return LivePairs(config, world, out)
     return TextDataset(config) if config.features else CodeDataset(config)

@@ -19,12 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from autoregressive.conditioning import select
-from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
+from autoregressive.data import CodeDataset, CodesConfig, LiveConfig, dropped_conditions
 from autoregressive.model import GPT, Architecture, Block, GPTConfig
 from autoregressive.pretrained import load_gpt
 from autoregressive.sample import decode_pixels, score_samples
 from autoregressive.sampling import SamplingConfig, generate
-from autoregressive.text_data import Dataset, TextDataset, open_data
+from autoregressive.text_data import Dataset, open_data
 from core.checkpoint import Checkpointer, inference_files
 from core.config import InputError, load_config, parse_config, run_command
 from core.datasets import ShuffledOrder, check_batch_size, local_positions
@@ -130,9 +130,9 @@ class TrainConfig:
 def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.batch_size, config.gradient_accumulation, world)
-    data = open_data(config.data)
+    data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
-    validation = open_validation(config, gpt_config)
+    validation = open_validation(config, gpt_config, world)
     check_resumable(config.out, gpt_config)
     begin_run(config.out, world)
     torch.manual_seed(config.seed)
@@ -261,14 +261,18 @@ def check_resumable(out: Path, gpt_config: GPTConfig) -> None:
             )
 
 
-def open_validation(config: TrainConfig, gpt_config: GPTConfig) -> Dataset | None:
+def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) -> Dataset | None:
     """The validation data; raises InputError where it does not fit the training data."""
     if not config.validation:
         return None
     given = dataclasses.replace(
-        config.data, codes=config.validation, features=config.validation_features, labels=()
+        config.data,
+        codes=config.validation,
+        features=config.validation_features,
+        labels=(),
+        live=LiveConfig(),
     )
-    validation = open_data(given)
+    validation = open_data(given, world, config.out)
     for name, theirs in validation.model_fields().items():
         ours = getattr(gpt_config, name)
         if ours != theirs:
@@ -328,7 +332,7 @@ class SampleGrid:
                     f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
                 )
             self.condition = torch.tensor(config.sample_classes)
-        if isinstance(data, TextDataset) and config.sample_prompts:
+        if not isinstance(data, CodeDataset) and config.sample_prompts:
             self.condition = data.encode(list(config.sample_prompts))
 
     def draw(self, gpt: GPT) -> np.ndarray:

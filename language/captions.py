@@ -7,9 +7,12 @@ saw them, so `reference=True` strips them as the reference does.
 
 import html
 import re
+from typing import Literal
 from urllib.parse import unquote_plus
 
 import ftfy
+
+from core.pairs import CaptionError, Pairs
 
 # (what it matches, what it becomes), in this order; the captions are in lower case by then.
 _MARKUP = (
@@ -85,6 +88,27 @@ def _replace(text: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     for pattern, new in rules:
         text = pattern.sub(new, text)
     return text
+
+
+Cleaning = Literal["clean", "reference", "none"]
+
+
+def all_captions(pairs: Pairs, index: int, clean: Cleaning) -> list[str]:
+    """Every variant of a pair's caption, as it is encoded; raises CaptionError for empty ones."""
+    captions = pairs.captions(index)
+    if pairs.config.first_sentence:
+        captions = [*captions, first_sentence(captions[0])]
+    captions = cleaned(captions, clean)
+    if not all(captions):
+        raise CaptionError("empty caption")
+    return captions
+
+
+def cleaned(captions: list[str], clean: Cleaning) -> list[str]:
+    """Captions after clean_caption, or by the reference's rules, or as they are."""
+    if clean == "none":
+        return captions
+    return [clean_caption(caption, clean == "reference") for caption in captions]
 
 
 def first_sentence(caption: str) -> str:

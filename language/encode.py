@@ -18,7 +18,7 @@ from core.datasets import Skipped
 from core.distributed import DeviceName, World, distributed
 from core.pairs import CaptionError, Pairs, PairsConfig
 from core.shards import ShardWriter
-from language.captions import clean_caption, first_sentence
+from language.captions import Cleaning, all_captions
 from language.features import DTYPES
 from language.t5 import T5, load_t5
 
@@ -42,7 +42,7 @@ class EncodeConfig:
     out: Path
     pairs: PairsConfig = field(default_factory=PairsConfig)
     max_tokens: int = 120
-    clean: Literal["clean", "reference", "none"] = "clean"
+    clean: Cleaning = "clean"
     shard_size: int = 1000
     precision: Literal["bf16", "fp16"] = "bf16"
     device: DeviceName = "auto"
@@ -86,7 +86,7 @@ def write_shard(
     ids, captions, skipped = [], [], []
     for i in writer.items(shard):
         try:
-            captions += cleaned(config, pairs.captions(i))
+            captions += all_captions(pairs, i, config.clean)
             ids.append(i)
         except CaptionError as error:
             skipped.append(Skipped(pairs.name(i), str(error)))
@@ -103,17 +103,6 @@ def write_shard(
     ragged = {"features": features.view(torch.int16).numpy()}
     named = [list(item) for item in skipped]
     writer.write(shard, arrays, ragged, skipped=named, cut=t5.cut)
-
-
-def cleaned(config: EncodeConfig, captions: list[str]) -> list[str]:
-    """All variants of a pair's caption, as they are encoded; raises CaptionError for empty ones."""
-    if config.pairs.first_sentence:
-        captions = [*captions, first_sentence(captions[0])]
-    if config.clean != "none":
-        captions = [clean_caption(text, config.clean == "reference") for text in captions]
-    if not all(captions):
-        raise CaptionError("empty caption")
-    return captions
 
 
 def finish(writer: ShardWriter, world: World) -> None:

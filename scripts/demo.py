@@ -68,8 +68,13 @@ def main() -> None:
 
 
 def stage(module: str, config: str, *flags: object) -> None:
+    """Run one command with this demo's configuration."""
+    run_stage(module, CONFIGS / config, *flags)
+
+
+def run_stage(module: str, config: Path, *flags: object) -> None:
     """Run one command as a user would; stop where it fails."""
-    command = [sys.executable, "-m", module, "--config", str(CONFIGS / config), *map(str, flags)]
+    command = [sys.executable, "-m", module, "--config", str(config), *map(str, flags)]
     print(f"\n$ python {' '.join(command[1:])}", flush=True)
     code = subprocess.run(command, cwd=ROOT).returncode
     if code:

@@ -120,9 +120,9 @@ def find_things(pixels: np.ndarray) -> list[Found]:
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
     distance = np.abs(pixels[:, :, None].astype(np.float32) - palette).sum(-1)
     inside = distance.argmin(-1) > 0
-    patches, count = ndimage.label(inside)
+    patches = np.asarray(ndimage.label(inside)[0])  # pyright: ignore[reportIndexIssue]
     found = []
-    for patch in range(1, count + 1):
+    for patch in range(1, int(patches.max()) + 1):
         mask = patches == patch
         if mask.sum() < LEAST_AREA:
             continue
@@ -130,8 +130,8 @@ def find_things(pixels: np.ndarray) -> list[Found]:
         core = ndimage.binary_erosion(mask)
         votes = distance[core if core.any() else mask][:, 1:].argmin(-1)
         colour = list(COLOURS)[np.bincount(votes).argmax()]
-        y, x = ndimage.center_of_mass(mask)
-        thing = Found(colour, _nearest_shape(mask), (float(x), float(y)))
+        y, x = (float(place.mean()) for place in np.nonzero(mask))
+        thing = Found(colour, _nearest_shape(mask), (x, y))
         found.append((int(mask.sum()), thing))
     return [thing for _, thing in sorted(found, key=lambda item: -item[0])]
 

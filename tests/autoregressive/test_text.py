@@ -1,0 +1,292 @@
+"""Captioned pictures to prompted ones: training, stage 2, prompts, layouts, completion."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_module
+from PIL import Image
+from test_decoder import captions, tiny
+from test_gpt_train import losses
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoregressive import generate
+from autoregressive.data import CodesConfig
+from autoregressive.prompts import ShownConfig, read_prompts
+from autoregressive.text_data import TextDataset
+from core.config import InputError, save_config
+from core.shards import ShardReader, read_index, write_json
+from core.weights import save_tensors
+from tokenizer import VQConfig, VQModel
+
+CPU = ("--device", "cpu")
+FP32 = (*CPU, "--precision", "fp32")
+MODEL = ("--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_t5) -> Path:
+    """30 captioned pictures (two without a caption), their features, and codes at two grids."""
+    folder = tmp_path_factory.mktemp("text")
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    colours = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+    for i in range(30):
+        name = list(colours)[i % 2]
+        Image.new("RGB", (24, 24), colours[name]).save(pairs / f"{i:02d}.png")
+        if i not in (3, 17):
+            (pairs / f"{i:02d}.txt").write_text(f"a {name} cat. it is on a mat")
+    torch.manual_seed(0)
+    shape = {"base_channels": 32, "channel_multipliers": (1, 1), "num_res_blocks": 1}
+    vq = VQModel(VQConfig(**shape, z_channels=32, vocab_size=50))
+    (folder / "vq").mkdir()
+    save_config(vq.config, folder / "vq" / "config.yaml")
+    save_tensors(vq.state_dict(), folder / "vq" / "model.safetensors")
+    source = ("--pairs.source", pairs)
+    features = ("--t5", tiny_t5, "--max_tokens", 16, "--pairs.first_sentence", "true", *CPU)
+    run_module("language.encode", *features, *source, "--out", folder / "features")
+    for side in (8, 16):
+        size = ("--image_size", f"[{side},{side}]", "--num_workers", 0, *CPU)
+        run = ("--tokenizer", folder / "vq", *source, "--out", folder / f"codes{side}")
+        run_module("tokenizer.encode", *run, *size)
+    return folder
+
+
+def train(made: Path, out: Path, *more: object, codes: str = "codes8", ok: bool = True):
+    return run_module(
+        "autoregressive.train",
+        *("--data.codes", f"[{made / codes}]", "--data.features", made / "features"),
+        *("--data.short_caption", "first_sentence", "--out", out, *MODEL, *FP32),
+        *("--num_steps", 6, "--batch_size", 8, "--report.report_every", 1, *more),
+        ok=ok,
+    )
+
+
+@pytest.fixture(scope="module")
+def stage1(made, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stage1"
+    more = ("--validation", f"[{made / 'codes8'}]", "--validation_features", made / "features")
+    train(made, out, *more, "--sample_prompts", "[a red cat]", "--optimizer.lr", 1e-2)
+    return out
+
+
+def data(made: Path, **changes: object) -> TextDataset:
+    return TextDataset(CodesConfig((made / "codes8",), features=made / "features", **changes))
+
+
+def test_codes_and_captions_are_joined_by_the_pair(made):
+    joined = data(made)
+    assert joined.pairs.tolist() == [i for i in range(30) if i not in (3, 17)]
+    codes, (features, lengths) = joined.batch(np.array([3]), np.array([0]), seed=0)
+    assert torch.equal(
+        codes[0],
+        torch.from_numpy(
+            ShardReader(made / "codes8", "codes")[np.array([4])][0, 0].astype(np.int64)
+        ),
+    )
+    expected = joined.features.batch(np.array([4]), np.array([0]))
+    assert torch.equal(features, expected[0])
+    assert torch.equal(lengths, expected[1])
+
+
+def test_short_captions_come_at_their_rate_and_depend_on_the_position_alone(made):
+    joined = data(made, short_caption="first_sentence", short_caption_rate=0.3)
+    rows, positions = np.zeros(2000, np.int64), np.arange(2000)
+    lengths = joined.batch(rows, positions, seed=0)[1][1]
+    assert 0.25 < (lengths == lengths.min()).float().mean() < 0.35
+    assert torch.equal(lengths[50:60], joined.batch(rows[:10], positions[50:60], seed=0)[1][1])
+    with pytest.raises(InputError, match="no variant 'blip'"):
+        data(made, caption="blip")
+
+
+def test_features_of_other_pictures_are_refused(made, tmp_path):
+    for path in (made / "features").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = read_index(tmp_path)
+    write_json(tmp_path / "index.json", {**index, "pairs_fingerprint": "other"})
+    with pytest.raises(InputError, match="captions of other pictures"):
+        TextDataset(CodesConfig((made / "codes8",), features=tmp_path))
+
+
+def test_training_on_captions_lowers_the_loss_validates_and_draws_prompts(stage1):
+    history = losses(stage1)
+    assert history[0] == pytest.approx(np.log(50), abs=1e-3)
+    assert history[-1] < history[0] - 0.3
+    assert "validation_loss" in (stage1 / "metrics.jsonl").read_text()
+    assert (stage1 / "samples" / "step_0000006.png").is_file()
+
+
+def test_stage_2_starts_from_stage_1_at_step_0_on_another_grid(made, stage1, tmp_path):
+    refused = train(made, stage1, codes="codes16", ok=False)
+    assert refused.returncode == 2
+    assert f"--init_from {stage1}" in refused.stderr.splitlines()[-1]
+    more = ("--init_from", stage1, "--optimizer.lr", 1e-9)
+    train(made, tmp_path / "stage2", *more, codes="codes16")
+    assert len(losses(tmp_path / "stage2")) == 6
+    from autoregressive import GPT
+
+    one, two = (GPT.from_pretrained(path) for path in (stage1, tmp_path / "stage2"))
+    assert two.config.grid == (8, 8)
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    classes = train(made, tmp_path / "other", "--init_from", made / "vq", ok=False)
+    assert classes.returncode == 2
+
+
+def sample(made: Path, stage1: Path, tiny_t5: Path, out: Path, *more: object, ok: bool = True):
+    models = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5)
+    return run_module("autoregressive.sample", *models, *FP32, "--out", out, *more, ok=ok)
+
+
+def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, tiny_t5, tmp_path):
+    records = [{"tag": "one", "prompt": "a red cat"}, {"tag": "two", "prompt": "a blue dog"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = ("--prompts", prompts, "--images_per_prompt", 4, "--png", "true", "--batch_size", 3)
+    for layout in ("flat", "geneval", "dpg"):
+        out = tmp_path / layout
+        sample(made, stage1, tiny_t5, out, *run, "--layout", layout, "--shard_size", 4)
+    index = read_index(tmp_path / "flat")
+    assert index["prompts"] == ["a red cat", "a blue dog"]
+    assert (index["count"], index["sampling"]["cfg_scale"], index["sampling"]["top_k"]) == (
+        8,
+        7.5,
+        1000,
+    )
+    assert len(list((tmp_path / "flat" / "png").glob("*.png"))) == 8
+    second = tmp_path / "geneval" / "png" / "00001"
+    assert json.loads((second / "metadata.jsonl").read_text()) == records[1]
+    assert sorted(p.name for p in (second / "samples").iterdir())[-1] == "0003.png"
+    pictures = [tmp_path / "flat" / "png" / "000005.png", second / "samples" / "0001.png"]
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
+    assert Image.open(tmp_path / "dpg" / "png" / "00001.png").size[0] > 16
+    with np.load(tmp_path / "flat" / "samples.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+    failed = run_module(
+        "evaluations.text_alignment",
+        *("--samples", tmp_path / "flat", "--clip_weights", tmp_path / "clip.pt"),
+        *("--out", tmp_path / "clip", *CPU),
+        ok=False,
+    )
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_negative_prompt_changes_the_picture(made, stage1, tiny_t5, tmp_path):
+    run = ("--prompt", "a red cat", "--sampling.top_k", 0)
+    sample(made, stage1, tiny_t5, tmp_path / "plain", *run)
+    sample(made, stage1, tiny_t5, tmp_path / "away", *run, "--negative_prompt", "a dog in the sun")
+    one, two = (ShardReader(tmp_path / name, "codes")[np.array([0])] for name in ("plain", "away"))
+    assert not np.array_equal(one, two)
+    none = sample(made, stage1, tiny_t5, tmp_path / "none", ok=False)
+    assert none.returncode == 2
+    assert "give --prompts or --prompt" in none.stderr.splitlines()[-1]
+
+
+def test_another_text_encoder_is_refused(made, stage1, tiny_t5, tmp_path):
+    from transformers import T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(str(tiny_t5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    for path in tiny_t5.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model.save_pretrained(tmp_path)
+    failed = sample(made, stage1, tmp_path, tmp_path / "out", "--prompt", "a cat", ok=False)
+    assert failed.returncode == 2
+    assert "not the text encoder" in failed.stderr.splitlines()[-1]
+
+
+class ShapesSeen(TorchDispatchMode):
+    """Notes the shape of every tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(value):
+                self.seen.add(value.shape)
+        return result
+
+
+def test_a_training_step_on_captions_makes_no_square_mask():
+    gpt = tiny(condition="text", grid=(32, 32), num_layers=1).train()
+    text, codes = captions([120, 1, 60, 7, 30, 90, 15, 44]), torch.randint(0, 50, (8, 1024))
+    with ShapesSeen() as shapes:
+        logits = gpt(codes, text)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
+    length = 120 + 1024 - 1
+    assert any(length in shape for shape in shapes.seen)
+    squares = [shape for shape in shapes.seen if sum(side >= length for side in shape) > 1]
+    assert not squares
+    assert max(shape.numel() for shape in shapes.seen) < 8 * length * length
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.txt", "one\n\n two \n", ["one", "two"]),
+        ("p.tsv", "Prompt\tCategory\none\tx\n", ["one"]),
+        ("p.csv", 'caption\n"one, two"\n', ["one, two"]),
+        ("p.jsonl", '{"prompt": "one"}\n', ["one"]),
+    ],
+)
+def test_prompt_files_of_every_kind_are_read(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    found = read_prompts(ShownConfig(prompts=tmp_path / name))
+    assert [prompt.text for prompt in found] == expected
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "17.txt").write_text("of a folder")
+    assert read_prompts(ShownConfig(prompts=tmp_path / "folder"))[0].name == "17"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("p.txt", "\n", "holds no prompt"), ("p.jsonl", "no", "JSON"), ("p.tsv", "a\nb\n", "no text")],
+)
+def test_bad_prompt_files_are_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_prompts(ShownConfig(prompts=tmp_path / name))
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_given_codes_stay_and_the_rest_follows_from_them(condition):
+    gpt = tiny(condition=condition, text_dim=12, max_text_tokens=9)
+    given = torch.tensor([1, 2]) if condition == "class" else captions([3, 5], text_dim=12)
+    whole = generate(gpt, given, cfg_scale=3.0, seed=1)
+    known = whole.clone()
+    known[:, 2:] = -1
+    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, known=known), whole)
+    known[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
+    changed = generate(gpt, given, cfg_scale=3.0, seed=1, known=known)
+    assert torch.equal(changed[:, :2], known[:, :2])
+    with pytest.raises(InputError, match="known codes"):
+        generate(gpt, given, known=known[:, :1])
+
+
+def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n" * 4)
+    run = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5, *FP32)
+    run = (
+        *run,
+        "--images",
+        made / "pairs",
+        "--num_images",
+        4,
+        "--prompts",
+        tmp_path / "prompts.txt",
+    )
+    run_module("autoregressive.complete", *run, "--keep_rows", 2, "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 4
+    assert (tmp_path / "out" / "completions.png").is_file()
+    wrong = ("--redraw", "[0,0,9,9]", "--out", tmp_path / "wrong")
+    failed = run_module("autoregressive.complete", *run, *wrong, ok=False)
+    assert failed.returncode == 2
+    assert "grid of 4 x 4" in failed.stderr.splitlines()[-1]
