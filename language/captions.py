@@ -1,93 +1,129 @@
-"""Captions of web pictures, cleaned as those of the released text models were (PixArt, DeepFloyd).
+"""Cleaning captions by the rules of DeepFloyd IF and PixArt, which the released weights were fed.
 
-What shops and crawlers leave in captions goes: addresses, markup, handles, file names, article
-numbers, calls to buy. Captions in Chinese, Japanese and Korean are kept; the released models never
-saw them, so `reference=True` strips them as the reference does.
+    clean_caption("A&nbsp;DOG @bob https://x.com/1 #12 (free download)")   # "a dog"
+
+The rules take what is no description: markup, addresses, file names, long numbers, advertising,
+repeated punctuation; and lower the case. Theirs also delete Chinese characters; ours do not.
 """
 
 import html
+import html.parser
 import re
+import urllib.parse
+from collections.abc import Iterable
 from typing import Literal
-from urllib.parse import unquote_plus
 
 import ftfy
 
 from core.pairs import CaptionError, Pairs
 
-# (what it matches, what it becomes), in this order; the captions are in lower case by then.
-_MARKUP = (
+_SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+# CJK strokes, Katakana extensions, enclosed and compatibility forms, ideographs.
+_IDEOGRAPHS = ((r"[\u31c0-\u4dbf\u4dc0-\u9fff]+", ""),)
+
+# Each rule is a pattern and what takes its place, in the order in which they apply.
+_BEFORE_MARKUP = (
     (r"<person>", "person"),
-    (r"(?:https?://|www\.)\S+", ""),
-    (r"\b[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)\b\S*", ""),
-    (r"</?[a-z][^>]*>", " "),
-    (r"@[\w\d]+\b", ""),
+    (
+        r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])"
+        r"|[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))",
+        "",
+    ),
 )
-# Strokes, enclosed and square signs, hexagrams, and the unified ideographs with extension A.
-_REFERENCE_ONLY = ((r"[\u31c0-\u4dff\u4e00-\u9fff]+", ""),)
-_SIGNS = (
-    (r"[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40]+", "-"),
-    (r"[\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+", "-"),
+_AFTER_MARKUP = (
+    (r"@\w+\b", ""),  # nicknames
+)
+_BEFORE_REPAIR = (
+    # One dash, one double quote, one single quote.
+    (
+        r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+        r"\ufe31\ufe32\ufe58\ufe63\uff0d]+",
+        "-",
+    ),
     (r"[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
     (r"[\u2018\u2019]", "'"),
-    (r"&quot;?|&amp", ""),
+    (r"&quot;?", ""),
+    (r"&amp", ""),
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # network addresses
-    (r"\d:\d\d\s+$", ""),
+    (r"\d:\d\d\s+$", ""),  # the number of an article
     (r"\\n", " "),
-    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # article numbers
-    (r"\S+\.(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)\b", ""),  # file names
+    (r"#\d{1,3}\b", ""),
+    (r"#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (rf"\S+\.(?:{_SUFFIXES})", ""),
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
-    (
-        r"[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~)(\]\[}{|\\/*]+",
-        " ",
-    ),
+    (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
     (r"\s+\.\s+", " "),
 )
-_SHOPS = (
-    (r"\b[a-z]{1,3}\d{3,15}(?:[a-z]{1,4})?\b|\b\d{4,}[a-z]{1,4}\d*\b", ""),  # jc6640, 6640vc231
-    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
-    (r"(?:free\s+)?download(?:\s+free)?", ""),
+_AFTER_REPAIR = (
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # codes of goods
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),
+    (r"(worldwide\s+)?(free\s+)?shipping", ""),
+    (r"(free\s)?download(\sfree)?", ""),
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
-    (r"\b(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)(?:\s+images?)?\b", ""),
+    (rf"\b(?:{_SUFFIXES})(\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\w*\d+\w*[x\u0445\u00d7]\w*\d+\w*\b", ""),  # sizes: 1024x768
-    (r"\s*:\s*", ": "),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),  # sizes, also with a Cyrillic x
+    (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
-    (r"^[\"']([\s\S]+)[\"']$", r"\1"),
-    (r"^['_,\-:;]+|['_,\-:+]+$|^\.\S+$", ""),
+    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    (r"^['_,\-:;]", ""),
+    (r"['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
 )
 
 
-def _compiled(rules: tuple[tuple[str, str], ...]) -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(pattern), new) for pattern, new in rules]
+def clean_caption(text: str, reference: bool = False) -> str:
+    """A caption without what describes no picture, in lower case; may come out empty.
 
-
-_BEFORE, _IDEOGRAPHS, _MIDDLE, _AFTER = map(_compiled, (_MARKUP, _REFERENCE_ONLY, _SIGNS, _SHOPS))
-
-
-def clean_caption(caption: str, reference: bool = False) -> str:
-    """A caption in lower case, without what does not describe a picture; "" where nothing is left.
-
-    reference: also strip Chinese characters, as the reference does before encoding.
+    reference: also delete Chinese characters and what is near them, as the reference does (Kana
+        and Hangul letters stay even there).
     """
-    # Only before it is in lower case can most mis-decoded text be mended; the reference does after.
-    text = caption if reference else ftfy.fix_text(caption)
-    text = unquote_plus(text).strip().lower()
-    text = _replace(text, _BEFORE)
-    if reference:
-        text = _replace(text, _IDEOGRAPHS)
-    text = _replace(text, _MIDDLE)
-    if len(re.findall(r"[-_]", text)) > 3:
-        text = re.sub(r"[-_]", " ", text)  # a-file-name-with-words
+    # Twice, as the reference: what one pass leaves may be what another takes.
+    if not reference:
+        text = ftfy.fix_text(text)  # the rules mend text after lowering it, when most is too late
+    return _clean(_clean(text, reference), reference)
+
+
+def _clean(text: str, reference: bool) -> str:
+    text = urllib.parse.unquote_plus(text).strip().lower()
+    text = _replace(text, _BEFORE_MARKUP)
+    text = _replace(_without_markup(text), _AFTER_MARKUP)
+    text = _replace(text, (*(_IDEOGRAPHS if reference else ()), *_BEFORE_REPAIR))
+    if len(re.findall(r"[-_]", text)) > 3:  # words-joined-like-this
+        text = re.sub(r"[-_]", " ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return _replace(text.strip(), _AFTER).strip()
+    return _replace(text, _AFTER_REPAIR).strip()
 
 
-def _replace(text: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, new in rules:
-        text = pattern.sub(new, text)
+def _replace(text: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
     return text
+
+
+class _Text(html.parser.HTMLParser):
+    """Collects what stands between tags."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        """Take text, but no script's."""
+        if self.cdata_elem is None:
+            self.found.append(data)
+
+
+def _without_markup(text: str) -> str:
+    parser = _Text()
+    parser.feed(text)
+    parser.close()
+    return "".join(parser.found)
 
 
 Cleaning = Literal["clean", "reference", "none"]
