@@ -7,7 +7,7 @@ from conftest import ROOT
 from test_configs import COMMANDS, parse_command
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-COMMAND = re.compile(r"-m ((?:tokenizer|autoregressive|evaluations|language)\.[a-z]+)")
+COMMAND = re.compile(r"-m ((?:tokenizer|autoregressive|evaluations|language)\.[a-z_]+)")
 
 
 def shown_commands() -> list[str]:
