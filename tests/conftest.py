@@ -1,13 +1,16 @@
 """What several test files share: running commands, and small codes made on the spot."""
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core.distributed import World, choose_device
 from core.shards import ShardWriter
@@ -54,6 +57,23 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64}
     T5EncoderModel(T5Config(vocab_size=120, **shape)).save_pretrained(folder)
     return folder
+
+
+def jpeg(side: int = 40, seed: int = 0) -> bytes:
+    """A picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """An uncompressed tar."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
 
 
 def command(module: str, *flags: object, processes: int = 1) -> list[str]:

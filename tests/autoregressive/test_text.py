@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_module
+from conftest import jpeg, run_module, write_tar
 from PIL import Image
 from test_decoder import captions, tiny
 from test_gpt_train import losses
@@ -198,6 +198,41 @@ def test_another_text_encoder_is_refused(made, stage1, tiny_t5, tmp_path):
     failed = sample(made, stage1, tmp_path, tmp_path / "out", "--prompt", "a cat", ok=False)
     assert failed.returncode == 2
     assert "not the text encoder" in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_pairs_of_a_tar_are_encoded_while_training_and_bad_ones_counted(made, tiny_t5, tmp_path):
+    members = {}
+    for i in range(12):
+        members |= {f"{i:03d}.jpg": jpeg(seed=i), f"{i:03d}.txt": b"a red cat on a mat"}
+    members["001.jpg"] = members["001.jpg"][:300]
+    del members["002.txt"]
+    members |= {"003.txt": b"caf\xe9", "004.txt": b" ", "005.jpg": jpeg(side=1)}
+    members["006.txt"] = b"a red cat " * 30
+    write_tar(tmp_path / "00000.tar", members)
+    run = ("--out", tmp_path / "run", *MODEL, *FP32, "--num_steps", 6, "--batch_size", 8)
+    live = {
+        "pairs.source": tmp_path / "00000.tar",
+        "tokenizer": made / "vq",
+        "t5": tiny_t5,
+        "image_size": "[8,8]",
+        "max_tokens": 16,
+        "num_workers": 2,
+    }
+    flags = [word for key, value in live.items() for word in (f"--data.live.{key}", value)]
+    run_module("autoregressive.train", *flags, *run)
+    lines = (tmp_path / "run" / "skipped_rank0.txt").read_text().splitlines()
+    assert dict(line.split("\t") for line in lines) == {
+        "00000.tar/001": "damaged image",
+        "00000.tar/002": "no caption",
+        "00000.tar/003": "caption is not UTF-8",
+        "00000.tar/004": "empty caption",
+        "00000.tar/005": "smaller than 16 pixels",
+    }
+    source = ("--pairs.source", tmp_path, "--out", tmp_path / "features", *CPU)
+    run_module("language.encode", "--t5", tiny_t5, "--max_tokens", 16, *source)
+    index = read_index(tmp_path / "features")
+    assert (index["count"], index["skipped"], index["cut"]) == (9, 3, 1)
 
 
 class ShapesSeen(TorchDispatchMode):

@@ -1,29 +1,12 @@
-import io
 import json
-import tarfile
 
-import numpy as np
 import pytest
+from conftest import jpeg, write_tar
 from PIL import Image
 
 from core.config import InputError
 from core.images import ImageError
 from core.pairs import CaptionError, Pairs, PairsConfig
-
-
-def jpeg(side: int = 40, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_tar(path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 @pytest.fixture
