@@ -19,7 +19,7 @@ from core.distributed import DeviceName, World, distributed
 from core.pairs import CaptionError, Pairs, PairsConfig
 from core.shards import ShardWriter
 from language.captions import Cleaning, all_captions
-from language.features import DTYPES
+from language.features import DTYPES, ReferenceFeatures
 from language.t5 import T5, load_t5
 
 
@@ -29,6 +29,8 @@ class EncodeConfig:
 
     Args:
         t5: The text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5).
+        reference_features: Instead of encoding, the reference's folder with one .npy per caption,
+            for pairs of the reference's jsonl folders: packed into shards as it is.
         out: The folder to write features_*.npy, lengths_*.npy, ids_*.npy and index.json to.
         pairs: The pictures with captions, and their variants.
         max_tokens: Longer captions are cut, and counted.
@@ -38,8 +40,9 @@ class EncodeConfig:
         device: auto, cpu, cuda or mps.
     """
 
-    t5: str
     out: Path
+    t5: str = "google/flan-t5-xl"
+    reference_features: Path | None = None
     pairs: PairsConfig = field(default_factory=PairsConfig)
     max_tokens: int = 120
     clean: Cleaning = "clean"
@@ -50,12 +53,18 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.shard_size) < 1:
             raise ValueError("max_tokens and shard_size must be >= 1")
+        if self.reference_features and len(self.pairs.variants) > 1:
+            raise ValueError("reference_features hold one variant of each caption")
 
 
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all captions, this rank's shards on this rank, then write the index."""
     pairs = Pairs(config.pairs)
-    t5 = load_t5(config.t5, world.device, DTYPES[config.precision], config.max_tokens)
+    t5 = (
+        ReferenceFeatures(config.reference_features, config.max_tokens)
+        if config.reference_features
+        else load_t5(config.t5, world.device, DTYPES[config.precision], config.max_tokens)
+    )
     settings = {
         "t5": config.t5,
         "t5_identity": t5.identity,
@@ -80,21 +89,29 @@ def encode(config: EncodeConfig, world: World) -> None:
 
 
 def write_shard(
-    config: EncodeConfig, writer: ShardWriter, shard: int, pairs: Pairs, t5: T5
+    config: EncodeConfig,
+    writer: ShardWriter,
+    shard: int,
+    pairs: Pairs,
+    t5: T5 | ReferenceFeatures,
 ) -> None:
     """Encode and write one shard: the pairs with captions, and the names of the others."""
-    ids, captions, skipped = [], [], []
+    ids, captions, found, skipped = [], [], [], []
+    t5.cut = 0
     for i in writer.items(shard):
         try:
-            captions += all_captions(pairs, i, config.clean)
+            if isinstance(t5, ReferenceFeatures):
+                found.append(t5.read(pairs.name(i)))
+            else:
+                captions += all_captions(pairs, i, config.clean)
             ids.append(i)
         except CaptionError as error:
             skipped.append(Skipped(pairs.name(i), str(error)))
-    t5.cut = 0
-    # On the CPU at once: features of a whole shard need not fit on the device.
-    found = [part.cpu() for part in t5.encode(captions)]
+    if isinstance(t5, T5):
+        # On the CPU at once: features of a whole shard need not fit on the device.
+        found = [part.cpu() for part in t5.encode(captions)]
     lengths = np.array([len(part) for part in found], np.int32)
-    features = torch.cat([*found, torch.empty(0, t5.dim, dtype=DTYPES[config.precision])])
+    features = torch.cat([*found, torch.empty(0, t5.dim)]).to(DTYPES[config.precision])
     arrays = {
         "ids": np.array(ids, np.int64),
         "lengths": lengths.reshape(len(ids), len(config.pairs.variants)),

@@ -1,4 +1,4 @@
-"""Text features on disk: of language.encode, or the reference's one file per caption."""
+"""Text features on disk: of language.encode; and the reference's one file per caption."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from core.config import InputError
+from core.pairs import CaptionError
 from core.shards import ShardReader, map_array, read_index
 from language.t5 import pad
 
@@ -68,33 +69,34 @@ class FeatureDataset:
 
 
 class ReferenceFeatures:
-    """The reference's layout: FOLDER/{jsonl stem}/{line:09d}.npy, float (1, tokens, dim)."""
+    """The reference's layout: FOLDER/{jsonl stem}/{line:09d}.npy, float (1, tokens, dim).
 
-    variants = ("long",)
+    dim, identity (unknown: "") and cut are those of language.t5.T5.
+    """
+
+    identity = ""
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
-        self.folder, self.max_tokens = Path(folder), max_tokens
-        self.paths = sorted(self.folder.rglob("*.npy"))
-        if not self.paths:
+        self.folder, self.max_tokens, self.cut = Path(folder), max_tokens, 0
+        first = next(self.folder.rglob("*.npy"), None)
+        if first is None:
             raise InputError(f"{folder}: holds no .npy features")
-        self.ids = np.arange(len(self.paths))
-        self.dim = self._load(0).shape[1]
-        self.index: dict[str, Any] = {}
+        self.dim = self._load(first).shape[1]
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def read(self, key: str) -> torch.Tensor:
+        """Features (tokens, dim) float32 of a pair; raises CaptionError where there are none."""
+        path = self.folder / f"{key}.npy"
+        if not path.is_file():
+            raise CaptionError("no features")
+        features = self._load(path)
+        self.cut += len(features) > self.max_tokens
+        return torch.from_numpy(features[: self.max_tokens].astype(np.float32))
 
-    def _load(self, row: int) -> np.ndarray:
-        path = self.paths[row]
+    def _load(self, path: Path) -> np.ndarray:
         try:
             array = np.load(path, allow_pickle=False)[0]
         except (OSError, ValueError, IndexError) as error:
             raise InputError(f"{path}: missing or damaged ({error})") from error
         if array.ndim != 2 or not len(array):
             raise InputError(f"{path}: expected features (1, tokens, dim)")
-        return array[: self.max_tokens]
-
-    def batch(self, ids: np.ndarray, variants: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """See FeatureDataset.batch; there is one variant."""
-        assert not variants.any()
-        return pad([torch.from_numpy(self._load(row).astype(np.float32)) for row in ids.tolist()])
+        return array

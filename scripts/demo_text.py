@@ -23,7 +23,7 @@ from demo import run_stage
 from shapes import Scene, all_scenes, draw, judge
 
 HELD_OUT = 500  # captions
-PICTURES = 3  # of each training caption
+PICTURES = 5  # of each training caption
 CHECKED = 1000  # drawn pictures that validate the checker
 
 

@@ -23,14 +23,15 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 5.0, "large": 8.0}  # half the width, in pixels
 PLACES = {
-    "at the top left": (10, 10),
-    "at the top right": (22, 10),
-    "at the bottom left": (10, 22),
-    "at the bottom right": (22, 22),
-    "in the middle": (16, 16),
+    "top left": (10, 10),
+    "top right": (22, 10),
+    "bottom left": (10, 22),
+    "bottom right": (22, 22),
+    "middle": (16, 16),
 }
 PAIRS = {"left of": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
 PAIR_SIZE = 6.0
+PAIR_SCENES = 480  # of the 1,152 that could be said
 BACKGROUND = (25, 25, 30)
 FINE = 8  # drawn so many times larger, then reduced
 PATCH = 16  # an outline is compared at this size
@@ -54,23 +55,25 @@ class Scene(NamedTuple):
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene that can be said, in a fixed order; single objects in several wordings."""
+    """All single objects in several wordings, and some of all pairs, in a fixed order."""
     scenes = []
     single = itertools.product(COLOURS, SHAPES, SIZES.items(), PLACES.items())
     for colour, shape, (size, half), (place, centre) in single:
         thing = Thing(colour, shape, half, centre)
         for wording in (
-            f"a {size} {colour} {shape} {place}",
-            f"{place}, a {size} {colour} {shape}",
+            f"a {size} {colour} {shape} in the {place}",
+            f"{place}: a {size} {colour} {shape}",
             f"a {colour} {shape}, {size}, {place}",
-            f"there is a {size} {colour} {shape} {place}",
+            f"in the {place} a {size} {shape}, {colour}",
         ):
             scenes.append(Scene(wording, (thing,)))
     kinds = list(itertools.product(COLOURS, SHAPES))
-    for first, second, (relation, centres) in itertools.product(kinds, kinds, PAIRS.items()):
+    pairs = list(itertools.product(kinds, kinds, PAIRS.items()))
+    order = np.random.default_rng(0).permutation(len(pairs))[:PAIR_SCENES]
+    for first, second, (relation, centres) in (pairs[i] for i in order):
         things = tuple(
-            Thing(*kind, PAIR_SIZE, centre)
-            for kind, centre in zip((first, second), centres, strict=True)
+            Thing(colour, shape, PAIR_SIZE, centre)
+            for (colour, shape), centre in zip((first, second), centres, strict=True)
         )
         caption = f"a {' '.join(first)} {relation} a {' '.join(second)}"
         scenes.append(Scene(caption, things))
@@ -82,7 +85,7 @@ def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
     canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        centre = np.array(thing.centre) + random.uniform(-1, 1, 2)
+        centre = np.array(thing.centre) + random.uniform(-0.5, 0.5, 2)
         colour = np.clip(COLOURS[thing.colour] + random.integers(-8, 9, 3), 0, 255)
         size = thing.size + random.uniform(-0.4, 0.4)
         for outline in _outlines(thing.shape):

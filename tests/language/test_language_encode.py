@@ -14,9 +14,10 @@ from PIL import Image
 
 from core.config import InputError
 from core.distributed import choose_device
-from language.features import FeatureDataset, ReferenceFeatures
+from language.features import FeatureDataset
 from language.t5 import load_t5
 
+CPU = ("--device", "cpu")
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "mat", "in", "sun", "and", "run"]
 
 
@@ -90,13 +91,19 @@ def test_another_encoder_does_not_go_on_in_the_same_folder(tmp_path, tiny_t5, pa
     assert "other settings (clean)" in failed.stderr.splitlines()[-1]
 
 
-def test_the_references_files_are_read(tmp_path):
+def test_the_references_files_are_packed_into_shards(tmp_path):
+    lines = [json.dumps({"image_path": f"{i}.jpg", "text": ["x"]}) for i in range(3)]
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "part0.jsonl").write_text("\n".join(lines))
     for i, tokens in enumerate((3, 5)):
-        path = tmp_path / "part0" / f"{i:09d}.npy"
-        path.parent.mkdir(exist_ok=True)
+        path = tmp_path / "old" / "part0" / f"{i:09d}.npy"
+        path.parent.mkdir(exist_ok=True, parents=True)
         np.save(path, np.full((1, tokens, 4), i, np.float32))
-    data = ReferenceFeatures(tmp_path, max_tokens=4)
+    run = ("--reference_features", tmp_path / "old", "--pairs.source", tmp_path / "pairs")
+    run_module("language.encode", *run, "--out", tmp_path / "new", "--max_tokens", 4, *CPU)
+    data = FeatureDataset(tmp_path / "new")
+    assert (data.dim, data.ids.tolist(), data.index["cut"]) == (4, [0, 1], 1)
+    assert data.index["skipped_by_reason"] == {"no features": 1}
     features, lengths = data.batch(np.array([1, 0]), np.array([0, 0]))
-    assert (data.dim, features.shape, lengths.tolist()) == (4, (2, 4, 4), [4, 3])
+    assert (features.shape, lengths.tolist()) == ((2, 4, 4), [4, 3])
     assert features[0].eq(1).all()
-    assert json.dumps(data.index) == "{}"
