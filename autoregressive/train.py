@@ -7,15 +7,16 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from autoregressive.data import CodeDataset, CodesConfig, dropped_conditions
 from autoregressive.model import GPT, Architecture, Block, GPTConfig
+from autoregressive.objective import NextCodeLoss, whole_gpt
 from autoregressive.sample import sample_pixels
 from autoregressive.sampling import SamplingConfig
 from core.checkpoint import Checkpointer
@@ -25,7 +26,8 @@ from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import image_grid
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
-from core.parallel import ParallelConfig, no_sync, prepare
+from core.parallel import ParallelConfig, no_sync, prepare, shard
+from core.prefetch import prefetch
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
 from tokenizer.model import VQModel
@@ -45,11 +47,12 @@ class TrainConfig:
         validation_samples: At most so many of them; 0 for all.
         model: The decoder's shape.
         optimizer: AdamW and its schedule.
-        parallel: Compile and activation checkpointing.
+        parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
         report: How often to report, sample and save.
         num_steps: Optimizer steps.
         batch_size: Samples per optimizer step, over all processes and accumulation steps.
         gradient_accumulation: Micro-batches per optimizer step.
+        loss_chunk: Codes of a process whose float32 logits exist at once.
         condition_dropout: Share of samples that see the null condition.
         ema_decay: Decay of the averaged weights; 0 for none.
         precision: bf16 autocast, or fp32.
@@ -71,6 +74,7 @@ class TrainConfig:
     num_steps: int = 1501200
     batch_size: int = 256
     gradient_accumulation: int = 1
+    loss_chunk: int = 2048
     condition_dropout: float = 0.1
     ema_decay: float = 0.0
     precision: Precision = "bf16"
@@ -81,8 +85,11 @@ class TrainConfig:
     sample_columns: int = 8
 
     def __post_init__(self) -> None:
-        if min(self.num_steps, self.gradient_accumulation, self.sample_columns) < 1:
-            raise ValueError("num_steps, gradient_accumulation and sample_columns must be >= 1")
+        counts = (self.num_steps, self.gradient_accumulation, self.loss_chunk, self.sample_columns)
+        if min(counts) < 1:
+            raise ValueError(
+                "num_steps, gradient_accumulation, loss_chunk and sample_columns must be >= 1"
+            )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.ema_decay < 1:
             raise ValueError("condition_dropout and ema_decay must be in [0, 1)")
 
@@ -101,8 +108,14 @@ def train(config: TrainConfig, world: World) -> None:
     )
     begin_run(config.out, world)
     torch.manual_seed(config.seed)
-    gpt = GPT(gpt_config).to(world.device)
+    gpt = GPT(gpt_config)
     ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
+    objective = NextCodeLoss(gpt, config.loss_chunk)
+    parallel = prepare(objective, config.parallel, world, config.precision, Block)
+    averaged = objective
+    if ema:
+        averaged = NextCodeLoss(ema.model, config.loss_chunk)
+        shard(averaged, config.parallel, world, config.precision, Block)
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     checkpoints = Checkpointer(
@@ -116,10 +129,9 @@ def train(config: TrainConfig, world: World) -> None:
     )
     state = checkpoints.restore_latest()
     first_step, samples = state["step"], state.get("samples", 0)
-    parallel = prepare(gpt, config.parallel, world, Block)
-    order = ShuffledOrder(len(data), config.seed)
-    averaged = ema.model if ema else gpt
+    batches = prefetch(training_batches(config, data, world, samples), world.device)
     pictures = SampleGrid(config, gpt_config, find_tokenizer(data, world))
+    draws = world.broadcast(pictures.vq is not None)
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "token")
     loss_sum = torch.zeros((), device=world.device)
@@ -128,20 +140,14 @@ def train(config: TrainConfig, world: World) -> None:
     for step in range(first_step, config.num_steps):
         # One optimizer step.
         seed_step(config.seed, step, world.rank)
-        micro_batches = local_positions(
-            samples, config.batch_size, config.gradient_accumulation, world
-        )
-        for i, positions in enumerate(micro_batches):
-            codes, labels = data.batch(order[positions], positions, config.seed)
-            dropped = dropped_conditions(positions, config.condition_dropout, config.seed)
-            codes, labels, dropped = to_device(world.device, codes, labels, dropped)
-            accumulating = i + 1 < len(micro_batches)
+        for i in range(config.gradient_accumulation):
+            codes, labels, dropped = next(batches)
+            accumulating = i + 1 < config.gradient_accumulation
             with no_sync(parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.precision):
-                    logits = parallel(codes, labels, dropped)
-                loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-                (loss / len(micro_batches)).backward()
-            loss_sum += loss.detach() / len(micro_batches)
+                    loss = parallel(codes, labels, dropped) / config.gradient_accumulation
+                loss.backward()
+            loss_sum += loss.detach()
         grad_norm = stepper.step(step, config.num_steps)
         if ema:
             ema.update(gpt)
@@ -166,19 +172,28 @@ def train(config: TrainConfig, world: World) -> None:
             if validation:
                 loss = validation_loss(averaged, validation, config, world)
                 run.log(done, {"validation_loss": loss})
-            if world.is_main and pictures.vq:
-                run.draw(done, pictures.draw(averaged))
+            if draws:
+                whole = whole_gpt(averaged.gpt, world)
+                if world.is_main:
+                    run.draw(done, pictures.draw(whole))
         if config.report.saves(done, config.num_steps):
             stepper.check()
             checkpoints.save(done, samples=samples)
     run.finish()
 
 
-def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Copy without waiting: pinned memory lets the copy overlap with the step before."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+def training_batches(
+    config: TrainConfig, data: CodeDataset, world: World, samples: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """This rank's micro-batches from position `samples` on: codes, labels, dropped conditions."""
+    order = ShuffledOrder(len(data), config.seed)
+    while True:
+        for positions in local_positions(
+            samples, config.batch_size, config.gradient_accumulation, world
+        ):
+            codes, labels = data.batch(order[positions], positions, config.seed)
+            yield codes, labels, dropped_conditions(positions, config.condition_dropout, config.seed)
+        samples += config.batch_size
 
 
 def open_validation(config: TrainConfig, data: CodeDataset) -> CodeDataset | None:
@@ -197,22 +212,23 @@ def open_validation(config: TrainConfig, data: CodeDataset) -> CodeDataset | Non
 
 @torch.no_grad()
 def validation_loss(
-    gpt: GPT, validation: CodeDataset, config: TrainConfig, world: World
+    objective: NextCodeLoss, validation: CodeDataset, config: TrainConfig, world: World
 ) -> torch.Tensor:
     """Mean cross-entropy per code over the same samples on any number of processes, a scalar."""
     count = min(len(validation), config.validation_samples or len(validation))
     batch = max(1, config.batch_size // (world.size * config.gradient_accumulation))
-    mine = np.arange(count)[world.rank :: world.size]
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    training = gpt.training
-    gpt.eval()
-    for rows in np.split(mine, range(batch, len(mine), batch)):
-        codes, labels = to_device(world.device, *validation.batch(rows, rows, config.seed))
+    training = objective.training
+    objective.eval()
+    # Every rank makes the same number of calls, as FSDP2 needs; one without samples counts nothing.
+    for start in range(0, count, batch * world.size):
+        rows = np.arange(start, min(start + batch * world.size, count))[world.rank :: world.size]
+        shown = rows if len(rows) else np.array([0])
+        codes, labels = (t.to(world.device) for t in validation.batch(shown, shown, config.seed))
         with world.autocast(config.precision):
-            logits = gpt(codes, labels)
-        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
-        total += torch.stack([losses.double(), torch.tensor(codes.numel(), device=world.device)])
-    gpt.train(training)
+            loss = objective(codes, labels)
+        total += torch.stack([loss.double(), torch.ones_like(loss)]) * len(rows)
+    objective.train(training)
     total = world.sum(total)
     return total[0] / total[1]
 
@@ -255,7 +271,7 @@ class SampleGrid:
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device, config.parallel.timeout_minutes) as world:
         train(config, world)
 
 

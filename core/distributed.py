@@ -10,12 +10,16 @@ This is the one place that decides a device or an autocast dtype.
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from core.config import InputError
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -61,6 +65,20 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def mesh(self, shard_size: int) -> DeviceMesh:
+        """The processes in groups of `shard_size` (0: those of a node): 1-D for a single group."""
+        shared = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
+        if self.size % shared:
+            raise InputError(
+                f"parallel.shard_size {shared} must divide the number of processes, {self.size}"
+            )
+        if not dist.is_initialized():  # FSDP2 in one process: its mixed precision on one device
+            dist.init_process_group(_backend(self.device), rank=0, world_size=1, store=dist.HashStore())
+        if shared == self.size:
+            return init_device_mesh(self.device.type, (shared,), mesh_dim_names=("shard",))
+        shape, names = (self.size // shared, shared), ("replicate", "shard")
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
     def autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast on this device, or nothing for fp32."""
         if precision == "fp32":
@@ -84,18 +102,38 @@ def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.devic
 
 
 @contextlib.contextmanager
-def distributed(device: DeviceName = "auto") -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a world of one."""
+def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+    """The world that torchrun (or the Slurm script) describes in the environment, or one of one.
+
+    A collective that takes longer than timeout_minutes ends this process with a message.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(rank, size, chosen)
-        return
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     try:
+        if size > 1:
+            # NCCL's flight recorder: when a collective hangs, every rank writes down what it was
+            # waiting for (/tmp/nccl_trace_rank_*), under the buffer's new and its old name.
+            for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+                os.environ.setdefault(name, "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            timeout = datetime.timedelta(minutes=timeout_minutes)
+            dist.init_process_group(_backend(chosen), timeout=timeout)
         yield World(rank, size, chosen)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        print(
+            f"rank {rank} of {size}: a collective failed: another rank died, or hung for longer "
+            f"than {timeout_minutes:g} minutes ({reason}); run the same command again to continue",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(1)  # the group is broken: taking it down in order would wait for the others
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

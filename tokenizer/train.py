@@ -102,6 +102,8 @@ class TrainConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
+        if self.parallel.strategy != "ddp":
+            raise ValueError("parallel.strategy: the tokenizer is small, it trains under ddp alone")
         if min(self.num_steps, self.gradient_accumulation, self.validation_images) < 1:
             raise ValueError("num_steps, gradient_accumulation, validation_images must be >= 1")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.ema_decay < 1:
@@ -152,13 +154,14 @@ def build(config: TrainConfig, world: World) -> Nets:
     # The optimisers name their parameters, so they come before the wrappers.
     optimizer = build_adamw(vq, config.optimizer)
     discriminator_optimizer = build_adamw(discriminator, config.discriminator_optimizer)
-    # Recomputing a BatchNorm would count its batch twice.
-    unchecked = dataclasses.replace(config.parallel, activation_checkpointing="none")
+    # Recomputing a BatchNorm would count its batch twice; and the adaptive weight runs the
+    # discriminator's backward pass twice, which compiled graphs refuse.
+    plain = dataclasses.replace(config.parallel, activation_checkpointing="none", compile=False)
     return Nets(
         vq,
         discriminator,
-        prepare(vq, config.parallel, world, ResnetBlock),
-        prepare(discriminator, unchecked, world, nn.Module),
+        prepare(vq, config.parallel, world, config.precision, ResnetBlock),
+        prepare(discriminator, plain, world, config.precision, nn.Module),
         ema,
         Stepper(optimizer, config.optimizer, world.device),
         Stepper(discriminator_optimizer, config.discriminator_optimizer, world.device),
@@ -294,7 +297,7 @@ def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device, config.parallel.timeout_minutes) as world:
         train(config, world)
 
 
