@@ -5,9 +5,9 @@ from torch import nn
 
 from autoregressive.conditioning import Condition
 from autoregressive.model import GPT
+from core.distributed import World
 from core.losses import linear_cross_entropy
 from core.parallel import full_state, local
-from core.distributed import World
 from core.weights import load_weights
 
 

@@ -25,6 +25,7 @@ from core.datasets import ShuffledOrder, check_batch_size, local_positions
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import image_grid
+from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare, shard
 from core.prefetch import prefetch
@@ -123,6 +124,7 @@ def train(config: TrainConfig, world: World) -> None:
         gpt_config,
         world,
         config.report.keep_last,
+        config.report.keep_every,
         model=gpt,
         ema=ema.model if ema else None,
         optimizer=optimizer,
@@ -136,6 +138,7 @@ def train(config: TrainConfig, world: World) -> None:
     run.start(first_step, config.num_steps, "token")
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
+    interruption = Interruption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
@@ -176,9 +179,14 @@ def train(config: TrainConfig, world: World) -> None:
                 whole = whole_gpt(averaged.gpt, world)
                 if world.is_main:
                     run.draw(done, pictures.draw(whole))
-        if config.report.saves(done, config.num_steps):
+        stopping = interruption.requested() and done < config.num_steps
+        if stopping or config.report.saves(done, config.num_steps):
             stepper.check()
             checkpoints.save(done, samples=samples)
+        if stopping:
+            checkpoints.finish()
+            interruption.leave(done)
+    checkpoints.finish()
     run.finish()
 
 
@@ -192,7 +200,11 @@ def training_batches(
             samples, config.batch_size, config.gradient_accumulation, world
         ):
             codes, labels = data.batch(order[positions], positions, config.seed)
-            yield codes, labels, dropped_conditions(positions, config.condition_dropout, config.seed)
+            yield (
+                codes,
+                labels,
+                dropped_conditions(positions, config.condition_dropout, config.seed),
+            )
         samples += config.batch_size
 
 

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,8 @@ def prepare(
         compile_blocks(model, block)
     model = shard(model, config, world, precision, block)
     if config.strategy == "ddp" and world.size > 1:
+        # Its successor since torch 2.14 is not in the oldest torch that this runs on.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(
             model,
@@ -110,7 +113,9 @@ def shard(
     for module in list(model.modules()):
         if isinstance(module, block):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The root's weights stay gathered until its backward pass; averaged weights have none.
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
     return model
 
 

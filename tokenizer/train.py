@@ -30,6 +30,7 @@ from core.datasets import (
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import image_to_pixels, pixels_to_images, random_crop
+from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
@@ -184,6 +185,7 @@ def train(config: TrainConfig, world: World) -> None:
         config.model,
         world,
         config.report.keep_last,
+        config.report.keep_every,
         model=nets.vq,
         ema=nets.ema.model if nets.ema else None,
         discriminator=nets.discriminator,
@@ -203,6 +205,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "image")
     totals = Totals(config.model.vocab_size, world)
+    interruption = Interruption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
@@ -242,10 +245,15 @@ def train(config: TrainConfig, world: World) -> None:
             grid, scores = reconstruct(averaged, pictures, world)
             run.log(done, scores)
             run.draw(done, grid)
-        if config.report.saves(done, config.num_steps):
+        stopping = interruption.requested() and done < config.num_steps
+        if stopping or config.report.saves(done, config.num_steps):
             nets.stepper.check()
             nets.discriminator_stepper.check()
             checkpoints.save(done, samples=samples)
+        if stopping:
+            checkpoints.finish()
+            interruption.leave(done)
+    checkpoints.finish()
     run.finish()
     if world.is_main and skips:
         print(f"{skips.summary()}: {skips.path}")
