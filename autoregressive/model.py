@@ -302,6 +302,15 @@ class GPT(nn.Module):
         condition: labels (batch,) int64, or (features (batch, T, text_dim), lengths (batch,)).
         dropped (batch,) bool: rows that see the null condition instead; none by default.
         """
+        return self._head(self.hidden(codes, condition, dropped))
+
+    def hidden(
+        self,
+        codes: torch.Tensor,
+        condition: Condition,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `forward` computes before the head: (batch, N, dim), in the dtype of computation."""
         if dropped is None:
             dropped = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
         prefix = self.cls_embedding(condition, dropped)
@@ -311,14 +320,12 @@ class GPT(nn.Module):
         rotary = self.rotary[start : start + x.shape[1]]
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
-            hidden = self._blocks(self.tok_dropout(x), rotary)[:, num_prefix - 1 :]
-        else:
-            order = ragged_order(lengths, num_prefix, num_codes - 1)
-            x = x.gather(1, order[..., None].expand_as(x))
-            hidden = self._blocks(self.tok_dropout(x), rotary[order])
-            last = lengths[:, None] - 1 + torch.arange(num_codes, device=codes.device)
-            hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self._head(hidden)
+            return self._blocks(self.tok_dropout(x), rotary)[:, num_prefix - 1 :]
+        order = ragged_order(lengths, num_prefix, num_codes - 1)
+        x = x.gather(1, order[..., None].expand_as(x))
+        hidden = self._blocks(self.tok_dropout(x), rotary[order])
+        last = lengths[:, None] - 1 + torch.arange(num_codes, device=codes.device)
+        return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` rows, in the model's dtype and on its device."""

@@ -5,23 +5,32 @@
       training/                                           optimisers, discriminator, step
       checksums.json                                      sha256 of every file
 
-A checkpoint is written aside and renamed; the last k are kept. A damaged one is noticed by its
-checksums and the one before it is used.
+torch.distributed.checkpoint copies the tensors to the CPU and writes them from a thread while
+training goes on, every process its own pieces. The folder is written aside and renamed; the last k
+are kept. A damaged one is noticed by its checksums and the one before it is used.
 """
 
+import json
 import logging
 import os
 import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from core.config import InputError, save_config
 from core.distributed import World
 from core.shards import read_json, write_json
-from core.weights import file_sha256, load_tensors, load_weights, save_tensors
+from core.storage import SafetensorsReader, SafetensorsWriter, Shape, read_headers
+from core.weights import check_shapes, file_sha256
 
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
 
@@ -32,7 +41,9 @@ class Checkpointer:
     """Saves and restores named parts: modules, and optimisers built from named parameters.
 
     The parts `model` and `ema` are for inference; all others go to `training/`. `config` is the
-    model's configuration. Parts that are None are left out.
+    model's configuration. Parts that are None are left out. The last `keep_last` checkpoints are
+    kept, and for good those whose step is a multiple of `keep_every` (0 for none). Parts may be
+    sharded: what one strategy and number of processes saved, any other restores.
     """
 
     def __init__(
@@ -41,83 +52,155 @@ class Checkpointer:
         config: Any,  # noqa: ANN401 - any config dataclass
         world: World,
         keep_last: int,
+        keep_every: int = 0,
         **parts: nn.Module | torch.optim.Optimizer | None,
     ) -> None:
-        self.folder, self.config, self.world, self.keep_last = folder, config, world, keep_last
+        self.folder, self.config, self.world = folder, config, world
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.parts = {name: part for name, part in parts.items() if part is not None}
+        self._group = world.new_group()
+        # DCP says so once per checkpoint in a world of one, where it is what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[str] | None = None
+        self._problem = ""
 
     def save(self, step: int, **state: int) -> None:
-        """Write `step_{step}`, holding `state`, then remove old ones. All ranks call it."""
+        """Begin to write `step_{step}`, holding `state`; all ranks call it.
+
+        Returns once the tensors are copied to the CPU. A checkpoint that cannot be written is
+        warned about and leaves the one before it as it was.
+        """
+        self.wait()
+        aside = self.folder / f".step_{step:07d}.tmp"
         if self.world.is_main:
-            final = self.folder / f"step_{step:07d}"
-            aside = self.folder / f".{final.name}.tmp"
             shutil.rmtree(aside, ignore_errors=True)
-            try:
-                self._write(aside, {"step": step, **state})
-                if final.exists():
-                    shutil.rmtree(final)
-                os.replace(aside, final)
-            except OSError as error:
-                shutil.rmtree(aside, ignore_errors=True)
-                last = self.steps()[-1:]
-                kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
-                raise OSError(
-                    f"cannot save the checkpoint of step {step}: {error}; {kept}"
-                ) from error
-            for old in self.steps()[: -self.keep_last]:
-                shutil.rmtree(self.folder / f"step_{old:07d}")
-        self.world.barrier()
+        tensors = {}
+        for part, value in self.parts.items():
+            own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
+            tensors |= {f"{part}/{name}": tensor for name, tensor in own.items()}
+        written = async_save(
+            tensors,
+            storage_writer=SafetensorsWriter(self._files(aside)),
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=self._group,
+            no_dist=self.world.size == 1,
+        )
+        assert isinstance(written, Future)
+        self._saving = self._thread.submit(self._commit, written, step, aside, state)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written exists, or has failed."""
+        if self._saving is not None:
+            self._problem, self._saving = self._saving.result(), None
+
+    def finish(self) -> None:
+        """Wait, and raise OSError where the last checkpoint could not be written."""
+        self.wait()
+        if self._problem:
+            raise OSError(self._problem)
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, ascending."""
-        found = self.folder.glob("step_*/checksums.json")
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+        """The steps that have a checkpoint, ascending."""
+        found = self.folder.glob("step_*")
+        return sorted(int(path.name.removeprefix("step_")) for path in found)
 
     def restore_latest(self) -> dict[str, int]:
         """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
 
         Raises InputError where there are checkpoints and none is intact.
         """
-        step = self.world.broadcast(self._newest_intact() if self.world.is_main else None)
-        if step is None:
-            return {"step": 0}
-        folder = self.folder / f"step_{step:07d}"
-        for name, part in self.parts.items():
-            path = self._file(folder, name)
-            if isinstance(part, nn.Module):
-                load_weights(part, load_tensors(path), path)
-            else:
-                _load_optimizer(part, load_tensors(path), path)
-        return read_json(folder / "training" / "state.json")
-
-    def _newest_intact(self) -> int | None:
-        for step in reversed(self.steps()):
+        if self.world.is_main:
+            for unfinished in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        steps = self.world.broadcast(self.steps())
+        for step in reversed(steps):
             folder = self.folder / f"step_{step:07d}"
-            if damage := find_damage(folder):
-                logger.warning("%s is damaged (%s); trying the one before", folder, damage)
-            else:
-                return step
-        if self.steps():
+            found = self.world.gather(find_damage(folder, self.world.rank, self.world.size))
+            if damage := next(filter(None, found), ""):
+                if self.world.is_main:
+                    logger.warning("%s is damaged (%s); trying the one before", folder, damage)
+                continue
+            self._load(folder)
+            return read_json(folder / "training" / "state.json")
+        if steps:
             raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start anew")
-        return None
+        return {"step": 0}
 
-    def _file(self, folder: Path, name: str) -> Path:
-        inside = folder if name in ("model", "ema") else folder / "training"
-        return inside / f"{name}.safetensors"
+    def _files(self, folder: Path) -> dict[str, Path]:
+        """Where each part lies."""
+        inference = ("model", "ema")
+        return {
+            part: (folder if part in inference else folder / "training") / f"{part}.safetensors"
+            for part in self.parts
+        }
 
-    def _write(self, folder: Path, state: dict[str, int]) -> None:
-        (folder / "training").mkdir(parents=True)
-        for name, part in self.parts.items():
-            tensors = part.state_dict() if isinstance(part, nn.Module) else _optimizer_tensors(part)
-            save_tensors(tensors, self._file(folder, name))
-        save_config(self.config, folder / "config.yaml")
-        write_json(folder / "training" / "state.json", state)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sums = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-        write_json(folder / "checksums.json", sums)
+    def _commit(self, written: Future[Any], step: int, aside: Path, state: dict[str, int]) -> str:
+        """In the thread of every rank: checksums, then the rename -> what went wrong, or ""."""
+        problem, sums = "", {}
+        try:
+            written.result()
+            mine = list(self._files(aside).values())[self.world.rank :: self.world.size]
+            if self.world.is_main:
+                (aside / "training").mkdir(exist_ok=True)
+                mine += [aside / "config.yaml", aside / "training" / "state.json"]
+                save_config(self.config, mine[-2])
+                write_json(mine[-1], {"step": step, **state})
+            sums = {str(path.relative_to(aside)): file_sha256(path) for path in mine}
+        except CheckpointException as error:
+            problem = str(next(iter(error.failures.values()))[0])
+        except OSError as error:
+            problem = str(error)
+        reports = self.world.gather((problem, sums), self._group)
+        problem = next((problem for problem, _ in reports if problem), "")
+        if not self.world.is_main:
+            return problem
+        try:
+            if not problem:
+                sums = {name: value for _, part in reports for name, value in part.items()}
+                (aside / "checksums.json").write_text(_canonical(sums))
+                self._publish(aside, self.folder / f"step_{step:07d}")
+                return ""
+        except OSError as error:
+            problem = str(error)
+        shutil.rmtree(aside, ignore_errors=True)
+        last = [old for old in self.steps() if old != step][-1:]
+        kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
+        problem = f"cannot save the checkpoint of step {step}: {problem}; {kept}"
+        logger.warning("%s", problem)
+        return problem
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        """Rename a whole checkpoint into its place, then remove old ones."""
+        for path in (*(path for path in aside.rglob("*.[jy]*")), aside / "training", aside):
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep_last]:
+            if not self.keep_every or old % self.keep_every:
+                shutil.rmtree(self.folder / f"step_{old:07d}")
+
+    def _load(self, folder: Path) -> None:
+        files = self._files(folder)
+        stored = {name: shape for name, (_, shape) in read_headers(files).items()}
+        tensors = {}
+        for part, value in self.parts.items():
+            prefix = f"{part}/"
+            shapes = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+            if isinstance(value, nn.Module):
+                check_shapes(value, shapes, files[part])
+                own = value.state_dict()
+            else:
+                own = _allocate_state(value, shapes, files[part])
+            tensors |= {prefix + name: tensor for name, tensor in own.items()}
+        load(
+            tensors,
+            storage_reader=SafetensorsReader(files),
+            process_group=self._group,
+            no_dist=self.world.size == 1,
+        )
 
 
 def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
@@ -135,16 +218,34 @@ def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
     return folder / "config.yaml", path
 
 
-def find_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint folder, or "" where every file matches its checksum."""
+def find_damage(folder: Path, rank: int = 0, size: int = 1) -> str:
+    """What is wrong with a checkpoint folder, or "" where every file matches its checksum.
+
+    Of `size` processes, each reads its share of the files.
+    """
     try:
-        sums = read_json(folder / "checksums.json")
-        for name, expected in sums.items():
-            if file_sha256(folder / name) != expected:
+        path = folder / "checksums.json"
+        sums = read_json(path)
+        if path.read_text() != _canonical(sums):
+            return f"{path.name} has changed"
+        for name in sorted(sums)[rank::size]:
+            if file_sha256(folder / name) != sums[name]:
                 return f"{name} has changed"
-    except (InputError, OSError, AttributeError) as error:
+    except (InputError, OSError, AttributeError, TypeError) as error:
         return str(error)
     return ""
+
+
+def _canonical(sums: dict[str, str]) -> str:
+    """One text for one set of sums, so that any changed byte shows."""
+    return json.dumps(sums, indent=1, sort_keys=True) + "\n"
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before what comes next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -157,17 +258,26 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     return tensors
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path
-) -> None:
-    slots: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        slot, name = key.split("/", 1)
-        slots.setdefault(name, {})[slot] = value
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    if slots and set(slots) != set(names):
-        wrong = sorted(set(slots) ^ set(names))
+def _allocate_state(
+    optimizer: torch.optim.Optimizer, shapes: dict[str, Shape], path: Path
+) -> dict[str, torch.Tensor]:
+    """Make room for stored slots, sharded like their parameters -> what to read into."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    stored = {key.split("/", 1)[1] for key in shapes}
+    if stored and stored != set(parameters):
+        wrong = sorted(stored ^ set(parameters))
         raise InputError(f"{path}: state of other parameters ({wrong[0]}, ... {len(wrong)} in all)")
-    # load_state_dict numbers the parameters in the order of the groups, and moves them to devices.
-    state = {i: slots[name] for i, name in enumerate(names) if name in slots}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    optimizer.state.clear()
+    for key, shape in shapes.items():
+        slot, name = key.split("/", 1)
+        parameter = parameters[name]
+        if shape == tuple(parameter.shape):
+            room = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            room = torch.zeros(shape, device=parameter.device)  # the count of steps
+        optimizer.state[parameter][slot] = room
+    return _optimizer_tensors(optimizer)

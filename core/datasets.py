@@ -6,7 +6,7 @@ any number of processes, without any loader state.
 """
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from core.images import ImageError, center_crop, image_to_pixels, load_image
 
 logger = logging.getLogger(__name__)
 
+MAX_LOADER_DEATHS = 5  # in one run; then its machine has a fault that starting anew does not mend
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
@@ -129,6 +130,11 @@ class SkipLog:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.seen, self.reasons = path, set(), Counter()
+        if path and path.exists():  # a resumed run: what is listed is counted, and not listed again
+            for line in path.read_text().splitlines():
+                name, _, reason = line.partition("\t")
+                self.seen.add(name)
+                self.reasons[reason] += 1
 
     def add(self, skipped: list[Skipped]) -> None:
         """Note pictures; each is counted once, however many epochs meet it."""
@@ -239,22 +245,47 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, list[Skipped]]]:
     """Batches of `dataset` at the given positions: pixels (n, height, width, 3) uint8, skipped.
 
-    Raises InputError where hardly any picture can be read.
+    Loader processes that die are replaced, with a warning, and no sample is lost. Raises InputError
+    where hardly any picture can be read, OSError where the processes die again and again.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=_Batches(positions),
-        collate_fn=_collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-    )
-    try:
-        yield from loader
-    except InputError as error:
-        # A loader process sends its traceback as the message; its last line is what was said.
-        said = str(error).splitlines()[-1]
-        raise InputError(said.removeprefix("core.config.InputError: ")) from error
+    # Positions that were handed to the loader and whose batch has not arrived.
+    waiting: deque[np.ndarray] = deque()
+
+    def hand_out() -> Iterator[np.ndarray]:
+        yield from list(waiting)
+        for batch in positions:
+            waiting.append(batch)
+            yield batch
+
+    deaths = 0
+    while True:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_Batches(hand_out()),
+            collate_fn=_collate,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+        try:
+            for batch in loader:
+                waiting.popleft()
+                yield batch
+            return
+        except InputError as error:
+            # A loader process sends its traceback as the message; its last line is what was said.
+            said = str(error).splitlines()[-1]
+            raise InputError(said.removeprefix("core.config.InputError: ")) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            deaths += 1
+            advice = "killed for its memory? try a lower num_workers"
+            if deaths > MAX_LOADER_DEATHS:
+                raise OSError(
+                    f"loader processes die again and again ({error}; {advice})"
+                ) from error
+            logger.warning("%s (%s); starting its place anew", error, advice)
 
 
 class _Batches(torch.utils.data.Sampler[list[int]]):

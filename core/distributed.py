@@ -10,12 +10,18 @@ This is the one place that decides a device or an autocast dtype.
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from core.config import InputError
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -45,13 +51,24 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - any picklable value
-        """Every rank's `value`, in the order of the ranks."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:  # noqa: ANN401
+        """Every rank's `value` (picklable), in the order of the ranks.
+
+        A thread beside the training loop needs a `group` of its own: new_group().
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A second channel between all ranks, over the CPU; None in a world of one."""
+        if self.size == 1:
+            return None
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - any picklable value
         """Rank 0's `value`, on every rank."""
@@ -60,6 +77,20 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def mesh(self, shard_size: int) -> DeviceMesh:
+        """The processes in groups of `shard_size` (0: those of a node): 1-D for a single group."""
+        shared = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
+        if self.size % shared:
+            raise InputError(
+                f"parallel.shard_size {shared} must divide the number of processes, {self.size}"
+            )
+        if not dist.is_initialized():  # FSDP2 in one process: its mixed precision on one device
+            dist.init_process_group(_backend(self.device), rank=0, world_size=1, store=HashStore())
+        if shared == self.size:
+            return init_device_mesh(self.device.type, (shared,), mesh_dim_names=("shard",))
+        shape, names = (self.size // shared, shared), ("replicate", "shard")
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast on this device, or nothing for fp32."""
@@ -84,18 +115,51 @@ def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.devic
 
 
 @contextlib.contextmanager
-def distributed(device: DeviceName = "auto") -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a world of one."""
+def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+    """The world that torchrun (or the Slurm script) describes in the environment, or one of one.
+
+    A collective that takes longer than timeout_minutes ends this process with a message.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(rank, size, chosen)
-        return
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     try:
+        if size > 1:
+            _join(chosen, datetime.timedelta(minutes=timeout_minutes))
         yield World(rank, size, chosen)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"rank {rank} of {size}: a collective failed: another rank died, or hung for longer "
+            f"than {timeout_minutes:g} minutes ({reason}); run the same command again to continue",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(1)  # the group is broken: taking it down in order would wait for the others
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout: datetime.timedelta) -> None:
+    """Make the process group."""
+    # NCCL's flight recorder: when a collective hangs, every rank writes down what it was waiting
+    # for (/tmp/nccl_trace_rank_*). Older releases take the first name, newer ones warn about it.
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE" if old else "TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over all restarts, in which the addresses of dead processes
+        # would be read: each restart gets names of its own.
+        store = PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        _backend(device), store=store, rank=rank, world_size=size, timeout=timeout
+    )
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

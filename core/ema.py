@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from core.parallel import local
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -19,8 +21,11 @@ class EMA(Generic[Model]):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Follow `model` by one step; buffers are copied."""
+        # Both are sharded alike, so that each process averages its own part.
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.model.parameters()), list(model.parameters()), 1 - self.decay
+            [local(own) for own in self.model.parameters()],
+            [local(new) for new in model.parameters()],
+            1 - self.decay,
         )
         for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
             own.copy_(new)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from core.config import InputError
 
@@ -65,7 +66,9 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, named, in one decayed and one undecayed group."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # The state dict's names: those of named_parameters change with the wrappers of training.
+    state = model.state_dict(keep_vars=True)
+    named = [(n, p) for n, p in state.items() if isinstance(p, nn.Parameter) and p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -95,6 +98,8 @@ class Stepper:
             group["lr"] = learning_rate(step, self.config, num_steps)
         limit = self.config.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of all shards: every rank decides alike
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
         self.first_bad = torch.where(bad > 0, self.first_bad.clamp(max=step), self.first_bad)

@@ -30,6 +30,7 @@ class ReportConfig:
         sample_every: Pictures and curves are drawn, and the validation is run; 0 for never.
         save_every: A checkpoint is written; there is always one at the end.
         keep_last: Checkpoints to keep.
+        keep_every: Checkpoints whose step is a multiple of this are kept for good; 0 for none.
         trackers: Also send the metrics to wandb (WANDB_MODE=offline works) or tensorboard.
         project: The project's name for wandb.
     """
@@ -38,14 +39,15 @@ class ReportConfig:
     sample_every: int = 5000
     save_every: int = 5000
     keep_last: int = 2
+    keep_every: int = 0
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     project: str = "llamagen"
 
     def __post_init__(self) -> None:
         if min(self.report_every, self.save_every, self.keep_last) < 1:
             raise ValueError("report: report_every, save_every and keep_last must be >= 1")
-        if self.sample_every < 0:
-            raise ValueError(f"report.sample_every is {self.sample_every}, must be >= 0")
+        if min(self.sample_every, self.keep_every) < 0:
+            raise ValueError("report: sample_every and keep_every must be >= 0")
 
     def reports(self, step: int, num_steps: int) -> bool:
         """Whether to report after `step` steps."""

@@ -112,24 +112,30 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
-def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bool = False) -> None:
-    """load_state_dict(strict=True), with one line that names what does not fit.
-
-    assign: make the tensors the module's own instead of copying, for a module on the meta device.
-    """
+def check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: object) -> None:
+    """Raise InputError, naming what does not fit, unless `shapes` are the module's own."""
     own = module.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in tensors]
-    problems += [f"{key} is not part of the model" for key in tensors if key not in own]
+    problems = [f"{key} is missing" for key in own if key not in shapes]
+    problems += [f"{key} is not part of the model" for key in shapes if key not in own]
     problems += [
-        f"{key} is {tuple(tensors[key].shape)}, the model has {tuple(value.shape)}"
+        f"{key} is {tuple(shapes[key])}, the model has {tuple(value.shape)}"
         for key, value in own.items()
-        if key in tensors and tensors[key].shape != value.shape
+        if key in shapes and tuple(shapes[key]) != tuple(value.shape)
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
             f"{source}: weights of another architecture: {'; '.join(problems[:3])}{more}"
         )
+
+
+def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bool = False) -> None:
+    """load_state_dict(strict=True), with one line that names what does not fit.
+
+    assign: make the tensors the module's own instead of copying, for a module on the meta device.
+    """
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    check_shapes(module, shapes, source)
     module.load_state_dict(tensors, assign=assign)
 
 

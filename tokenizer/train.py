@@ -30,6 +30,7 @@ from core.datasets import (
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
 from core.images import image_to_pixels, pixels_to_images, random_crop
+from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
 from core.randomness import seed_step
@@ -102,6 +103,8 @@ class TrainConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
+        if self.parallel.strategy != "ddp":
+            raise ValueError("parallel.strategy: the tokenizer is small, it trains under ddp alone")
         if min(self.num_steps, self.gradient_accumulation, self.validation_images) < 1:
             raise ValueError("num_steps, gradient_accumulation, validation_images must be >= 1")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.ema_decay < 1:
@@ -152,13 +155,14 @@ def build(config: TrainConfig, world: World) -> Nets:
     # The optimisers name their parameters, so they come before the wrappers.
     optimizer = build_adamw(vq, config.optimizer)
     discriminator_optimizer = build_adamw(discriminator, config.discriminator_optimizer)
-    # Recomputing a BatchNorm would count its batch twice.
-    unchecked = dataclasses.replace(config.parallel, activation_checkpointing="none")
+    # Recomputing a BatchNorm would count its batch twice; and the adaptive weight runs the
+    # discriminator's backward pass twice, which compiled graphs refuse.
+    plain = dataclasses.replace(config.parallel, activation_checkpointing="none", compile=False)
     return Nets(
         vq,
         discriminator,
-        prepare(vq, config.parallel, world, ResnetBlock),
-        prepare(discriminator, unchecked, world, nn.Module),
+        prepare(vq, config.parallel, world, config.precision, ResnetBlock),
+        prepare(discriminator, plain, world, config.precision, nn.Module),
         ema,
         Stepper(optimizer, config.optimizer, world.device),
         Stepper(discriminator_optimizer, config.discriminator_optimizer, world.device),
@@ -181,6 +185,7 @@ def train(config: TrainConfig, world: World) -> None:
         config.model,
         world,
         config.report.keep_last,
+        config.report.keep_every,
         model=nets.vq,
         ema=nets.ema.model if nets.ema else None,
         discriminator=nets.discriminator,
@@ -200,6 +205,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "image")
     totals = Totals(config.model.vocab_size, world)
+    interruption = Interruption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
@@ -239,10 +245,15 @@ def train(config: TrainConfig, world: World) -> None:
             grid, scores = reconstruct(averaged, pictures, world)
             run.log(done, scores)
             run.draw(done, grid)
-        if config.report.saves(done, config.num_steps):
+        stopping = interruption.requested() and done < config.num_steps
+        if stopping or config.report.saves(done, config.num_steps):
             nets.stepper.check()
             nets.discriminator_stepper.check()
             checkpoints.save(done, samples=samples)
+        if stopping:
+            checkpoints.finish()
+            interruption.leave(done)
+    checkpoints.finish()
     run.finish()
     if world.is_main and skips:
         print(f"{skips.summary()}: {skips.path}")
@@ -294,7 +305,7 @@ def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device, config.parallel.timeout_minutes) as world:
         train(config, world)
 
 
