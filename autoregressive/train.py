@@ -75,7 +75,7 @@ class TrainConfig:
     num_steps: int = 1501200
     batch_size: int = 256
     gradient_accumulation: int = 1
-    loss_chunk: int = 2048
+    loss_chunk: int = 1024
     condition_dropout: float = 0.1
     ema_decay: float = 0.0
     precision: Precision = "bf16"
@@ -135,16 +135,18 @@ def train(config: TrainConfig, world: World) -> None:
     pictures = SampleGrid(config, gpt_config, find_tokenizer(data, world))
     draws = world.broadcast(pictures.vq is not None)
     run = Run(config.out, config, config.report, world)
-    run.start(first_step, config.num_steps, "token")
+    run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
     interruption = Interruption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
+        run.begin_step(step)
         seed_step(config.seed, step, world.rank)
         for i in range(config.gradient_accumulation):
-            codes, labels, dropped = next(batches)
+            with run.waiting():
+                codes, labels, dropped = next(batches)
             accumulating = i + 1 < config.gradient_accumulation
             with no_sync(parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.precision):

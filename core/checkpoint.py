@@ -89,6 +89,11 @@ class Checkpointer:
         assert isinstance(written, Future)
         self._saving = self._thread.submit(self._commit, written, step, aside, state)
 
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._saving is not None and not self._saving.done()
+
     def wait(self) -> None:
         """Wait until the checkpoint that is being written exists, or has failed."""
         if self._saving is not None:

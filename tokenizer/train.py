@@ -209,10 +209,12 @@ def train(config: TrainConfig, world: World) -> None:
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
+        run.begin_step(step)
         seed_step(config.seed, step, world.rank)
         adversarial = config.loss.adversarial_at(step)
         for i in range(config.gradient_accumulation):
-            pixels, skipped = next(batches)
+            with run.waiting():
+                pixels, skipped = next(batches)
             skips.add(skipped)
             images = pixels_to_images(pixels.to(world.device, non_blocking=True))
             with contextlib.ExitStack() as stack:
