@@ -28,6 +28,7 @@ from core.images import image_grid
 from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare, shard
+from core.planning import Plan, check_fits, plan_model, print_plan, transformer_activations
 from core.prefetch import prefetch
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
@@ -62,6 +63,7 @@ class TrainConfig:
         sampling: How the sample grids are drawn.
         sample_classes: Their classes, a row each; empty for the first ten.
         sample_columns: Images per class.
+        dry_run: Print the configuration, its size and memory by strategy, check, and stop.
     """
 
     out: Path
@@ -84,6 +86,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample_classes: tuple[int, ...] = ()
     sample_columns: int = 8
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.num_steps, self.gradient_accumulation, self.loss_chunk, self.sample_columns)
@@ -107,6 +110,12 @@ def train(config: TrainConfig, world: World) -> None:
         grid=data.grid,
         tokenizer_sha256=data.tokenizer_sha256,
     )
+    plan = plan_training(config, gpt_config, len(data), world)
+    if config.dry_run:
+        print_plan(plan, config, config.parallel, world)
+    check_fits(plan, config.parallel, world)
+    if config.dry_run:
+        return
     begin_run(config.out, world)
     torch.manual_seed(config.seed)
     gpt = GPT(gpt_config)
@@ -153,6 +162,7 @@ def train(config: TrainConfig, world: World) -> None:
                     loss = parallel(codes, labels, dropped) / config.gradient_accumulation
                 loss.backward()
             loss_sum += loss.detach()
+        checkpoints.wait_for_copy()
         grad_norm = stepper.step(step, config.num_steps)
         if ema:
             ema.update(gpt)
@@ -190,6 +200,31 @@ def train(config: TrainConfig, world: World) -> None:
             interruption.leave(done)
     checkpoints.finish()
     run.finish()
+
+
+def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
+    """What the training needs, counted on a model without memory."""
+    with torch.device("meta"):
+        gpt = GPT(gpt_config)
+    length = gpt_config.num_condition + gpt_config.num_codes - 1
+    rows = config.batch_size // (world.size * config.gradient_accumulation)
+    kept = transformer_activations(
+        rows * length,
+        gpt_config.dim,
+        gpt_config.ffn_dim,
+        gpt_config.num_layers,
+        config.parallel.activation_checkpointing,
+    )
+    logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
+    return plan_model(
+        gpt,
+        Block,
+        config.ema_decay > 0,
+        kept + logits,
+        samples,
+        config.batch_size,
+        config.num_steps,
+    )
 
 
 def training_batches(

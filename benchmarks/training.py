@@ -77,7 +77,11 @@ class BenchmarkConfig:
 
 
 def our_steps(
-    gpt: GPT, config: BenchmarkConfig, strategy: Strategy, world: World
+    gpt: GPT,
+    config: BenchmarkConfig,
+    strategy: Strategy,
+    world: World,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[[], None], Stepper]:
     """A function that does one step as autoregressive.train does, and its optimiser."""
     parallel = ParallelConfig(
@@ -96,6 +100,7 @@ def our_steps(
         with world.autocast(config.precision):
             loss = model(codes, labels)
         loss.backward()
+        before_update()
         stepper.step(next(count), 10**9)
 
     return step, stepper
@@ -228,12 +233,17 @@ def measure_codes(folder: Path) -> Results:
 
 
 def measure_saving(config: BenchmarkConfig, world: World, folder: Path) -> Results:
-    """Median seconds of a step without and during an asynchronous save of everything."""
+    """Mean seconds of a step without and during an asynchronous save of everything."""
     gpt = GPT.from_preset(config.save_size, grid=config.grid)
     ema = EMA(gpt, 0.9999)
-    step, stepper = our_steps(gpt, config, "ddp", world)
-    optimizer = stepper.optimizer
-    parts = {"model": gpt, "ema": ema.model, "optimizer": optimizer}
+    checkpoints: Checkpointer | None = None
+
+    def before_update() -> None:
+        if checkpoints:
+            checkpoints.wait_for_copy()
+
+    step, stepper = our_steps(gpt, config, "ddp", world, before_update)
+    parts = {"model": gpt, "ema": ema.model, "optimizer": stepper.optimizer}
     checkpoints = Checkpointer(folder, gpt.config, world, keep_last=1, **parts)
 
     def timed() -> float:
@@ -243,26 +253,27 @@ def measure_saving(config: BenchmarkConfig, world: World, folder: Path) -> Resul
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    for _ in range(2):
-        timed()
-    quiet, busy, copying, writing = [], [], [], []
-    for save in range(3):  # turn about, so that a change of the machine's load hits both alike
-        quiet += [timed() for _ in range(config.num_steps)]
-        started = time.perf_counter()
-        checkpoints.save(save)
-        copying.append(time.perf_counter() - started)
+    def save(number: int) -> list[float]:
+        times = []
+        checkpoints.save(number)
         while checkpoints.saving:
-            busy.append(timed())
-        writing.append(time.perf_counter() - started)
+            times.append(timed())  # the first one has the copy to the CPU in it
         checkpoints.finish()
+        return times
+
+    timed()
+    save(0)  # allocates the buffers
+    quiet, busy = [], []
+    for number in range(1, 4):  # turn about: a change of the machine's load hits both alike
+        busy += save(number)
+        quiet += [timed() for _ in range(config.num_steps)]
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
     return {
         "parameters": parameters,
-        "quiet_step_seconds": statistics.median(quiet),
-        "saving_step_seconds": statistics.median(busy),
-        "rise": statistics.median(busy) / statistics.median(quiet) - 1,
-        "copy_seconds": statistics.median(copying),
-        "save_seconds": statistics.median(writing),
+        "quiet_step_seconds": statistics.mean(quiet),
+        "saving_step_seconds": statistics.mean(busy),
+        "rise": statistics.mean(busy) / statistics.mean(quiet) - 1,
+        "longest_step_seconds": max(busy),
         "steps_while_saving": len(busy),
     }
 
