@@ -96,6 +96,11 @@ class _Source(Protocol):
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
 
+    @property
+    def item_shape(self) -> tuple[int, ...]: ...
+
+    def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray: ...
+
 
 class ReferenceCodes:
     """The reference's layout: `{i}.npy`, int64 (1, crops, tokens), one file per image."""
@@ -115,6 +120,15 @@ class ReferenceCodes:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Row numbers (n,) -> whatever the files hold, stacked without their first dimension."""
         return np.stack([self._load(int(row)) for row in rows])
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """The shape of one row: (crops, tokens) of codes."""
+        return self._load(0).shape
+
+    def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Of each row (n,) the one crop (n,)."""
+        return np.stack([self._load(int(r))[i] for r, i in zip(rows, items, strict=True)])
 
     def _load(self, row: int) -> np.ndarray:
         path = self.folder / f"{row}.npy"
@@ -215,9 +229,8 @@ class CodeDataset:
         for folder, source in enumerate(self.sources):
             here = np.flatnonzero(folders == folder)
             if len(here):
-                crops = source[rows[here]]
-                chosen = (uniform[here, 1] * crops.shape[1]).astype(np.int64)
-                codes[here] = crops[np.arange(len(here)), chosen]
+                chosen = (uniform[here, 1] * source.item_shape[0]).astype(np.int64)
+                codes[here] = source.pick(rows[here], chosen)
         if codes.min() < 0 or codes.max() >= self.vocab_size:
             raise InputError(
                 f"data.codes: code {codes.max()} is outside the vocabulary of {self.vocab_size}"

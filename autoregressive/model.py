@@ -133,6 +133,15 @@ class GPTConfig(Architecture):
         """The most condition tokens."""
         return 1 if self.condition == "class" else self.max_text_tokens
 
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of a training step per position: 6 P + 12 L d T, P the parameters of products."""
+        packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        block = self.dim * (packed + self.dim + 3 * self.ffn_dim)
+        products = self.num_layers * block + self.vocab_size * self.dim
+        length = self.num_condition + self.num_codes - 1
+        return 6 * products + 12 * self.num_layers * self.dim * length
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm: float32 inside, cast back, then weighted."""

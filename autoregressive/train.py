@@ -37,6 +37,7 @@ from core.ema import EMA
 from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare, shard
+from core.planning import Plan, check_fits, plan_model, print_plan, transformer_activations
 from core.prefetch import prefetch
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
@@ -74,6 +75,7 @@ class TrainConfig:
         sample_prompts: Their prompts, a row each, of a text model; empty for the captions of the
             first ten training images.
         sample_columns: Images a row.
+        dry_run: Print the configuration, its size and memory by strategy, check, and stop.
     """
 
     out: Path
@@ -90,7 +92,7 @@ class TrainConfig:
     num_steps: int = 1501200
     batch_size: int = 256
     gradient_accumulation: int = 1
-    loss_chunk: int = 2048
+    loss_chunk: int = 1024
     condition_dropout: float = 0.1
     ema_decay: float = 0.0
     precision: Precision = "bf16"
@@ -100,6 +102,7 @@ class TrainConfig:
     sample_classes: tuple[int, ...] = ()
     sample_prompts: tuple[str, ...] = ()
     sample_columns: int = 8
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.num_steps, self.gradient_accumulation, self.loss_chunk, self.sample_columns)
@@ -118,6 +121,12 @@ def train(config: TrainConfig, world: World) -> None:
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config)
+    plan = plan_training(config, gpt_config, len(data), world)
+    if config.dry_run:
+        print_plan(plan, config, config.parallel, world)
+    check_fits(plan, config.parallel, world)
+    if config.dry_run:
+        return
     begin_run(config.out, world)
     torch.manual_seed(config.seed)
     gpt = GPT(gpt_config)
@@ -149,22 +158,25 @@ def train(config: TrainConfig, world: World) -> None:
     pictures = SampleGrid(config, data, gpt_config, scorer.vq)
     draws = world.broadcast(pictures.vq is not None)
     run = Run(config.out, config, config.report, world)
-    run.start(first_step, config.num_steps, "token")
+    run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
     interruption = Interruption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
+        run.begin_step(step)
         seed_step(config.seed, step, world.rank)
         for i in range(config.gradient_accumulation):
-            codes, condition, dropped = next(batches)
+            with run.waiting():
+                codes, condition, dropped = next(batches)
             accumulating = i + 1 < config.gradient_accumulation
             with no_sync(parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.precision):
                     loss = parallel(codes, condition, dropped) / config.gradient_accumulation
                 loss.backward()
             loss_sum += loss.detach()
+        checkpoints.wait_for_copy()
         grad_norm = stepper.step(step, config.num_steps)
         if ema:
             ema.update(gpt)
@@ -204,6 +216,31 @@ def train(config: TrainConfig, world: World) -> None:
             interruption.leave(done)
     checkpoints.finish()
     run.finish()
+
+
+def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
+    """What the training needs, counted on a model without memory."""
+    with torch.device("meta"):
+        gpt = GPT(gpt_config)
+    length = gpt_config.num_condition + gpt_config.num_codes - 1
+    rows = config.batch_size // (world.size * config.gradient_accumulation)
+    kept = transformer_activations(
+        rows * length,
+        gpt_config.dim,
+        gpt_config.ffn_dim,
+        gpt_config.num_layers,
+        config.parallel.activation_checkpointing,
+    )
+    logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
+    return plan_model(
+        gpt,
+        Block,
+        config.ema_decay > 0,
+        kept + logits,
+        samples,
+        config.batch_size,
+        config.num_steps,
+    )
 
 
 def training_batches(

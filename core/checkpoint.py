@@ -23,13 +23,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
 from core.config import InputError, save_config
 from core.distributed import World
 from core.shards import read_json, write_json
-from core.storage import SafetensorsReader, SafetensorsWriter, Shape, read_headers
+from core.storage import SafetensorsReader, SafetensorsWriter, Shape, give_way, read_headers
 from core.weights import check_shapes, file_sha256
 
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
@@ -62,41 +63,77 @@ class Checkpointer:
         # DCP says so once per checkpoint in a world of one, where it is what is wanted.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # Its buffers, pinned for a GPU, are kept from one checkpoint to the next.
+        gpu = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu,
+                use_shared_memory=False,
+                use_async_staging=True,
+                use_non_blocking_copy=gpu,
+            )
+        )
+        self._copied: Future[None] | None = None
         self._saving: Future[str] | None = None
         self._problem = ""
 
     def save(self, step: int, **state: int) -> None:
-        """Begin to write `step_{step}`, holding `state`; all ranks call it.
+        """Begin to write `step_{step}`, holding `state`; all ranks call it, and go on training.
 
-        Returns once the tensors are copied to the CPU. A checkpoint that cannot be written is
+        Nothing may change the parts until wait_for_copy. A checkpoint that cannot be written is
         warned about and leaves the one before it as it was.
         """
         self.wait()
         aside = self.folder / f".step_{step:07d}.tmp"
         if self.world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-        tensors = {}
+        tensors, buffers = {}, False
         for part, value in self.parts.items():
             own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
             tensors |= {f"{part}/{name}": tensor for name, tensor in own.items()}
-        written = async_save(
+            if isinstance(value, nn.Module):
+                buffers |= len(own) > len(list(value.parameters()))
+        if self.world.device.type == "cuda":  # the copy runs on a stream of its own
+            torch.cuda.current_stream().synchronize()
+        response = async_save(
             tensors,
             storage_writer=SafetensorsWriter(self._files(aside)),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=self._group,
+            async_stager=self._stager,
             no_dist=self.world.size == 1,
         )
-        assert isinstance(written, Future)
+        assert isinstance(response, AsyncSaveResponse)
+        self._copied = response.staging_completion
+        written = response.upload_completion
         self._saving = self._thread.submit(self._commit, written, step, aside, state)
+        if buffers:  # a forward pass changes them: BatchNorm's statistics
+            self.wait_for_copy()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the parts may change: call it before every optimizer step.
+
+        So the copy to the CPU runs beside the forward and backward pass that follow a save.
+        """
+        if self._copied is not None:
+            self._copied.result()
+            self._copied = None
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._saving is not None and not self._saving.done()
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written exists, or has failed."""
+        self.wait_for_copy()
         if self._saving is not None:
             self._problem, self._saving = self._saving.result(), None
 
     def finish(self) -> None:
-        """Wait, and raise OSError where the last checkpoint could not be written."""
+        """Wait for all ranks, and raise OSError where the last checkpoint could not be written."""
         self.wait()
+        self.world.barrier()  # a launcher may kill the others as soon as one has ended
         if self._problem:
             raise OSError(self._problem)
 
@@ -137,6 +174,7 @@ class Checkpointer:
 
     def _commit(self, written: Future[Any], step: int, aside: Path, state: dict[str, int]) -> str:
         """In the thread of every rank: checksums, then the rename -> what went wrong, or ""."""
+        give_way()
         problem, sums = "", {}
         try:
             written.result()

@@ -24,7 +24,8 @@ class OptimizerConfig:
         warmup_steps: Steps of linear growth from 0.
         decay_steps: Length of the linear decay at the end, for wsd alone.
         final_lr: The share of lr that cosine and wsd end at.
-        on_nan: What a step with a non-finite gradient does: stop the run, or skip the step.
+        on_nan: What a bad step does, one whose gradient is not finite: stop the run, or be skipped.
+        max_skipped: With on_nan skip, more bad steps in a row than this stop the run.
     """
 
     lr: float = 1e-4
@@ -36,14 +37,18 @@ class OptimizerConfig:
     decay_steps: int = 0
     final_lr: float = 0.0
     on_nan: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 20
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}, must be > 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, each must be in [0, 1)")
-        if min(self.weight_decay, self.clip_norm, self.warmup_steps, self.decay_steps) < 0:
-            raise ValueError("optimizer: weight_decay, clip_norm and all steps must be >= 0")
+        counts = (self.warmup_steps, self.decay_steps, self.max_skipped)
+        if min(self.weight_decay, self.clip_norm, *counts) < 0:
+            raise ValueError(
+                "optimizer: weight_decay, clip_norm, max_skipped and all steps must be >= 0"
+            )
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"optimizer.final_lr is {self.final_lr}, must be in [0, 1]")
         if self.decay_steps and self.schedule != "wsd":
@@ -82,6 +87,7 @@ class Stepper:
 
     The fused kernels leave parameters and moments untouched where `found_inf` is 1 (the interface
     that GradScaler uses), so a NaN is noticed on the device and read by the host only in `check`.
+    The norm is that of the gradient over all ranks, so that they skip and stop together.
     """
 
     def __init__(
@@ -90,6 +96,8 @@ class Stepper:
         self.optimizer, self.config = optimizer, config
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+        self.most_in_a_row = torch.zeros((), device=device)
         self.first_bad = torch.full((), 2**62, dtype=torch.int64, device=device)
 
     def step(self, step: int, num_steps: int) -> torch.Tensor:
@@ -102,6 +110,8 @@ class Stepper:
             norm = norm.full_tensor()  # of all shards: every rank decides alike
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
+        self.in_a_row = (self.in_a_row + bad) * bad
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         self.first_bad = torch.where(bad > 0, self.first_bad.clamp(max=step), self.first_bad)
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
@@ -109,7 +119,7 @@ class Stepper:
         return norm
 
     def check(self) -> int:
-        """How many steps were skipped so far; raises InputError at the first where on_nan is stop.
+        """How many steps were skipped so far; raises InputError where that is not allowed.
 
         Reads from the device: call it when reporting and before saving.
         """
@@ -118,5 +128,11 @@ class Stepper:
             raise InputError(
                 f"non-finite gradient at step {int(self.first_bad.item())}; nothing was saved "
                 "since. Lower optimizer.lr, or set optimizer.on_nan: skip"
+            )
+        if skipped and (most := int(self.most_in_a_row.item())) > self.config.max_skipped:
+            raise InputError(
+                f"{most} steps in a row had a non-finite gradient (first: step "
+                f"{int(self.first_bad.item())}), more than optimizer.max_skipped "
+                f"{self.config.max_skipped}; lower optimizer.lr"
             )
         return skipped

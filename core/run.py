@@ -1,10 +1,11 @@
 """A training run's folder: its config, metrics.jsonl, curves, sample grids, progress, trackers."""
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from core.config import InputError, config_text, save_config
 from core.distributed import World
+from core.hardware import peak_flops, peak_memory_bytes
 from core.images import save_png
 from core.shards import fingerprint
 
@@ -30,6 +32,7 @@ class ReportConfig:
         sample_every: Pictures and curves are drawn, and the validation is run; 0 for never.
         save_every: A checkpoint is written; there is always one at the end.
         keep_last: Checkpoints to keep.
+        profile_every: One step in so many is profiled for the share of collectives; 0 for none.
         keep_every: Checkpoints whose step is a multiple of this are kept for good; 0 for none.
         trackers: Also send the metrics to wandb (WANDB_MODE=offline works) or tensorboard.
         project: The project's name for wandb.
@@ -40,14 +43,15 @@ class ReportConfig:
     save_every: int = 5000
     keep_last: int = 2
     keep_every: int = 0
+    profile_every: int = 1000
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     project: str = "llamagen"
 
     def __post_init__(self) -> None:
         if min(self.report_every, self.save_every, self.keep_last) < 1:
             raise ValueError("report: report_every, save_every and keep_last must be >= 1")
-        if min(self.sample_every, self.keep_every) < 0:
-            raise ValueError("report: sample_every and keep_every must be >= 0")
+        if min(self.sample_every, self.keep_every, self.profile_every) < 0:
+            raise ValueError("report: sample_every, keep_every and profile_every must be >= 0")
 
     def reports(self, step: int, num_steps: int) -> bool:
         """Whether to report after `step` steps."""
@@ -69,9 +73,16 @@ class Run:
         self.folder, self.config, self.report, self.world = Path(folder), config, report, world
         self.trackers: list[Any] = []
 
-    def start(self, first_step: int, num_steps: int, unit: str) -> None:
-        """Begin or continue at `first_step`; `unit` is what `progress` counts, e.g. "token"."""
-        self.unit, self.units_since, self.last_time = unit, 0, time.monotonic()
+    def start(self, first_step: int, num_steps: int, unit: str, flops: float = 0.0) -> None:
+        """Begin or continue at `first_step`; `unit` is what `progress` counts, e.g. "token".
+
+        flops: of training on one unit; with it, the model FLOPs utilisation (MFU) is reported on
+        devices whose peak is known.
+        """
+        self.unit, self.flops = unit, flops
+        self.units_since, self.waited, self.last_time = 0, 0.0, time.monotonic()
+        self.profile: CollectiveShare | None = None
+        self.measured: dict[str, float] = {}
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -89,26 +100,52 @@ class Run:
         if first_step:
             logger.warning("%s: continuing at step %d of %d", self.folder, first_step, num_steps)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data; its share of the time is reported."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
+
+    def begin_step(self, step: int) -> None:
+        """Step number `step` begins; now and then it is profiled."""
+        every = self.report.profile_every
+        if self.world.size > 1 and every and step % every == min(10, every - 1):
+            self.profile = CollectiveShare(self.world)
+
     def progress(self, units: int) -> None:
         """One more optimizer step, over `units` tokens or images on all ranks together."""
         self.units_since += units
         self.bar.update()
+        if self.profile:
+            self.measured["communication_share"] = self.profile.finish()
+            self.profile = None
 
     def log(self, step: int, metrics: Mapping[str, float | torch.Tensor]) -> None:
         """Write metrics after `step` steps, with the rate since the last report (a host sync)."""
         numbers = {name: float(value) for name, value in metrics.items()}
         if self.units_since:
             elapsed = time.monotonic() - self.last_time
-            numbers[f"{self.unit}s_per_second"] = round(self.units_since / elapsed, 2)
-            self.units_since, self.last_time = 0, time.monotonic()
+            rate = self.units_since / elapsed
+            numbers[f"{self.unit}s_per_second"] = round(rate, 2)
+            if self.flops and (peak := peak_flops(self.world.device)):
+                numbers["mfu"] = rate * self.flops / (peak * self.world.size)
+            numbers["data_wait_share"] = self.waited / elapsed
+            numbers["memory_gib"] = peak_memory_bytes(self.world.device) / 2**30
+            numbers |= self.measured
+            self.units_since, self.waited, self.last_time = 0, 0.0, time.monotonic()
         if not self.world.is_main:
             return
-        shown = {k: f"{v:.4g}" for k, v in numbers.items() if k != "lr"}
+        hidden = ("lr", "data_wait_share", "memory_gib", "communication_share")
+        shown = {k: f"{v:.4g}" for k, v in numbers.items() if k not in hidden}
         self.bar.set_postfix(shown)
         # JSON has no NaN: null keeps the file readable everywhere.
         line = {k: v if np.isfinite(v) else None for k, v in numbers.items()}
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:  # a full disk; the training is worth more than its report
+            logger.warning("step %d is not reported: %s", step, error)
         for tracker in self.trackers:
             tracker(step, numbers)
 
@@ -117,9 +154,12 @@ class Run:
         if not self.world.is_main:
             return
         folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        save_png(pixels, folder / f"step_{step:07d}.png")
-        draw_curves(self._metrics, self.folder / "curves.png")
+        try:
+            folder.mkdir(exist_ok=True)
+            save_png(pixels, folder / f"step_{step:07d}.png")
+            draw_curves(self._metrics, self.folder / "curves.png")
+        except OSError as error:
+            logger.warning("the samples of step %d are not drawn: %s", step, error)
 
     def finish(self) -> None:
         """Close the bar and say where everything is."""
@@ -155,6 +195,28 @@ class Run:
         aside = self._metrics.with_name(".metrics.jsonl.tmp")
         aside.write_text("".join(kept))
         os.replace(aside, self._metrics)
+
+
+class CollectiveShare:
+    """Profiles one step: how much of its time collectives take, whether hidden or waited for."""
+
+    def __init__(self, world: World) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if world.device.type == "cuda":
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+        self.profiler = torch.profiler.profile(activities=activities)
+        self.profiler.start()
+        self.started = time.monotonic()
+
+    def finish(self) -> float:
+        """The share, in 0 .. 1 where collectives run one at a time."""
+        self.profiler.stop()  # waits for the device
+        elapsed = time.monotonic() - self.started
+        events = self.profiler.events() or []
+        spent = sum(
+            e.time_range.elapsed_us() for e in events if e.name.startswith(("nccl", "gloo"))
+        )
+        return spent / 1e6 / elapsed
 
 
 def begin_run(folder: Path, world: World) -> None:

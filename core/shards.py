@@ -145,13 +145,28 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return self._shards[0].shape[1:]
+
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Row numbers (n,) -> (n, ...) in memory."""
+        return self._gather(rows, (), self.item_shape)
+
+    def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Of each row (n,) the one item (n,), e.g. a crop: reader[rows][range(n), items]."""
+        return self._gather(rows, (items,), self.item_shape[1:])
+
+    def _gather(
+        self, rows: np.ndarray, items: tuple[np.ndarray, ...], shape: tuple[int, ...]
+    ) -> np.ndarray:
         shards = np.searchsorted(self.starts, rows, side="right") - 1
-        result = np.empty((len(rows), *self._shards[0].shape[1:]), self._shards[0].dtype)
+        result = np.empty((len(rows), *shape), self._shards[0].dtype)
         for shard in np.unique(shards):
             here = shards == shard
-            result[here] = self._shards[shard][rows[here] - self.starts[shard]]
+            chosen = tuple(index[here] for index in items)
+            result[here] = self._shards[shard][(rows[here] - self.starts[shard], *chosen)]
         return result
 
 

@@ -12,6 +12,8 @@ Tensors are named "part/name". Pieces are ranges of rows: that is how FSDP2 shar
 import json
 import math
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +83,7 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's pieces."""
+        give_way()
         starts, flags = plan.storage_data
         open_files = {part: os.open(path, os.O_WRONLY | flags) for part, path in self.files.items()}
         results = []
@@ -183,6 +186,12 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[torch.dtype, Shap
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{path}: missing or damaged ({error})") from error
     return tensors
+
+
+def give_way() -> None:
+    """Let training have the processor first: lower this thread's priority, where that can be."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _create_file(

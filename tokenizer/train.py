@@ -33,6 +33,7 @@ from core.images import image_to_pixels, pixels_to_images, random_crop
 from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare
+from core.planning import check_fits, plan_model, print_plan
 from core.randomness import seed_step
 from core.run import ReportConfig, Run, begin_run
 from core.weights import load_weights
@@ -77,6 +78,7 @@ class TrainConfig:
         seed: Decides the initial weights, the data order and the crops.
         num_workers: Loader processes per rank.
         device: auto, cpu, cuda or mps.
+        dry_run: Print the configuration, its size and memory without activations, and stop.
     """
 
     data: Path
@@ -101,6 +103,7 @@ class TrainConfig:
     seed: int = 0
     num_workers: int = 8
     device: DeviceName = "auto"
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel.strategy != "ddp":
@@ -177,6 +180,24 @@ def train(config: TrainConfig, world: World) -> None:
     pictures = load_pictures(
         config.validation or config.data, config.validation_images, config.image_size
     )
+    with torch.device("meta"):
+        players = nn.ModuleList(
+            [VQModel(config.model), build_discriminator(config.discriminator, config.image_size)]
+        )
+    plan = plan_model(
+        players,
+        ResnetBlock,
+        config.ema_decay > 0,
+        0.0,
+        len(images_on_disk),
+        config.batch_size,
+        config.num_steps,
+    )
+    if config.dry_run:
+        print_plan(plan, config, config.parallel, world)
+    check_fits(plan, config.parallel, world)
+    if config.dry_run:
+        return
     nets = build(config, world)
     averaged = nets.ema.model if nets.ema else nets.vq
     begin_run(config.out, world)
@@ -209,10 +230,12 @@ def train(config: TrainConfig, world: World) -> None:
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
+        run.begin_step(step)
         seed_step(config.seed, step, world.rank)
         adversarial = config.loss.adversarial_at(step)
         for i in range(config.gradient_accumulation):
-            pixels, skipped = next(batches)
+            with run.waiting():
+                pixels, skipped = next(batches)
             skips.add(skipped)
             images = pixels_to_images(pixels.to(world.device, non_blocking=True))
             with contextlib.ExitStack() as stack:
@@ -221,6 +244,7 @@ def train(config: TrainConfig, world: World) -> None:
                     stack.enter_context(no_sync(nets.parallel_discriminator))
                 losses, codes = accumulate(nets, images, config, world, adversarial)
             totals.add(losses, codes)
+        checkpoints.wait_for_copy()
         totals.grad_norm = nets.stepper.step(step, config.num_steps)
         if adversarial:
             nets.discriminator_stepper.step(step, config.num_steps)

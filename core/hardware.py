@@ -1,0 +1,40 @@
+"""What the device offers: its peak arithmetic and its memory."""
+
+import os
+import resource
+
+import torch
+
+# Dense bf16 tensor-core FLOP/s by a part of the device's name, from the makers' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s, for model FLOPs utilisation; None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The device's memory for one process; on a CPU, the node's shared out over its processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    node = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return node // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
