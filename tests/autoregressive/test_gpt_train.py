@@ -173,12 +173,13 @@ def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
 
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     codes = write_codes(tmp_path / "codes")
-    plain = flags(codes, tmp_path / "plain", "--num_steps", 3)
+    plain = flags(codes, tmp_path / "plain", "--num_steps", 3, *DROPOUT)
     run_module("autoregressive.train", *plain)
-    more = ("--num_steps", 3, "--parallel.activation_checkpointing", "full")
-    run_module("autoregressive.train", *flags(codes, tmp_path / "full", *more))
-    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
-    assert weights(tmp_path / "full", 3).keys() == weights(tmp_path / "plain", 3).keys()
+    for kind in ("selective", "full"):
+        more = ("--num_steps", 3, *DROPOUT, "--parallel.activation_checkpointing", kind)
+        run_module("autoregressive.train", *flags(codes, tmp_path / kind, *more))
+        assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+        assert weights(tmp_path / kind, 3).keys() == weights(tmp_path / "plain", 3).keys()
 
 
 def test_the_first_losses_stay_what_they_were(tmp_path):

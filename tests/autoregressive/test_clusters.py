@@ -1,0 +1,229 @@
+"""Training on many processes: the same losses, restarts, other world sizes, scheduler's signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, run_module, write_codes
+from test_gpt_train import flags, losses, weights
+
+from core.datasets import ShuffledOrder, local_positions
+from core.distributed import World
+from core.interruption import REQUEUE
+
+FSDP = ("--parallel.strategy", "fsdp")
+HSDP = ("--parallel.strategy", "hsdp", "--parallel.shard_size", 2)
+QUICK = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def validation_losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+
+
+@pytest.mark.slow
+def test_sharded_processes_give_the_losses_and_the_checkpoint_of_one(tmp_path):
+    codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
+    more = ("--num_steps", 20, "--validation", f"[{held_out}]", "--ema_decay", 0.9)
+    more = (*more, "--report.sample_every", 8)  # in the middle too: what is gathered is let go
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
+    for name, processes, strategy in (
+        ("fsdp2", 2, (*FSDP, "--gradient_accumulation", 2)),
+        ("fsdp4", 4, FSDP),
+        ("hsdp", 4, HSDP),
+    ):
+        run = flags(codes, tmp_path / name, *more, *strategy)
+        run_module("autoregressive.train", *run, processes=processes)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+        expected = validation_losses(tmp_path / "one")
+        assert validation_losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
+        for part in ("model", "ema", "training/optimizer"):
+            ours, theirs = (weights(tmp_path / n, 20, part) for n in (name, "one"))
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                torch.testing.assert_close(ours[key], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_continues_on_fewer_processes_and_under_ddp(tmp_path):
+    codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
+    more = ("--validation", f"[{held_out}]", "--report.sample_every", 6)
+    first = flags(codes, tmp_path / "first", *more, *FSDP)
+    run_module("autoregressive.train", *first, "--num_steps", 6, processes=4)
+    expected = validation_losses(tmp_path / "first")[6]
+    ends = []
+    for name, processes, strategy in (("two", 2, FSDP), ("one", 1, ()), ("ddp", 2, ())):
+        subprocess.run(["cp", "-r", tmp_path / "first", tmp_path / name], check=True)
+        # A step that changes nothing shows the loss that the restored weights have.
+        still = (*more, *strategy, "--optimizer.lr", 1e-30, "--report.sample_every", 7)
+        still = flags(codes, tmp_path / name, *still, "--num_steps", 7)
+        run_module("autoregressive.train", *still, processes=processes)
+        assert validation_losses(tmp_path / name)[7] == pytest.approx(expected, abs=1e-5)
+        subprocess.run(["rm", "-r", tmp_path / name], check=True)
+        subprocess.run(["cp", "-r", tmp_path / "first", tmp_path / name], check=True)
+        done = run_module(
+            "autoregressive.train",
+            *flags(codes, tmp_path / name, *more, *strategy),
+            processes=processes,
+        )
+        assert "continuing at step 6 of 12" in done.stderr
+        ends.append(losses(tmp_path / name))
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+    assert ends[0] == pytest.approx(ends[2], abs=1e-4)
+
+
+def test_every_sample_of_an_epoch_is_seen_once_whatever_the_number_of_processes():
+    order, seen, first = ShuffledOrder(48, seed=3), [], 0
+    for size, accumulation, steps in ((4, 1, 3), (2, 2, 4), (1, 4, 2), (8, 1, 9)):
+        for _ in range(steps):
+            for rank in range(size):
+                world = World(rank, size, torch.device("cpu"))
+                for positions in local_positions(first, 8, accumulation, world):
+                    seen += order[positions].tolist()
+            first += 8
+    for epoch in np.array(seen).reshape(-1, 48):
+        assert sorted(epoch) == list(range(48))
+
+
+def start(arguments: list[object], log: Path) -> subprocess.Popen:
+    """A run of two processes under torchrun, which starts them anew when one dies."""
+    line = command("autoregressive.train", *arguments, processes=2)
+    position = line.index("--standalone")
+    line[position:position] = ["--max-restarts=3", "--monitor-interval=0.1"]
+    file = log.open("w")
+    return subprocess.Popen(line, cwd=ROOT, env=QUICK, stdout=file, stderr=file)
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.005)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+    )
+    return [int(word) for word in listed.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path, strategy):
+    codes = write_codes(tmp_path / "codes")
+    more = ("--model.token_dropout", 0.1, "--num_steps", 40, "--report.save_every", 5)
+    more = (*more, "--ema_decay", 0.9, "--parallel.strategy", strategy)
+    whole = flags(codes, tmp_path / "whole", *more)
+    run_module("autoregressive.train", *whole, processes=2)
+    for name, number in (("killed", signal.SIGKILL), ("asked", signal.SIGTERM)):
+        out = tmp_path / name
+        process = start(flags(codes, out, *more), tmp_path / "log")
+        wait_for_lines(out / "metrics.jsonl", random.randint(1, 35), process)
+        ranks = children(process)
+        for pid in ranks if number == signal.SIGTERM else ranks[:1]:
+            os.kill(pid, number)
+        log = (tmp_path / "log").read_text
+        assert process.wait(timeout=120) == 0, log()[-3000:]
+        for part in ("model", "ema", "training/optimizer"):
+            first, second = (weights(tmp_path / n, 40, part) for n in ("whole", name))
+            assert all(torch.equal(first[key], second[key]) for key in first), part
+        if number == signal.SIGTERM:
+            assert f"leaving with code {REQUEUE}" in log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_asked_to_stop_saves_and_leaves_with_the_requeue_code(tmp_path, number):
+    codes = write_codes(tmp_path / "codes")
+    out = tmp_path / "run"
+    run = flags(codes, out, "--num_steps", 100000, "--report.save_every", 100000)
+    line = command("autoregressive.train", *run)
+    process = subprocess.Popen(line, cwd=ROOT, env=QUICK, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(out / "metrics.jsonl", 3, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE == 75
+    (saved,) = (out / "checkpoints").iterdir()
+    assert f"saved after step {int(saved.name.removeprefix('step_'))}; leaving with code 75" in said
+
+
+def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    dry = flags(codes, tmp_path / "run", "--dry_run", "true")
+    shown = run_module("autoregressive.train", *dry).stdout
+    assert "num_steps: 12" in shown
+    assert "parameters            59,712" in shown
+    assert "steps per epoch       5.0" in shown
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        assert f"\n  {strategy} " in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    huge = ("--model.num_layers", 200, "--model.num_heads", 48, "--model.dim", 6144)
+    done = run_module("autoregressive.train", *flags(codes, tmp_path / "run", *huge), ok=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "parallel.strategy fsdp fits on" in line
+    assert not (tmp_path / "run").exists()
+
+
+TEXT = """
+import json, sys
+import torch
+from autoregressive.model import GPT, Block, GPTConfig
+from autoregressive.objective import NextCodeLoss
+from core.distributed import distributed
+from core.optim import OptimizerConfig, Stepper, build_adamw
+from core.parallel import ParallelConfig, prepare
+strategy, path = sys.argv[1:]
+with distributed("cpu") as world:
+    torch.manual_seed(0)
+    shape = dict(num_layers=2, num_heads=2, dim=32, text_dim=8, max_text_tokens=6)
+    gpt = GPT(GPTConfig(condition="text", vocab_size=32, grid=(4, 4), **shape))
+    parallel = ParallelConfig(strategy, shard_size=2 if strategy == "hsdp" else 0)
+    model = prepare(NextCodeLoss(gpt, 16), parallel, world, "fp32", Block)
+    settings = OptimizerConfig(lr=1e-3)
+    stepper = Stepper(build_adamw(gpt, settings), settings, world.device)
+    losses = []
+    for step in range(20):
+        torch.manual_seed(step)
+        codes, features = torch.randint(32, (8, 16)), torch.randn(8, 6, 8)
+        lengths, dropped = torch.randint(1, 7, (8,)), torch.rand(8) < 0.2
+        own = slice(world.rank, None, world.size)
+        loss = model(codes[own], (features[own], lengths[own]), dropped[own])
+        loss.backward()
+        stepper.step(step, 20)
+        losses.append(float(world.sum(loss.detach()) / world.size))
+if world.is_main:
+    open(path, "w").write(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_text_conditioned_training_is_the_same_on_sharded_processes(tmp_path):
+    (tmp_path / "text.py").write_text(TEXT)
+    seen = []
+    for strategy, processes in (("ddp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)):
+        out = tmp_path / f"{strategy}{processes}.json"
+        launcher = command("x", processes=2)[:-2]
+        launcher[-1] = f"--nproc-per-node={processes}"
+        subprocess.run(
+            [*launcher, str(tmp_path / "text.py"), strategy, str(out)],
+            cwd=ROOT,
+            env={**QUICK, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+        seen.append(json.loads(out.read_text()))
+    assert seen[0][-1] < seen[0][0]
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], abs=1e-4)
