@@ -55,7 +55,7 @@ def test_no_file_is_too_long_and_the_source_stays_small():
     lengths = {path: len(path.read_text().splitlines()) for path in ALL_FILES}
     assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)
     lines = [line for path in SOURCES for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 6000  # blank lines are free
+    assert len(lines) <= 6500  # blank lines are free
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
