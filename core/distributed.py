@@ -9,6 +9,7 @@ This is the one place that decides a device or an autocast dtype.
 
 import contextlib
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,9 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # FSDP's modules hold their groups in cycles; left to the end of the interpreter, the
+            # threads of these groups would end the process with an abort.
+            gc.collect()
 
 
 def _join(device: torch.device, timeout: datetime.timedelta) -> None:

@@ -185,7 +185,7 @@ from core.distributed import distributed
 from core.optim import OptimizerConfig, Stepper, build_adamw
 from core.parallel import ParallelConfig, prepare
 strategy, path = sys.argv[1:]
-with distributed("cpu") as world:
+def train(world):
     torch.manual_seed(0)
     shape = dict(num_layers=2, num_heads=2, dim=32, text_dim=8, max_text_tokens=6)
     gpt = GPT(GPTConfig(condition="text", vocab_size=32, grid=(4, 4), **shape))
@@ -203,8 +203,10 @@ with distributed("cpu") as world:
         loss.backward()
         stepper.step(step, 20)
         losses.append(float(world.sum(loss.detach()) / world.size))
-if world.is_main:
-    open(path, "w").write(json.dumps(losses))
+    if world.is_main:
+        open(path, "w").write(json.dumps(losses))
+with distributed("cpu") as world:
+    train(world)
 """
 
 
