@@ -120,7 +120,8 @@ def write_codes(
     writer = ShardWriter(folder, count, 16, {}, World(0, 1, choose_device("cpu")))
     for shard in writer.begin():
         items = list(writer.items(shard))
-        writer.write(shard, {"codes": codes[items], "labels": labels[items]})
+        ids = np.array(items)
+        writer.write(shard, {"codes": codes[items], "labels": labels[items], "images": ids})
     classes = [str(i) for i in range(num_classes)]
     writer.finish(
         {
@@ -132,4 +133,18 @@ def write_codes(
             **index,
         }
     )
+    return folder
+
+
+def write_features(folder: Path, count: int = 40, dim: int = 12, **index: object) -> Path:
+    """A folder as language.encode writes it, for the pictures of write_codes."""
+    random = np.random.default_rng(0)
+    writer = ShardWriter(folder, count, 16, {}, World(0, 1, choose_device("cpu")))
+    for shard in writer.begin():
+        ids = np.array(writer.items(shard))
+        lengths = random.integers(1, 9, (len(ids), 1)).astype(np.int32)
+        bits = torch.randn(int(lengths.sum()), dim).bfloat16().view(torch.int16).numpy()
+        writer.write(shard, {"ids": ids, "lengths": lengths}, ragged={"features": bits})
+    facts = {"dim": dim, "max_tokens": 9, "dtype": "bf16", "variants": ["long"], "clean": "none"}
+    writer.finish({**facts, "t5": "", "t5_identity": "", **index})
     return folder

@@ -55,8 +55,8 @@ def test_no_file_is_too_long_and_the_source_stays_small():
     lengths = {path: len(path.read_text().splitlines()) for path in ALL_FILES}
     assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)
     lines = [line for path in SOURCES for line in path.read_text().splitlines() if line.strip()]
-    # Classes alone took 5,300 (blank lines are free); captions, live data, completion 1,300.
-    assert len(lines) <= 8000
+    # Classes alone took 5,300 (blank lines are free), captions 1,400, clusters 1,400.
+    assert len(lines) <= 9000
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

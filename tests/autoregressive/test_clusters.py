@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module, write_codes
+from conftest import ROOT, command, run_module, write_codes, write_features
 from test_gpt_train import flags, losses, weights
 
 from core.datasets import ShuffledOrder, local_positions
@@ -49,6 +49,18 @@ def test_sharded_processes_give_the_losses_and_the_checkpoint_of_one(tmp_path):
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
                 torch.testing.assert_close(ours[key], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded_processes_give_the_losses_of_one_on_captions(tmp_path):
+    codes = write_codes(tmp_path / "codes", pairs_fingerprint="same")
+    features = write_features(tmp_path / "features", pairs_fingerprint="same")
+    more = ("--num_steps", 20, "--data.features", features)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
+    for name, processes, strategy in (("ddp2", 2, ()), ("fsdp2", 2, FSDP), ("hsdp", 4, HSDP)):
+        run = flags(codes, tmp_path / name, *more, *strategy)
+        run_module("autoregressive.train", *run, processes=processes)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 @pytest.mark.slow
