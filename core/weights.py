@@ -150,18 +150,25 @@ def find_weights(path_or_hub_id: str | Path, filename: str) -> Path:
     parts = str(path_or_hub_id).split("/")
     if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"{path_or_hub_id}: no such file or folder")
+    repository, wanted = "/".join(parts[:2]), "/".join(parts[2:])
+    if wanted:
+        return fetch(repository, wanted)
+    fetch(repository, "config.yaml")
+    return fetch(repository, filename).parent
+
+
+def fetch(repository: str, filename: str) -> Path:
+    """A file of a Hub repository, through its cache; InputError where it is not to be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.logging import set_verbosity_error
 
-    repository = "/".join(parts[:2])
+    set_verbosity_error()  # its retries are not our one line
     try:
-        if len(parts) > 2:
-            return Path(hf_hub_download(repository, "/".join(parts[2:])))
-        hf_hub_download(repository, "config.yaml")
-        return Path(hf_hub_download(repository, filename)).parent
+        return Path(hf_hub_download(repository, filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{path_or_hub_id}: neither a local path nor to be had from the Hub ({error})"
+            f"{repository}/{filename}: neither a local path nor to be had from the Hub ({error})"
         ) from error
 
 

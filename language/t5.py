@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from core.config import InputError
+from core.weights import fetch
 
 TOKENS_PER_BATCH = 8192  # padded tokens that the encoder sees at a time
 
@@ -83,6 +84,8 @@ def load_t5(
     from transformers import AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
 
+    if not Path(source).is_dir():
+        fetch(str(source), "config.json")  # a missing one is noticed here, in one line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -90,9 +93,7 @@ def load_t5(
         model = T5EncoderModel.from_pretrained(str(source), dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{source}: not a T5 that can be loaded, nor one on the Hub ({reason})"
-        ) from error
+        raise InputError(f"{source}: not a T5 that can be loaded ({reason})") from error
     model = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return T5(model, tokenizer, max_tokens)
 

@@ -55,5 +55,7 @@ def test_an_encoder_is_told_from_others_in_any_dtype(encoder, tiny_t5):
 
 
 def test_a_missing_encoder_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="not a T5 that can be loaded"):
+    with pytest.raises(InputError, match="neither a local path"):
         load_t5(tmp_path / "nowhere", CPU, torch.float32)
+    with pytest.raises(InputError, match="not a T5 that can be loaded"):
+        load_t5(tmp_path, CPU, torch.float32)
