@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import run_stage
 from shapes import Scene, all_scenes, draw, judge
 
-HELD_OUT = 500  # captions
-PICTURES = 5  # of each training caption
+HELD_OUT = (350, 150)  # captions of one object, of two
+PICTURES = 4  # of each training caption
 T5_STEPS, T5_CONTEXT = 400, 3  # training steps; words on either side that a byte learns
 CHECKED = 1000  # drawn pictures that validate the checker
 
@@ -80,13 +80,19 @@ def write_pictures(out: Path) -> list[Scene]:
     random = np.random.default_rng(0)
     scenes = all_scenes()
     order = random.permutation(len(scenes))
-    held_out = [scenes[i] for i in order[:HELD_OUT]]
+    held = np.concatenate(
+        [
+            [i for i in order if len(scenes[i].things) == things][:count]
+            for things, count in zip((1, 2), HELD_OUT, strict=True)
+        ]
+    )
+    held_out = [scenes[i] for i in held]
     if (out / "train").exists():
         return held_out
     aside = out / "train.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for number, i in enumerate(order[HELD_OUT:].repeat(PICTURES)):
+    for number, i in enumerate(np.setdiff1d(order, held).repeat(PICTURES)):
         path = aside / f"{number:05d}.png"
         Image.fromarray(draw(scenes[i], random)).save(path)
         path.with_suffix(".txt").write_text(scenes[i].caption)
@@ -159,7 +165,7 @@ def print_table(out: Path, held_out: list[Scene], seconds: float) -> None:
     colour, shape, both = verdicts.mean(0)
     print()
     for name, value in (
-        (f"alignment, colour ({HELD_OUT} held-out prompts)", f"{colour:.3f}"),
+        (f"alignment, colour ({len(held_out)} held-out prompts)", f"{colour:.3f}"),
         ("alignment, shape", f"{shape:.3f}"),
         ("alignment, both", f"{both:.3f}"),
         (f"the checker on {CHECKED} drawn pictures", f"{checker:.3f}"),

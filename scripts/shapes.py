@@ -31,7 +31,7 @@ PLACES = {
 }
 PAIRS = {"left of": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
 PAIR_SIZE = 6.0
-PAIR_SCENES = 480  # of the 1,152 that could be said
+PAIR_SCENES = 720  # of the 1,152 that could be said
 BACKGROUND = (25, 25, 30)
 FINE = 8  # drawn so many times larger, then reduced
 PATCH = 16  # an outline is compared at this size
