@@ -264,7 +264,7 @@ def measure_saving(config: BenchmarkConfig, world: World, folder: Path) -> Resul
     timed()
     save(0)  # allocates the buffers
     quiet, busy = [], []
-    for number in range(1, 4):  # turn about: a change of the machine's load hits both alike
+    for number in range(1, 3):  # turn about: a change of the machine's load hits both alike
         busy += save(number)
         quiet += [timed() for _ in range(config.num_steps)]
     parameters = sum(parameter.numel() for parameter in gpt.parameters())

@@ -18,6 +18,8 @@ def prefetch(
     pin = device.type == "cuda"
 
     def fill() -> None:
+        if pin:  # a thread begins on the first GPU, whatever its process works on
+            torch.cuda.set_device(device)
         try:
             for batch in batches:
                 ready.put([tensor.pin_memory() if pin else tensor for tensor in batch])
