@@ -246,34 +246,37 @@ def measure_saving(config: BenchmarkConfig, world: World, folder: Path) -> Resul
     parts = {"model": gpt, "ema": ema.model, "optimizer": stepper.optimizer}
     checkpoints = Checkpointer(folder, gpt.config, world, keep_last=1, **parts)
 
-    def timed() -> float:
-        started = time.perf_counter()
+    def timed() -> tuple[float, float]:
+        started, computing = time.perf_counter(), time.thread_time()
         step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.thread_time() - computing
 
-    def save(number: int) -> list[float]:
+    def save(number: int) -> list[tuple[float, float]]:
         times = []
         checkpoints.save(number)
         while checkpoints.saving:
-            times.append(timed())  # the first one has the copy to the CPU in it
+            times.append(timed())  # the first one waits for the copy to the CPU
         checkpoints.finish()
         return times
 
     timed()
     save(0)  # allocates the buffers
     quiet, busy = [], []
-    for number in range(1, 4):  # turn about: a change of the machine's load hits both alike
+    for number in range(1, 3):  # turn about: a change of the machine's load hits both alike
         busy += save(number)
         quiet += [timed() for _ in range(config.num_steps)]
+    still, saving = (np.array(times).mean(0) for times in (quiet, busy))
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
     return {
         "parameters": parameters,
-        "quiet_step_seconds": statistics.mean(quiet),
-        "saving_step_seconds": statistics.mean(busy),
-        "rise": statistics.mean(busy) / statistics.mean(quiet) - 1,
-        "longest_step_seconds": max(busy),
+        "quiet_step_seconds": float(still[0]),
+        "saving_step_seconds": float(saving[0]),
+        "rise": float(saving[0] / still[0]) - 1,
+        # Of the training thread's own CPU time: without what other processes take.
+        "rise_of_cpu_time": float(saving[1] / still[1]) - 1,
+        "longest_step_seconds": max(busy)[0],
         "steps_while_saving": len(busy),
     }
 

@@ -19,6 +19,8 @@ def prefetch(
     pin = device.type == "cuda"
 
     def fill() -> None:
+        if pin:  # a thread begins on the first GPU, whatever its process works on
+            torch.cuda.set_device(device)
         try:
             for batch in batches:
                 ready.put(_pinned(batch) if pin else batch)

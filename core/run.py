@@ -204,6 +204,7 @@ class CollectiveShare:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if world.device.type == "cuda":
             activities = [torch.profiler.ProfilerActivity.CUDA]
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes are not for our users
         self.profiler = torch.profiler.profile(activities=activities)
         self.profiler.start()
         self.started = time.monotonic()

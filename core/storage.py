@@ -189,9 +189,9 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[torch.dtype, Shap
 
 
 def give_way() -> None:
-    """Let training have the processor first: lower this thread's priority, where that can be."""
+    """Let training have the processor first: this thread is a little less urgent from now on."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _create_file(
