@@ -115,6 +115,6 @@ def test_bad_requests_are_refused():
         generate(gpt, torch.tensor([9]))
     with pytest.raises(InputError, match="classes"):
         generate(gpt, (torch.zeros(1, 2, 3), torch.tensor([2])))
-    for wrong in ({"cfg_scale": 0.5}, {"top_p": 0.0}, {"top_k": -1}, {"cfg_interval": -2}):
+    for wrong in ({"cfg_scale": 0.5}, {"top_p": 0.0}, {"top_k": -2}, {"cfg_interval": -2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             generate(gpt, torch.tensor([1]), **wrong)
