@@ -25,6 +25,7 @@ class OptimizerConfig:
         decay_steps: Length of the linear decay at the end, for wsd alone.
         final_lr: The share of lr that cosine and wsd end at.
         on_nan: What a bad step does, one whose gradient is not finite: stop the run, or be skipped.
+        spike_norm: A step whose gradient has a larger L2 norm is bad as well; 0 for none.
         max_skipped: With on_nan skip, more bad steps in a row than this stop the run.
     """
 
@@ -37,6 +38,7 @@ class OptimizerConfig:
     decay_steps: int = 0
     final_lr: float = 0.0
     on_nan: Literal["stop", "skip"] = "stop"
+    spike_norm: float = 0.0
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
@@ -45,9 +47,9 @@ class OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, each must be in [0, 1)")
         counts = (self.warmup_steps, self.decay_steps, self.max_skipped)
-        if min(self.weight_decay, self.clip_norm, *counts) < 0:
+        if min(self.weight_decay, self.clip_norm, self.spike_norm, *counts) < 0:
             raise ValueError(
-                "optimizer: weight_decay, clip_norm, max_skipped and all steps must be >= 0"
+                "optimizer: weight_decay, clip_norm, spike_norm and all counts must be >= 0"
             )
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"optimizer.final_lr is {self.final_lr}, must be in [0, 1]")
@@ -108,7 +110,8 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # of all shards: every rank decides alike
-        bad = (~torch.isfinite(norm)).float()
+        # A comparison with NaN is false, so this finds what is not finite as well.
+        bad = (~(norm <= (self.config.spike_norm or torch.finfo(norm.dtype).max))).float()
         self.skipped += bad
         self.in_a_row = (self.in_a_row + bad) * bad
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
@@ -126,13 +129,17 @@ class Stepper:
         skipped = int(self.skipped.item())
         if skipped and self.config.on_nan == "stop":
             raise InputError(
-                f"non-finite gradient at step {int(self.first_bad.item())}; nothing was saved "
-                "since. Lower optimizer.lr, or set optimizer.on_nan: skip"
+                f"non-finite gradient{self._or_spike()} at step {int(self.first_bad.item())}; "
+                "nothing was saved since. Lower optimizer.lr, or set optimizer.on_nan: skip"
             )
         if skipped and (most := int(self.most_in_a_row.item())) > self.config.max_skipped:
             raise InputError(
-                f"{most} steps in a row had a non-finite gradient (first: step "
+                f"{most} steps in a row had a non-finite gradient{self._or_spike()} (first: step "
                 f"{int(self.first_bad.item())}), more than optimizer.max_skipped "
                 f"{self.config.max_skipped}; lower optimizer.lr"
             )
         return skipped
+
+    def _or_spike(self) -> str:
+        norm = self.config.spike_norm
+        return f" (or one above optimizer.spike_norm {norm})" if norm else ""

@@ -149,3 +149,22 @@ def test_the_cosine_is_smooth():
     rates = [learning_rate(step, config, 50) for step in range(50)]
     assert all(a >= b for a, b in itertools.pairwise(rates))
     assert math.isclose(rates[25], 0.5)
+
+
+def test_a_gradient_above_the_spike_norm_changes_nothing_and_is_named():
+    for on_nan in ("skip", "stop"):
+        net = torch.nn.Linear(2, 1, bias=False)
+        config = OptimizerConfig(on_nan=on_nan, spike_norm=10.0, lr=0.1)
+        stepper = Stepper(build_adamw(net, config), config, CPU)
+        before = net.weight.detach().clone()
+        net(torch.full((1, 2), 1e3)).sum().backward()
+        stepper.step(0, 10)
+        assert torch.equal(net.weight, before)
+        if on_nan == "skip":
+            assert stepper.check() == 1
+            net(torch.ones(1, 2)).sum().backward()
+            stepper.step(1, 10)
+            assert not torch.equal(net.weight, before)
+        else:
+            with pytest.raises(InputError, match=r"above optimizer.spike_norm 10.0\) at step 0"):
+                stepper.check()
