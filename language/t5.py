@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from core.config import InputError
 from core.weights import fetch
 
-TOKENS_PER_BATCH = 8192  # padded tokens that the encoder sees at a time
+TOKENS_PER_BATCH = 1024  # padded tokens that the encoder sees at a time
 
 
 class T5:

@@ -102,6 +102,7 @@ def scores(folder: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith("proxy") or k == "n"}
 
 
+@pytest.mark.slow
 def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, models):
     """And no picture is written but the grid; a second run scores the codes of the first."""
     real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -127,6 +128,7 @@ def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, mode
     assert scores(stream) == expected
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models):
     run_module("autoregressive.sample", *models, "--out", tmp_path / "out")
     wrong = [

@@ -76,6 +76,7 @@ def data(made: Path, **changes: object) -> TextDataset:
     return TextDataset(CodesConfig((made / "codes8",), features=made / "features", **changes))
 
 
+@pytest.mark.slow
 def test_codes_and_captions_are_joined_by_the_pair(made):
     joined = data(made)
     assert joined.pairs.tolist() == [i for i in range(30) if i not in (3, 17)]
@@ -91,6 +92,7 @@ def test_codes_and_captions_are_joined_by_the_pair(made):
     assert torch.equal(lengths, expected[1])
 
 
+@pytest.mark.slow
 def test_short_captions_come_at_their_rate_and_depend_on_the_position_alone(made):
     joined = data(made, short_caption="first_sentence", short_caption_rate=0.3)
     rows, positions = np.zeros(2000, np.int64), np.arange(2000)
@@ -101,6 +103,7 @@ def test_short_captions_come_at_their_rate_and_depend_on_the_position_alone(made
         data(made, caption="blip")
 
 
+@pytest.mark.slow
 def test_features_of_other_pictures_are_refused(made, tmp_path):
     for path in (made / "features").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -110,6 +113,7 @@ def test_features_of_other_pictures_are_refused(made, tmp_path):
         TextDataset(CodesConfig((made / "codes8",), features=tmp_path))
 
 
+@pytest.mark.slow
 def test_training_on_captions_lowers_the_loss_validates_and_draws_prompts(stage1):
     history = losses(stage1)
     assert history[0] == pytest.approx(np.log(50), abs=1e-3)
@@ -118,6 +122,7 @@ def test_training_on_captions_lowers_the_loss_validates_and_draws_prompts(stage1
     assert (stage1 / "samples" / "step_0000006.png").is_file()
 
 
+@pytest.mark.slow
 def test_stage_2_starts_from_stage_1_at_step_0_on_another_grid(made, stage1, tmp_path):
     refused = train(made, stage1, codes="codes16", ok=False)
     assert refused.returncode == 2
@@ -140,6 +145,7 @@ def sample(made: Path, stage1: Path, tiny_t5: Path, out: Path, *more: object, ok
     return run_module("autoregressive.sample", *models, *FP32, "--out", out, *more, ok=ok)
 
 
+@pytest.mark.slow
 def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, tiny_t5, tmp_path):
     records = [{"tag": "one", "prompt": "a red cat"}, {"tag": "two", "prompt": "a blue dog"}]
     prompts = tmp_path / "prompts.jsonl"
@@ -174,6 +180,7 @@ def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, 
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_changes_the_picture(made, stage1, tiny_t5, tmp_path):
     run = ("--prompt", "a red cat", "--sampling.top_k", 0)
     sample(made, stage1, tiny_t5, tmp_path / "plain", *run)
@@ -185,6 +192,7 @@ def test_a_negative_prompt_changes_the_picture(made, stage1, tiny_t5, tmp_path):
     assert "give --prompts or --prompt" in none.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_another_text_encoder_is_refused(made, stage1, tiny_t5, tmp_path):
     from transformers import T5EncoderModel
 
@@ -306,6 +314,7 @@ def test_given_codes_stay_and_the_rest_follows_from_them(condition):
         generate(gpt, given, known=known[:, :1])
 
 
+@pytest.mark.slow
 def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cat\n" * 4)
     run = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5, *FP32)

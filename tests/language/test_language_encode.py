@@ -81,6 +81,7 @@ def test_a_killed_run_ends_with_the_same_shards_bit_for_bit(tmp_path, tiny_t5, p
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_another_encoder_does_not_go_on_in_the_same_folder(tmp_path, tiny_t5, pairs):
     run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "out"))
     more = ("--clean", "none")
