@@ -8,6 +8,7 @@ of* a redrawn cell is kept, but its cell was drawn without seeing it: seams ther
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,54 +16,39 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.conditioning import repeat
-from autoregressive.model import GPT
-from autoregressive.pretrained import load_gpt
+from autoregressive.decoding import Decoder
+from autoregressive.models import ModelsConfig, decode_pixels, load_pair, make_ready
 from autoregressive.prompts import ShownConfig, open_shown
-from autoregressive.sample import check_pair, decode_pixels
 from autoregressive.sampling import SamplingConfig, generate
-from core.checkpoint import Weights
 from core.config import InputError, parse_config, run_command, save_config
 from core.datasets import CenterCrop, OrderedImages, find_images, ordered_batches
-from core.distributed import DeviceName, Precision, World, distributed, dtype_of
+from core.distributed import World, distributed
 from core.images import image_grid, pixels_to_images, save_png
 from core.shards import write_json
 from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
 
 HOLE = 128  # the grey level of what is redrawn, in the shown input
 
 
-@dataclass(frozen=True)
-class CompleteConfig(ShownConfig):
+@dataclass(frozen=True, kw_only=True)
+class CompleteConfig(ModelsConfig, ShownConfig):
     """Which pictures, and what of them to draw anew.
 
     Args:
-        gpt: The decoder: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer, likewise.
         images: Pictures: a folder, or a list file; num_images takes the first ones.
         out: The folder to write completions.png, png/ and index.json to.
         keep_rows: Rows of codes to keep from the top; the rest is drawn.
         redraw: Instead: top, left, bottom, right of the cells to redraw; [0, 0, 0, 0] for none.
         sampling: Guidance, filters and seed.
         batch_size: Pictures at a time.
-        gpt_weights: auto takes averaged weights of our runs.
-        tokenizer_weights: auto takes averaged weights where there are any.
-        precision: bf16 or fp32 for the decoder; the tokenizer is in fp32.
-        device: auto, cpu, cuda or mps.
     """
 
-    gpt: str
-    tokenizer: str
     images: Path
     out: Path
     keep_rows: int = 0
     redraw: tuple[int, int, int, int] = (0, 0, 0, 0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: int = 16
-    gpt_weights: Weights = "auto"
-    tokenizer_weights: Weights = "auto"
-    precision: Precision = "bf16"
-    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,17 +73,15 @@ def redrawn_cells(config: CompleteConfig, grid: tuple[int, int]) -> torch.Tensor
 
 def complete(config: CompleteConfig, world: World) -> None:
     """Draw every picture's missing part and write the results."""
-    gpt, _ = load_gpt(config.gpt, config.gpt_weights)
-    vq, sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
-    check_pair(gpt, vq, sha256, config.tokenizer)
-    gpt, vq = gpt.to(world.device, dtype_of(config.precision)), vq.to(world.device)
-    cells = redrawn_cells(config, gpt.config.grid)
+    pair = load_pair(config)
+    cells = redrawn_cells(config, pair.gpt.config.grid)
     images = find_images(config.images)
     count = min(config.num_images or len(images), len(images))
     asked = dataclasses.replace(config, num_images=count)
-    shown = open_shown(asked, gpt.config, config.sampling.seed, world)
+    shown = open_shown(asked, pair.gpt.config, config.sampling.seed, world)
     if shown.count < count:
         raise InputError(f"{shown.count} prompts for {count} pictures: give one for each")
+    gpt, vq = make_ready(config, pair, math.ceil(count / config.batch_size), world)
     config.out.mkdir(parents=True, exist_ok=True)
     save_config(config, config.out / "config.yaml")
     height, width = (vq.config.downsample * side for side in gpt.config.grid)
@@ -133,7 +117,7 @@ def _folder(path: Path) -> Path:
 
 @torch.no_grad()
 def fill(
-    gpt: GPT,
+    gpt: Decoder,
     vq: VQModel,
     pixels: torch.Tensor,
     cells: torch.Tensor,

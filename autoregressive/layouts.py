@@ -1,5 +1,6 @@
 """Sampled pictures as png files, in the folders that the scorers of benchmarks read."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,9 @@ def write_pngs(
     """Write images `ids`, pixels (n, height, width, 3) uint8; see SampleConfig.layout."""
     folder.mkdir(exist_ok=True)
     if layout == "flat":
-        for i, picture in zip(ids, pixels, strict=True):
-            save_png(picture, folder / f"{i:06d}.png")
+        # Compression, which takes the time, runs outside the interpreter's lock.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(save_png, pixels, (folder / f"{i:06d}.png" for i in ids)))
         return
     if prompts is None:
         raise InputError(f"layout {layout} is of prompts; this decoder is conditioned on classes")

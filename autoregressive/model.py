@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoregressive.cache import KVCache
 from autoregressive.conditioning import ClassEmbedding, Condition, TextEmbedding, ragged_order
 from autoregressive.rope import rotary_table, rotate
 from core.config import InputError
@@ -168,27 +167,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: torch.Tensor,
-        layer: int,
-        cache: KVCache | None,
-        visible: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x (batch, length, dim) -> the same; `visible` (batch, 1, 1, keys) bool when decoding."""
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """x (batch, length, dim) -> the same."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         queries, keys, values = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=-2)
         queries = rotate(queries, rotary).transpose(1, 2)
         keys, values = rotate(keys, rotary).transpose(1, 2), values.transpose(1, 2)
-        if cache is not None:
-            keys, values = cache.append(layer, keys, values)
         attended = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=visible,
-            is_causal=x.shape[1] > 1,  # one new position sees the whole cache
+            is_causal=True,
             enable_gqa=self.kv_heads != self.num_heads,
         )
         return self.dropout(self.wo(attended.transpose(1, 2).flatten(-2)))
@@ -214,22 +203,15 @@ class Block(nn.Module):
 
     def __init__(self, config: Architecture, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = _drop_path(config, layer)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: torch.Tensor,
-        cache: KVCache | None = None,
-        visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """x (batch, length, dim) -> the same."""
-        attended = self.attention(self.attention_norm(x), rotary, self.layer, cache, visible)
+        attended = self.attention(self.attention_norm(x), rotary)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
@@ -281,6 +263,11 @@ class GPT(nn.Module):
         from autoregressive.pretrained import load_gpt
 
         return load_gpt(path_or_hub_id, **options).gpt
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order, without what parallelism wraps around them."""
+        return [module for module in self.layers.modules() if isinstance(module, Block)]
 
     def build_rotary(self) -> None:
         """Compute the rotary table; again after a model was built on the meta device."""
@@ -336,52 +323,9 @@ class GPT(nn.Module):
         last = lengths[:, None] - 1 + torch.arange(num_codes, device=codes.device)
         return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for `batch` rows, in the model's dtype and on its device."""
-        config, weight = self.config, self.tok_embeddings.weight
-        capacity = config.num_condition + config.num_codes - 1
-        shape = (batch, config.kv_heads, capacity, config.head_dim)
-        return KVCache(config.num_layers, shape, weight.dtype, weight.device)
-
-    def prefill(self, condition: Condition, dropped: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read the condition into an empty cache -> logits of the first code (batch, vocab)."""
-        prefix = self.cls_embedding(condition, dropped)
-        start = self.config.num_condition - prefix.shape[1]
-        rotary = self.rotary[start : self.config.num_condition]
-        hidden = self._blocks(prefix, rotary, cache)
-        lengths = self.cls_embedding.lengths(condition)
-        if lengths is None:
-            return self._head(hidden[:, -1])
-        return self._head(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
-
-    def decode_one(
-        self,
-        codes: torch.Tensor,
-        position: int,
-        cache: KVCache,
-        visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Code number `position` of each row (batch,) int64 -> logits of the next (batch, vocab).
-
-        visible (batch, 1, 1, capacity) bool hides captions' padding; None where there is none.
-        """
-        row = self.config.num_condition + position
-        if visible is not None:
-            visible = visible[..., : cache.length + 1]
-        x = self.tok_embeddings(codes)[:, None]
-        return self._head(self._blocks(x, self.rotary[row : row + 1], cache, visible)[:, -1])
-
-    def _blocks(
-        self,
-        x: torch.Tensor,
-        rotary: torch.Tensor,
-        cache: KVCache | None = None,
-        visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _blocks(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         for block in self.layers:
-            x = block(x, rotary, cache, visible)
-        if cache is not None:
-            cache.advance(x.shape[1])
+            x = block(x, rotary)
         return self.norm(x)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,12 @@ import torch
 
 from autoregressive.conditioning import select
 from autoregressive.data import CodeDataset, LiveConfig
+from autoregressive.decoding import Decoder
 from autoregressive.model import GPT, GPTConfig
+from autoregressive.models import decode_pixels
 from autoregressive.objective import NextCodeLoss
 from autoregressive.pretrained import load_gpt
-from autoregressive.sample import decode_pixels, score_samples
+from autoregressive.sample import score_samples
 from autoregressive.sampling import generate
 from autoregressive.text_data import Dataset, open_data
 from core.checkpoint import inference_files
@@ -146,7 +148,8 @@ class Scorer:
         assert self.judge is not None and self.vq is not None
         count, sampling = self.config.evaluation.num_images, self.config.sampling
         conditions = self.data.conditions
-        return score_samples(gpt, self.vq, conditions, count, sampling, self.judge, self.world)
+        decoder = Decoder(gpt, self.config.precision)
+        return score_samples(decoder, self.vq, conditions, count, sampling, self.judge, self.world)
 
 
 def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
@@ -183,14 +186,14 @@ class SampleGrid:
     def draw(self, gpt: GPT) -> np.ndarray:
         """A grid picture (height, width, 3) uint8."""
         assert self.vq is not None
-        columns = self.config.sample_columns
+        columns, decoder = self.config.sample_columns, Decoder(gpt, self.config.precision)
         count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
         ids = torch.arange(count * columns)
         pixels = []
         for i in ids.split(16):
             rows = select(self.condition, i // columns)
             codes = generate(
-                gpt, rows, **self.config.sampling.arguments(gpt.config.condition), sample_ids=i
+                decoder, rows, **self.config.sampling.arguments(gpt.config.condition), sample_ids=i
             )
             pixels.append(decode_pixels(self.vq, codes).cpu())
         return image_grid(torch.cat(pixels).numpy(), columns)

@@ -10,39 +10,35 @@
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from autoregressive.conditioning import Condition, repeat
+from autoregressive.decoding import Decoder
 from autoregressive.layouts import Layout, write_pngs
-from autoregressive.model import GPT
-from autoregressive.pretrained import load_gpt
+from autoregressive.models import Beside, ModelsConfig, decode_pixels, load_pair, make_ready
 from autoregressive.prompts import Classes, Prompts, ShownConfig, open_shown
 from autoregressive.sampling import SamplingConfig, generate
-from core.checkpoint import Weights
-from core.config import InputError, config_values, parse_config, run_command, save_config
-from core.distributed import DeviceName, Precision, World, distributed, dtype_of
-from core.images import image_grid, images_to_pixels, save_npz, save_png
+from core.config import config_values, parse_config, run_command, save_config
+from core.distributed import World, distributed
+from core.images import image_grid, save_npz, save_png
 from core.shards import ShardReader, ShardWriter
 from evaluations.report import Scored, publish
 from evaluations.scoring import Judge, JudgeConfig, check_size, open_judge, score
 from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
 
 
-@dataclass(frozen=True)
-class SampleConfig(ShownConfig):
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelsConfig, ShownConfig):
     """What to sample, and where to.
 
     Args:
-        gpt: The decoder: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer, likewise.
         out: The folder to write samples.png, samples.npz and index.json to.
         sampling: Guidance, filters and seed.
         resize: Resize to resize x resize before rounding (bicubic, no antialiasing: how the
@@ -58,16 +54,8 @@ class SampleConfig(ShownConfig):
         judge: With a reference, score the images as they are sampled and write scores.json.
         grid_rows: Classes (or rows of images) of samples.png.
         grid_columns: Images a row of samples.png.
-        gpt_weights: auto takes averaged weights of our runs.
-        tokenizer_weights: auto takes averaged weights where there are any.
-        grid: Rows and columns of codes where a released file does not tell; [0, 0] to infer them.
-        precision: bf16 or fp32 for the decoder.
-        tokenizer_precision: bf16 or fp32 for the tokenizer.
-        device: auto, cpu, cuda or mps.
     """
 
-    gpt: str
-    tokenizer: str
     out: Path
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     resize: int = 0
@@ -79,12 +67,6 @@ class SampleConfig(ShownConfig):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     grid_rows: int = 10
     grid_columns: int = 10
-    gpt_weights: Weights = "auto"
-    tokenizer_weights: Weights = "auto"
-    grid: tuple[int, int] = (0, 0)
-    precision: Precision = "bf16"
-    tokenizer_precision: Precision = "fp32"
-    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,32 +80,8 @@ class SampleConfig(ShownConfig):
             raise ValueError("layout dpg: shard_size must be a multiple of images_per_prompt")
 
 
-def check_pair(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
-    """Raise InputError where the decoder was not trained on this tokenizer's codes."""
-    if gpt.config.vocab_size != vq.config.vocab_size:
-        raise InputError(
-            f"{name}: a codebook of {vq.config.vocab_size}, but the decoder knows "
-            f"{gpt.config.vocab_size} codes"
-        )
-    expected = gpt.config.tokenizer_sha256
-    if expected and expected != tokenizer_sha256:
-        raise InputError(
-            f"{name}: its weights (sha256 {tokenizer_sha256[:12]}) are not those of the tokenizer "
-            f"that the decoder was trained with ({expected[:12]})"
-        )
-
-
-@torch.no_grad()
-def decode_pixels(vq: VQModel, codes: torch.Tensor, resize: int = 0) -> torch.Tensor:
-    """Codes (n, h, w) int64 -> pixels (n, height, width, 3) uint8."""
-    images = vq.decode(codes).float()
-    if resize:
-        images = F.interpolate(images, (resize, resize), mode="bicubic", antialias=False)
-    return images_to_pixels(images)
-
-
 def score_samples(
-    gpt: GPT,
+    gpt: Decoder,
     vq: VQModel,
     conditions: Callable[[np.ndarray], Condition],
     count: int,
@@ -147,45 +105,53 @@ def score_samples(
 
 def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
-    gpt, vq, settings = load_models(config, world)
-    shown = open_shown(config, gpt.config, config.sampling.seed, world)
-    arguments = config.sampling.arguments(gpt.config.condition)
+    pair = load_pair(config)
+    shown = open_shown(config, pair.gpt.config, config.sampling.seed, world)
+    arguments = config.sampling.arguments(pair.gpt.config.condition)
     judge = open_judge(config.judge, "generation", world) if config.judge.reference else None
     if judge:
-        height, width = (vq.config.downsample * side for side in gpt.config.grid)
+        height, width = (pair.vq.config.downsample * side for side in pair.gpt.config.grid)
         size = (config.resize, config.resize) if config.resize else (height, width)
         check_size(size, Path(config.gpt), judge.reference)
     evaluator = judge.evaluator(world) if judge else None
+    settings = {**pair.settings, "resize": config.resize, "npz": config.npz}
     settings |= {"sampling": arguments, **shown.settings}
     writer = ShardWriter(config.out, shown.count, config.shard_size, settings, world)
     finished = writer.finished() if judge else []
     todo = writer.begin()
     if world.is_main:
         save_config(config, config.out / "config.yaml")
+    batches = math.ceil(shown.count / config.batch_size / world.size)
+    decoder, vq = make_ready(config, pair, batches, world)
     total = sum(len(writer.items(shard)) for shard in (*todo, *finished))
-    with tqdm(total=total * world.size, unit="image", disable=not world.is_main) as bar:
+    beside = Beside(world.device)
+    with (
+        tqdm(total=total * world.size, unit="image", disable=not world.is_main) as bar,
+        ThreadPoolExecutor(1) as background,  # writes a shard while the next is drawn
+    ):
+        written: Future[None] | None = None
         for shard in sorted((*todo, *finished)):
-            items = torch.tensor(writer.items(shard))
-            known = writer.read(shard, "codes").astype(np.int64) if shard in finished else None
+            ids = torch.tensor(writer.items(shard))
+            if shard in finished:
+                # The images of an earlier run, for the scores.
+                drawn = _read_codes(writer, shard, ids, config.batch_size, world)
+            else:
+                drawn = _draw_codes(decoder, shown, ids, config.batch_size, arguments)
             kept: dict[str, list[np.ndarray]] = {"codes": [], "pixels": []}
-            for start in range(0, len(items), config.batch_size):
-                ids = items[start : start + config.batch_size]
-                if known is None:
-                    negative = shown.negative and repeat(shown.negative, len(ids))
-                    codes = generate(
-                        gpt, shown.batch(ids), **arguments, sample_ids=ids, negative=negative
-                    )
-                else:
-                    # The images of an earlier run, for the scores.
-                    codes = torch.from_numpy(known[start : start + len(ids)]).to(world.device)
-                pixels = decode_pixels(vq, codes, config.resize)
-                if evaluator:
-                    evaluator.update(pixels, ids)
-                kept["codes"].append(codes.cpu().numpy().astype(np.uint16))
-                kept["pixels"].append(pixels.cpu().numpy())
-                bar.update(len(ids) * world.size)
-            if known is None:
-                write_shard(config, writer, shard, kept, shown)
+            for part, codes in beside.one_behind(drawn):
+                with beside.working():
+                    pixels = decode_pixels(vq, codes, config.resize)
+                    if evaluator:
+                        evaluator.update(pixels, part)
+                    kept["codes"].append(codes.cpu().numpy().astype(np.uint16))
+                    kept["pixels"].append(pixels.cpu().numpy())
+                bar.update(len(part) * world.size)
+            if written:
+                written.result()
+            if shard in todo:
+                written = background.submit(write_shard, config, writer, shard, kept, shown)
+        if written:
+            written.result()
     writer.finish(shown.index)
     if world.is_main:
         _write_outputs(config, vq, shown)
@@ -194,25 +160,27 @@ def sample(config: SampleConfig, world: World) -> None:
         publish(judge, scored, config.out, config_values(config), world)
 
 
-def load_models(config: SampleConfig, world: World) -> tuple[GPT, VQModel, dict[str, Any]]:
-    """Decoder and tokenizer on this rank's device, and what the images depend on."""
-    overrides: dict[str, Any] = {} if config.grid == (0, 0) else {"grid": config.grid}
-    gpt, gpt_sha256 = load_gpt(config.gpt, config.gpt_weights, **overrides)
-    vq, vq_sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
-    check_pair(gpt, vq, vq_sha256, config.tokenizer)
-    settings = {
-        "gpt": config.gpt,
-        "gpt_sha256": gpt_sha256,
-        "tokenizer": config.tokenizer,
-        "tokenizer_sha256": vq_sha256,
-        "resize": config.resize,
-        "npz": config.npz,
-        "precision": [config.precision, config.tokenizer_precision],
-        "grid": list(gpt.config.grid),
-    }
-    gpt = gpt.to(world.device, dtype_of(config.precision))
-    vq = vq.to(world.device, dtype_of(config.tokenizer_precision))
-    return gpt, vq, settings
+def _draw_codes(
+    decoder: Decoder,
+    shown: Classes | Prompts,
+    ids: torch.Tensor,
+    batch_size: int,
+    arguments: dict[str, Any],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw images ids (n,) int64 -> (ids, codes) by batch."""
+    for part in ids.split(batch_size):
+        negative = shown.negative and repeat(shown.negative, len(part))
+        condition = shown.batch(part)
+        yield part, generate(decoder, condition, **arguments, sample_ids=part, negative=negative)
+
+
+def _read_codes(
+    writer: ShardWriter, shard: int, ids: torch.Tensor, batch_size: int, world: World
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The codes of a finished shard -> (ids, codes) by batch."""
+    codes = torch.from_numpy(writer.read(shard, "codes").astype(np.int64))
+    for part, known in zip(ids.split(batch_size), codes.split(batch_size), strict=True):
+        yield part, known.to(world.device)
 
 
 def write_shard(

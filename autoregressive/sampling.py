@@ -1,15 +1,18 @@
-"""From a condition to codes: guided, filtered, seeded sampling over a key-value cache."""
+"""From a condition to codes: guided, filtered, seeded sampling."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
 
 from autoregressive.conditioning import Condition
-from autoregressive.model import GPT
+from autoregressive.decoding import Decoder, Request, decoder_of
+from autoregressive.drawing import Drawing
+from autoregressive.model import GPT, GPTConfig
 from core.config import InputError
-from core.randomness import random_uniform
+from core.randomness import random_bits
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,18 @@ class SamplingConfig:
         temperature: Divides the logits.
         top_k: Only the top_k likeliest codes (and those that tie); 0 for all, -1 for the usual:
             all under classes, 1000 under text.
-        top_p: Only the likeliest codes that together reach this probability; 1 for all.
+        top_p: Only the likeliest codes that together reach this probability (and those that tie
+            with the last of them); 1 for all.
         greedy: Always the likeliest code.
         seed: Sample i's codes depend on (seed, i) alone.
+        cfg_start: Guidance begins at this code: with constant guidance a step up, with
+            cfg_interval too an interval.
+        cfg_schedule: constant, or from 1 at the first code towards cfg_scale at the last, in a
+            straight line or along half a cosine wave.
+        cfg_power: Exponent of the progress in a linear or cosine schedule; a cosine's above 1 is
+            the power-cosine of RAR (arXiv 2411.00776).
+        speculative: Codes drawn in a step, by guessing ahead; 0 draws one by one. The pictures are
+            the same; what it saves depends on the model, and pays at small batches alone.
     """
 
     cfg_scale: float = 0.0
@@ -35,33 +47,58 @@ class SamplingConfig:
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
+    cfg_start: int = 0
+    cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    cfg_power: float = 1.0
+    speculative: int = 0
 
     def __post_init__(self) -> None:
         if self.cfg_scale < 1 and self.cfg_scale != 0:
             raise ValueError(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1: no guidance)")
         if self.cfg_interval < -1:
             raise ValueError(f"cfg_interval is {self.cfg_interval}, must be >= -1 (-1: all codes)")
+        if self.cfg_start < 0 or self.cfg_power <= 0:
+            raise ValueError("cfg_start must be >= 0, cfg_power > 0")
         if self.temperature < 0 or self.top_k < -1:
             raise ValueError("temperature must be >= 0, top_k >= -1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, must be in (0, 1]")
+        if self.speculative < 0:
+            raise ValueError(f"speculative is {self.speculative}, must be >= 0 (0: one by one)")
+
+    def resolved(self, condition: str) -> "SamplingConfig":
+        """With the usual values for a model under `condition`, class or text, filled in."""
+        usual_scale, usual_k = (7.5, 1000) if condition == "text" else (2.0, 0)
+        return replace(
+            self,
+            cfg_scale=self.cfg_scale or usual_scale,
+            top_k=usual_k if self.top_k == -1 else self.top_k,
+        )
 
     def arguments(self, condition: str) -> dict[str, Any]:
         """The arguments of `generate` for a model under `condition`: class or text."""
-        usual_scale, usual_k = (7.5, 1000) if condition == "text" else (2.0, 0)
-        scale = self.cfg_scale or usual_scale
-        top_k = usual_k if self.top_k == -1 else self.top_k
-        return {**asdict(self), "cfg_scale": scale, "top_k": top_k}
+        return asdict(self.resolved(condition))
 
-    def guides(self, position: int) -> bool:
-        """Whether code number `position` is drawn from guided logits."""
-        inside = self.cfg_interval == -1 or position <= self.cfg_interval + 1
-        return self.cfg_scale > 1 and inside
+    def guidance(self, num_codes: int) -> list[float]:
+        """The scale of guidance at each code; 1 where there is none."""
+        last = num_codes - 1 if self.cfg_interval == -1 else self.cfg_interval + 1
+        return [
+            1 + (self.cfg_scale - 1) * self._share(position / num_codes)
+            if self.cfg_start <= position <= last
+            else 1.0
+            for position in range(num_codes)
+        ]
+
+    def _share(self, progress: float) -> float:
+        """How much of the guidance acts after this share of the codes."""
+        if self.cfg_schedule == "constant":
+            return 1.0
+        progress = progress**self.cfg_power
+        return progress if self.cfg_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
 
 
-@torch.no_grad()
 def generate(
-    gpt: GPT,
+    gpt: GPT | Decoder,
     condition: Condition,
     cfg_scale: float = 2.0,
     cfg_interval: int = -1,
@@ -73,131 +110,91 @@ def generate(
     sample_ids: torch.Tensor | None = None,
     negative: Condition | None = None,
     known: torch.Tensor | None = None,
+    **more: Any,  # noqa: ANN401 - fields of SamplingConfig
 ) -> torch.Tensor:
     """Draw one image's codes per condition -> (batch, height, width) int64.
 
+    gpt: a model, or a Decoder of one, which keeps its packed weights, caches and graphs.
     condition: labels (batch,) int64, or (features (batch, T, text_dim), lengths (batch,)).
     sample_ids: (batch,) int64, 0 .. batch - 1 by default; sample i's randomness depends on
         (seed, sample_ids[i], position) alone, not on the batch.
     negative: A condition per image that guidance leads away from, in place of the null condition.
     known: (batch, height, width) int64, codes that are given, -1 where a code is to be drawn. A
         code is drawn from the codes before it in raster order: given codes after it are not seen.
-    The other arguments are those of SamplingConfig. Raises ValueError for what cannot be sampled.
+    more: cfg_start, cfg_schedule, cfg_power, speculative; these and the other arguments are those
+        of SamplingConfig. Raises ValueError for what cannot be sampled.
     """
-    config = SamplingConfig(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed)
+    config = SamplingConfig(
+        cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed, **more
+    )
+    # One buffer, yielded at every step.
+    *_, (codes, _) = generate_steps(gpt, condition, config, sample_ids, negative, known)
+    return codes.unflatten(1, gpt.config.grid).clone()
+
+
+def generate_rows(
+    gpt: GPT | Decoder,
+    condition: Condition,
+    config: SamplingConfig,
+    sample_ids: torch.Tensor | None = None,
+    negative: Condition | None = None,
+    known: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """Like `generate`, row by row: yields codes (batch, rows so far, width), to show it growing."""
+    width, rows = gpt.config.grid[1], 0
+    for codes, done in generate_steps(gpt, condition, config, sample_ids, negative, known):
+        if done // width > rows:
+            rows = done // width
+            yield codes[:, : rows * width].unflatten(1, (rows, width)).clone()
+
+
+def generate_steps(
+    gpt: GPT | Decoder,
+    condition: Condition,
+    config: SamplingConfig,
+    sample_ids: torch.Tensor | None = None,
+    negative: Condition | None = None,
+    known: torch.Tensor | None = None,
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """The same step by step: yields one buffer (batch, codes) int64, and how many are drawn."""
     for given in (condition, negative):
         if given is not None:
             gpt.cls_embedding.check(given)
-    if known is not None:
-        known = check_known(gpt, known)
-    training = gpt.training
-    gpt.eval()
-    try:
-        return _generate(gpt, condition, config, sample_ids, negative, known)
-    finally:
-        gpt.train(training)
+    count = len(condition if isinstance(condition, torch.Tensor) else condition[1])
+    ids = torch.arange(count) if sample_ids is None else sample_ids
+    if ids.shape != (count,):
+        raise InputError(f"sample_ids: expected ({count},), one a condition, got {ids.shape}")
+    request = request_of(gpt.config, condition, config, ids, negative, known)
+    decoder = gpt if isinstance(gpt, Decoder) else decoder_of(gpt)
+    return decoder.steps(request)
 
 
-def check_known(gpt: GPT, known: torch.Tensor) -> torch.Tensor:
-    """Given codes as (batch, codes) on the device; raises InputError for what is none."""
-    grid, vocab_size = gpt.config.grid, gpt.config.vocab_size
+def request_of(
+    gpt: GPTConfig,
+    condition: Condition,
+    config: SamplingConfig,
+    sample_ids: torch.Tensor,
+    negative: Condition | None = None,
+    known: torch.Tensor | None = None,
+) -> Request:
+    """What a decoder is asked for; InputError for known codes that are none."""
+    config = config.resolved(gpt.condition)
+    return Request(
+        condition,
+        negative,
+        config.guidance(gpt.num_codes),
+        random_bits(config.seed, sample_ids[:, None]),
+        Drawing(config.temperature, config.top_k, config.top_p, config.greedy),
+        None if known is None else check_known(gpt, known),
+        max(1, config.speculative),
+    )
+
+
+def check_known(gpt: GPTConfig, known: torch.Tensor) -> torch.Tensor:
+    """Given codes as (batch, codes); raises InputError for what is none."""
+    grid, vocab_size = gpt.grid, gpt.vocab_size
     if known.shape[1:] != grid or not -1 <= int(known.min()) <= int(known.max()) < vocab_size:
         raise InputError(
             f"known codes must be (batch, {grid[0]}, {grid[1]}), each in -1 .. {vocab_size - 1}"
         )
-    return known.flatten(1).to(gpt.tok_embeddings.weight.device)
-
-
-def _generate(
-    gpt: GPT,
-    condition: Condition,
-    config: SamplingConfig,
-    sample_ids: torch.Tensor | None,
-    negative: Condition | None,
-    known: torch.Tensor | None,
-) -> torch.Tensor:
-    device = gpt.tok_embeddings.weight.device
-    batch = len(condition if isinstance(condition, torch.Tensor) else condition[1])
-    guided = config.guides(0)
-    rows = _rows(condition, (negative or condition) if guided else None, device)
-    ids = torch.arange(batch) if sample_ids is None else sample_ids
-    ids = ids.to(device)
-    dropped = torch.arange(2 * batch if guided else batch, device=device) >= batch
-    if negative is not None:
-        dropped.zero_()
-
-    cache = gpt.new_cache(len(dropped))
-    visible = _visible(gpt, rows, cache.keys[0].shape[2])
-    codes = torch.empty(batch, gpt.config.num_codes, dtype=torch.int64, device=device)
-    logits = gpt.prefill(rows, dropped, cache)
-    for position in range(gpt.config.num_codes):
-        if guided:
-            conditional, null = logits.chunk(2)
-            logits = null + config.cfg_scale * (conditional - null)
-        codes[:, position] = draw(logits, config, ids, position)
-        if known is not None:
-            given = known[:, position]
-            codes[:, position] = torch.where(given < 0, codes[:, position], given)
-        if position + 1 == gpt.config.num_codes:
-            break
-        if guided and not config.guides(position + 1):
-            # The null rows are never needed again.
-            guided = False
-            cache.keep_rows(batch)
-            visible = None if visible is None else visible[:batch]
-        new = codes[:, position]
-        logits = gpt.decode_one(new.repeat(2) if guided else new, position, cache, visible)
-    return codes.view(batch, *gpt.config.grid)
-
-
-def _rows(condition: Condition, away: Condition | None, device: torch.device) -> Condition:
-    """The condition's rows on the device, followed by those that guidance leads away from."""
-    parts = [condition] if away is None else [condition, away]
-    if isinstance(condition, torch.Tensor):
-        return torch.cat([part.to(device) for part in parts if isinstance(part, torch.Tensor)])
-    texts = [part for part in parts if isinstance(part, tuple)]
-    longest = max(features.shape[1] for features, _ in texts)
-    features = [F.pad(f.to(device), (0, 0, 0, longest - f.shape[1])) for f, _ in texts]
-    return torch.cat(features), torch.cat([lengths.to(device) for _, lengths in texts])
-
-
-def _visible(gpt: GPT, condition: Condition, capacity: int) -> torch.Tensor | None:
-    """Which cache slots each row may see: all but the padding between a caption and the codes."""
-    lengths = gpt.cls_embedding.lengths(condition)
-    if lengths is None:
-        return None
-    slots = torch.arange(capacity, device=lengths.device)
-    padding = (slots >= lengths[:, None]) & (slots < condition[0].shape[1])
-    return ~padding[:, None, None]
-
-
-def draw(
-    logits: torch.Tensor, config: SamplingConfig, sample_ids: torch.Tensor, position: int
-) -> torch.Tensor:
-    """Logits (batch, vocab) float32 -> codes (batch,) int64, one draw each.
-
-    Gumbel-max with noise from (seed, sample id, position, code): exact, needs no sum over the
-    vocabulary, and rounding differences between batch sizes almost never change the winner.
-    """
-    if config.greedy:
-        return logits.argmax(dim=-1)
-    logits = filter_logits(logits / max(config.temperature, 1e-5), config.top_k, config.top_p)
-    places = torch.full((1, 1), position, dtype=torch.int64, device=logits.device)
-    entries = torch.arange(logits.shape[-1], device=logits.device)
-    uniform = random_uniform(config.seed, sample_ids[:, None], places, entries)
-    return (logits - torch.log(-torch.log1p(-uniform))).argmax(dim=-1)
-
-
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Set what top-k, then top-p on the rest, leave out to -inf: (batch, vocab) -> the same."""
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        total = ordered.softmax(dim=-1).cumsum(dim=-1)
-        before = F.pad(total[:, :-1], (1, 0))
-        # The first code that crosses top_p stays.
-        outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p)
-        logits = logits.masked_fill(outside, float("-inf"))
-    return logits
+    return known.flatten(1)

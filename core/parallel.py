@@ -75,7 +75,7 @@ def prepare(
     """
     _checkpoint_activations(model, config, block)
     if config.compiles(world):
-        compile_blocks(model, block)
+        compile_blocks([module for module in model.modules() if isinstance(module, block)])
     model = shard(model, config, world, precision, block)
     if config.strategy == "ddp" and world.size > 1:
         # Its successor since torch 2.14 is not in the oldest torch that this runs on.
@@ -119,15 +119,13 @@ def shard(
     return model
 
 
-def compile_blocks(model: nn.Module, block: type[nn.Module]) -> None:
-    """Compile every block of `model`, in place."""
-    count = 0
-    for module in model.modules():
-        if isinstance(module, block):
-            module.compile()
-            count += 1
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile each of them, in place; blocks that are alike share their code."""
+    for block in blocks:
+        block.compile()
     # Blocks that differ in a constant (stochastic depth) are compiled one by one.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count + 8)
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
 
 
 @contextlib.contextmanager

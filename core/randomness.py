@@ -23,15 +23,20 @@ def _mix(bits: torch.Tensor) -> torch.Tensor:
     return bits ^ _logical_shift(bits, 31)
 
 
-def random_bits(seed: int, *counters: torch.Tensor) -> torch.Tensor:
-    """64 random bits for each combination of counters (int64, broadcast together) -> int64."""
-    bits = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
+def random_bits(seed: int | torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
+    """64 random bits for each combination of counters (int64, broadcast together) -> int64.
+
+    As a seed, the bits of some counters go on to the next: bits(bits(s, a), b) == bits(s, a, b).
+    """
+    bits = seed
+    if isinstance(bits, int):
+        bits = torch.full((), bits, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
         bits = _mix(bits + (counter + 1) * _GOLDEN)
     return bits
 
 
-def random_uniform(seed: int, *counters: torch.Tensor) -> torch.Tensor:
+def random_uniform(seed: int | torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
     """Uniform numbers in (0, 1), float32, for each combination of counters (int64, broadcast).
 
     40 random bits: near 0 the float keeps a relative precision of 2^-24, so that the smallest of

@@ -110,7 +110,7 @@ def encode(config: EncodeConfig, world: World) -> None:
     images = find_images(config.data) if config.data else Pairs(config.pairs)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     check_sizes(config, vq)
-    vq = vq.to(world.device, dtype_of(config.precision))
+    vq = vq.for_inference(world.device, dtype_of(config.precision))
     ranges = config.crop_ranges if config.crop == "ten" else ()
     crops = Crops(*config.image_size, ranges, config.flip)
     downsample = vq.config.downsample
@@ -166,9 +166,9 @@ def check_sizes(config: EncodeConfig, vq: VQModel) -> None:
 @torch.no_grad()
 def encode_crops(vq: VQModel, pixels: torch.Tensor, batch_size: int) -> np.ndarray:
     """Pixels (n, crops, height, width, 3) uint8 -> codes (n, crops, tokens) uint16."""
-    weight = vq.quant_conv.weight
+    device = vq.quant_conv.weight.device
     codes = [
-        vq.encode(pixels_to_images(part.to(weight.device)).to(weight.dtype)).flatten(1)
+        vq.encode(pixels_to_images(part.to(device))).flatten(1)
         for part in pixels.flatten(0, 1).split(batch_size)
     ]
     return torch.cat(codes).view(*pixels.shape[:2], -1).cpu().numpy().astype(np.uint16)

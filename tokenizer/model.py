@@ -278,6 +278,20 @@ class VQModel(nn.Module):
 
         return load_tokenizer(path_or_hub_id, **options).vq
 
+    def for_inference(
+        self, device: torch.device, dtype: torch.dtype, compile: bool = False
+    ) -> "VQModel":
+        """This model ready to encode and decode: channels last, which convolutions want.
+
+        compile: fuse the norms with what follows, on CUDA; on CPUs eager is faster.
+        """
+        self.eval().requires_grad_(False)
+        self.to(device, dtype).to(memory_format=torch.channels_last)
+        if compile:
+            self.encoder.compile(dynamic=False)
+            self.decoder.compile(dynamic=False)
+        return self
+
     def forward(self, images: torch.Tensor) -> Reconstruction:
         """Images (b, 3, H, W) in [-1, 1] -> their reconstruction, codes and losses."""
         quantized = self.quantize(self._project(images))
@@ -285,8 +299,8 @@ class VQModel(nn.Module):
         return Reconstruction(decoded, quantized.codes, quantized.losses)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) in [-1, 1] -> codes (b, H / f, W / f) int64."""
-        return self.quantize(self._project(images)).codes
+        """Images (b, 3, H, W) in [-1, 1], of any dtype -> codes (b, H / f, W / f) int64."""
+        return self.quantize(self._project(images.to(self.quant_conv.weight.dtype))).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (b, h, w) int64 -> images (b, 3, h f, w f), not clamped."""

@@ -156,6 +156,7 @@ def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path
             assert f"leaving with code {REQUEUE}" in log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_asked_to_stop_saves_and_leaves_with_the_requeue_code(tmp_path, number):
     codes = write_codes(tmp_path / "codes")
@@ -171,6 +172,7 @@ def test_a_run_asked_to_stop_saves_and_leaves_with_the_requeue_code(tmp_path, nu
     assert f"saved after step {int(saved.name.removeprefix('step_'))}; leaving with code 75" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
     codes = write_codes(tmp_path / "codes")
     dry = flags(codes, tmp_path / "run", "--dry_run", "true")

@@ -6,7 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from autoregressive import GPT, GPTConfig, generate
+from autoregressive.decoding import Decoder, Request
 from autoregressive.model import PRESETS
+from autoregressive.quality import next_code_logits
 from core.config import InputError
 
 TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
@@ -27,13 +29,16 @@ def captions(lengths: list[int], text_dim: int = 2048) -> tuple[torch.Tensor, to
     return features, torch.tensor(lengths)
 
 
-def cached_logits(gpt: GPT, codes: torch.Tensor, condition, visible=None) -> torch.Tensor:
-    cache = gpt.new_cache(len(codes))
-    dropped = torch.zeros(len(codes), dtype=torch.bool)
-    logits = [gpt.prefill(condition, dropped, cache)]
-    for position in range(codes.shape[1] - 1):
-        logits.append(gpt.decode_one(codes[:, position], position, cache, visible))
-    return torch.stack(logits, dim=1)
+def cached_logits(gpt: GPT, codes: torch.Tensor, condition, scale: float = 1.0) -> torch.Tensor:
+    """The logits of every step of a decoder that is made to choose `codes`."""
+
+    def force(logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return codes.gather(1, position)[:, 0]
+
+    batch, count = codes.shape
+    noise = torch.zeros(batch, 1, dtype=torch.int64)
+    request = Request(condition, None, [scale] * count, noise, force)
+    return next_code_logits(Decoder(gpt), request, count, force)
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
@@ -110,9 +115,10 @@ def check_against(golden, logits: torch.Tensor, codes: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rope_condition", ["zero", "identity"])
 @pytest.mark.parametrize("num_kv_heads", [0, 2])
-@pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
-def test_cached_decoding_equals_full_forward(rope_condition, num_kv_heads, grid):
-    gpt = tiny(rope_condition=rope_condition, num_kv_heads=num_kv_heads, grid=grid)
+@pytest.mark.parametrize(("grid", "dim"), [((4, 4), 32), ((2, 6), 32), ((3, 3), 48)])
+def test_cached_decoding_equals_full_forward(rope_condition, num_kv_heads, grid, dim):
+    # The third has heads of 12, which decoding pads to 16.
+    gpt = tiny(rope_condition=rope_condition, num_kv_heads=num_kv_heads, grid=grid, dim=dim)
     codes = torch.randint(0, 50, (3, grid[0] * grid[1]))
     labels = torch.tensor([0, 4, 2])
     with torch.no_grad():
@@ -120,14 +126,21 @@ def test_cached_decoding_equals_full_forward(rope_condition, num_kv_heads, grid)
 
 
 def test_cached_decoding_equals_full_forward_for_captions_of_different_lengths():
-    from autoregressive.sampling import _visible
-
     gpt = tiny(condition="text", text_dim=12, max_text_tokens=9)
     codes = torch.randint(0, 50, (3, 16))
     text = captions([1, 7, 4], text_dim=12)
     with torch.no_grad():
-        visible = _visible(gpt, text, capacity=9 + 15)
-        assert (gpt(codes, text) - cached_logits(gpt, codes, text, visible)).abs().max() < 1e-4
+        assert (gpt(codes, text) - cached_logits(gpt, codes, text)).abs().max() < 1e-4
+
+
+def test_guidance_before_the_head_equals_guidance_after_it():
+    gpt = tiny(seed=2)
+    codes, labels = torch.randint(0, 50, (3, 16)), torch.tensor([0, 4, 2])
+    with torch.no_grad():
+        conditional, null = gpt(codes, labels), gpt(codes, torch.full_like(labels, 5))
+    after = null + 4 * (conditional - null)
+    before = cached_logits(gpt, codes, labels, scale=4.0)
+    assert ((before - after).abs() / after.abs().amax()).max() < 1e-5
 
 
 def test_padding_of_a_caption_changes_nothing():

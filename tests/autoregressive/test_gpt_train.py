@@ -87,6 +87,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert one == pytest.approx(two, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_validation_is_reported(tmp_path):
     codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
     more = ("--validation", f"[{held_out}]", "--report.sample_every", 6, "--optimizer.lr", 1e-2)
@@ -98,6 +99,7 @@ def test_the_loss_falls_and_validation_is_reported(tmp_path):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_at_once_and_keeps_the_last_checkpoints(tmp_path):
     codes = write_codes(tmp_path / "codes")
     run_module("autoregressive.train", *flags(codes, tmp_path / "run"))
@@ -109,6 +111,7 @@ def test_a_finished_run_resumes_at_once_and_keeps_the_last_checkpoints(tmp_path)
     assert steps == ["step_0000010", "step_0000012"]
 
 
+@pytest.mark.slow
 def test_a_run_of_another_architecture_is_refused_in_one_line(tmp_path):
     codes = write_codes(tmp_path / "codes")
     run_module("autoregressive.train", *flags(codes, tmp_path / "run", "--num_steps", 2))
@@ -119,6 +122,7 @@ def test_a_run_of_another_architecture_is_refused_in_one_line(tmp_path):
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_validation_codes_of_another_vocabulary_are_refused(tmp_path):
     codes, other = write_codes(tmp_path / "a"), write_codes(tmp_path / "b", vocab_size=64)
     more = ("--validation", f"[{other}]")
@@ -127,6 +131,7 @@ def test_validation_codes_of_another_vocabulary_are_refused(tmp_path):
     assert "vocab_size is 64" in failed.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_loss_that_explodes_stops_or_skips_as_configured(tmp_path, on_nan):
     codes = write_codes(tmp_path / "codes")
@@ -171,6 +176,7 @@ def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     codes = write_codes(tmp_path / "codes")
     plain = flags(codes, tmp_path / "plain", "--num_steps", 3, *DROPOUT)
@@ -182,6 +188,7 @@ def test_activation_checkpointing_changes_no_loss(tmp_path):
         assert weights(tmp_path / kind, 3).keys() == weights(tmp_path / "plain", 3).keys()
 
 
+@pytest.mark.slow
 def test_the_first_losses_stay_what_they_were(tmp_path):
     # A refactor that changes these numbers changes every published training: it must say so.
     codes = write_codes(tmp_path / "codes")

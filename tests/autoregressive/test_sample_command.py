@@ -82,6 +82,7 @@ def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
     assert np.abs(arrays(tmp_path / "two")["arr_0"].astype(int) - one["arr_0"]).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_index_holds_labels_and_every_setting(tmp_path, models):
     more = ("--labels", "balanced", "--png", "true", "--resize", 16, "--out", tmp_path / "out")
     run_module("autoregressive.sample", *models, *more, "--sampling.top_k", 7)
@@ -145,7 +146,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models):
 
 
 def test_labels_are_drawn_by_image_number():
-    config = SampleConfig("gpt", "vq", Path("out"), num_images=5000)
+    config = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=5000)
     labels = sample_labels(config, 10, seed=0)
     assert np.bincount(labels, minlength=10).min() > 400
     fewer = SampleConfig("gpt", "vq", Path("out"), num_images=50)

@@ -160,6 +160,7 @@ run_command(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["space again", "still full"])
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_path, world, end):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), end]

@@ -130,6 +130,7 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_help_explains_every_field_and_print_config_is_a_dry_run(tmp_path):
     text = run("--help").stdout
     assert "auto prefers averaged ones" in text

@@ -144,6 +144,7 @@ def test_counter_noise_stays_what_it_was():
     assert drawn.tolist() == pytest.approx([0.146234661, 0.512307227, 0.817492485], abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_step_seeds_dropout_by_step_and_rank():
     drawn = []
     for step, rank in ((3, 0), (3, 0), (4, 0), (3, 1)):

@@ -66,6 +66,7 @@ def run_rank(rank: int, size: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_agree_with_one_process_and_count_padded_pictures_once(size, tmp_path):
     rendezvous = f"file://{tmp_path / 'rendezvous'}"

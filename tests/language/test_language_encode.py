@@ -39,6 +39,7 @@ def flags(t5: Path, pairs: Path, out: Path, *more: object) -> list[object]:
     return [*run, "--shard_size", 8, "--pairs.first_sentence", "true", "--max_tokens", 16, *more]
 
 
+@pytest.mark.slow
 def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs):
     done = run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "out"))
     data = FeatureDataset(tmp_path / "out")

@@ -63,6 +63,7 @@ def test_ten_crops_are_the_corners_the_centre_and_their_flips():
     assert np.array_equal(crops[9], image_to_pixels(hflip(covered))[2:18, 2:14])
 
 
+@pytest.mark.slow
 def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, pictures):
     more = ("--crop", "ten", "--crop_ranges", "[1.1,1.05]")
     run_module("tokenizer.encode", *flags(tokenizer, pictures, tmp_path / "out", *more))
@@ -85,6 +86,7 @@ def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, pictures):
     assert (found[0] == expected.numpy()).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_finished_shards(tmp_path, tokenizer, pictures):
     run = flags(tokenizer, pictures, tmp_path / "out", "--flip", "true")
     run_module("tokenizer.encode", *run)
@@ -111,6 +113,7 @@ def test_two_processes_encode_every_image_once(tmp_path, tokenizer, pictures):
     assert len(set(images[np.arange(6)].tolist())) == 6
 
 
+@pytest.mark.slow
 def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, pictures):
     out = tmp_path / "scores"
     run = flags(tokenizer, pictures, out)

@@ -94,6 +94,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, game):
             assert one[name] == pytest.approx(two[name], abs=1e-5), (one["step"], name)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_path):
     data = write_pictures(tmp_path / "data")
     more = (*GAME, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
@@ -107,6 +108,7 @@ def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_pat
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_without_optimiser_state(tmp_path, world):
     data = write_pictures(tmp_path / "data")
     train_here(flags(data, tmp_path / "first"), world)
@@ -118,6 +120,7 @@ def test_fine_tuning_starts_from_weights_without_optimiser_state(tmp_path, world
     assert all(torch.allclose(after[k], v, atol=1e-6) for k, v in state.items())
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     data = write_pictures(tmp_path / "data")
     whole = (data / "class0" / "0.png").read_bytes()

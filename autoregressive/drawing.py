@@ -1,0 +1,70 @@
+"""From logits to codes: temperature, top-k, top-p, and one seeded draw."""
+
+from dataclasses import dataclass
+
+import torch
+
+from core.randomness import random_bits, random_uniform
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a code is drawn; see SamplingConfig. Equal ones draw alike, so that graphs are shared."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __call__(
+        self, logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (n, vocab) float32, random bits and positions (n, 1) int64 -> codes (n,) int64.
+
+        Gumbel-max with noise from (noise, position, code): exact, needs no sum over the
+        vocabulary, and rounding differences between batch sizes almost never change the winner.
+        """
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        logits = filter_logits(logits / max(self.temperature, 1e-5), self.top_k, self.top_p)
+        noise = random_bits(noise, position)
+        entries = torch.arange(logits.shape[-1], device=logits.device)
+        if logits.device.type == "cpu" and (self.top_k or self.top_p < 1):
+            # Noise for those alone that can win; elsewhere their number would be a host sync.
+            row, entries = logits.isfinite().nonzero(as_tuple=True)
+            scores = gumbel(noise[row, 0], entries).add_(logits[row, entries])
+            logits[row, entries] = scores
+            return logits.argmax(dim=-1)
+        return (logits + gumbel(noise, entries)).argmax(dim=-1)
+
+
+def gumbel(noise: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise float32 of each code, from random bits; int64, broadcast together."""
+    uniform = random_uniform(noise, entries)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Set what top-k, then top-p on the rest, leave out to -inf: (n, vocab) -> the same.
+
+    Codes that tie with the last one kept are kept.
+    """
+    vocab = logits.shape[-1]
+    top_k = top_k if 0 < top_k < vocab else vocab
+    likeliest = None
+    if top_k < vocab:
+        likeliest = logits.topk(top_k, sorted=top_p < 1).values
+        logits = logits.masked_fill(logits < likeliest.amin(-1, keepdim=True), float("-inf"))
+    if top_p == 1:
+        return logits
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    if likeliest is None and logits.device.type == "cpu":
+        likeliest = logits.topk(max(1, vocab // 16)).values
+        if ((likeliest - total).exp().sum(-1) <= top_p).any():
+            likeliest = None  # they do not reach top_p: sort them all
+    if likeliest is None:
+        likeliest = logits.sort(dim=-1, descending=True).values
+    before = (likeliest - total).exp().cumsum(dim=-1)[:, :-1]
+    # The first code that crosses top_p stays.
+    count = (before <= top_p).sum(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < likeliest.gather(1, count), float("-inf"))

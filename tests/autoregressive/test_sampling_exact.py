@@ -1,0 +1,180 @@
+"""The fast sampler draws what the plain algorithm draws, with the same distribution."""
+
+import gc
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chi2
+from test_decoder import captions, tiny
+
+from autoregressive import generate
+from autoregressive.decoding import Decoder, decoder_of
+from autoregressive.drawing import gumbel
+from autoregressive.linears import Int8Prepacked, WeightOnly, pack, quantize
+from autoregressive.sampling import SamplingConfig, generate_rows
+from benchmarks import naive
+from core.config import InputError
+from core.randomness import random_bits
+
+LABELS = torch.tensor([0, 4, 2])
+SETTINGS = [
+    {"greedy": True},
+    {},
+    {"cfg_interval": 3, "top_k": 20},
+    {"top_p": 0.8, "temperature": 1.3},
+    {"top_k": 30, "top_p": 0.9},
+    {"cfg_schedule": "cosine", "cfg_power": 2.0},
+    {"cfg_schedule": "linear", "cfg_start": 2, "cfg_interval": 9},
+    {"cfg_scale": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("model", [{}, {"num_kv_heads": 2, "dim": 48}])
+def test_seeded_codes_equal_those_of_the_plain_algorithm(settings, model):
+    gpt = tiny(seed=4, **model)
+    config = SamplingConfig(**{"cfg_scale": 3.0, "top_k": 0, "seed": 7, **settings})
+
+    def draw(probabilities: torch.Tensor, position: int) -> torch.Tensor:
+        noise = random_bits(7, torch.arange(3)[:, None], torch.tensor([[position]]))
+        return (probabilities.log() + gumbel(noise, torch.arange(50))).argmax(-1)
+
+    expected = naive.generate(gpt, LABELS, config, draw)
+    assert torch.equal(generate(gpt, LABELS, **vars(config)), expected)
+
+
+def joint_distribution(gpt, label: int, config: SamplingConfig) -> torch.Tensor:
+    """The probability of every image of 3 codes, from teacher forcing and guided logits."""
+    vocab = gpt.config.vocab_size
+    images = torch.cartesian_prod(*[torch.arange(vocab)] * 3)
+    labels = torch.full((len(images),), label)
+    with torch.no_grad():
+        conditional, null = gpt(images, labels), gpt(images, torch.full_like(labels, 5))
+    scale = torch.tensor(config.guidance(3))[:, None]
+    guided = null + scale * (conditional - null)
+    steps = [naive.probabilities(guided[:, position], config) for position in range(3)]
+    chosen = torch.stack(steps, 1).gather(2, images[..., None])[..., 0]
+    return chosen.double().prod(1)
+
+
+@pytest.mark.parametrize(
+    ("cfg_scale", "cfg_interval", "top_k", "top_p"),
+    itertools.product([1.0, 3.0], [-1, 0], [0, 4], [1.0, 0.8]),
+)
+def test_images_follow_the_exact_distribution(cfg_scale, cfg_interval, top_k, top_p):
+    gpt = tiny(seed=1, vocab_size=6, grid=(1, 3))
+    with torch.no_grad():
+        gpt.output.weight.mul_(0.3)  # so that guidance leaves several codes likely
+    config = SamplingConfig(cfg_scale, cfg_interval, top_k=top_k, top_p=top_p, seed=11)
+    draws = 20_000
+    codes = generate(gpt, torch.full((draws,), 2), **vars(config)).flatten(1)
+    seen = torch.bincount((codes * torch.tensor([36, 6, 1])).sum(1), minlength=216).double()
+    expected = joint_distribution(gpt, 2, config) * draws
+    assert seen[expected == 0].sum() == 0
+    rare = expected < 10  # one cell, so that chi-square holds
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    kept = expected > 0
+    chi_square = ((seen - expected)[kept] ** 2 / expected[kept]).sum().item()
+    assert chi_square < chi2.ppf(0.9999, int(kept.sum()) - 1)
+
+
+def pointers(decoder: Decoder) -> list[int]:
+    return [part.data_ptr() for pair in decoder.cache.layers for store in pair for part in store]
+
+
+def test_twenty_calls_allocate_and_compile_nothing_new():
+    gpt = tiny()
+
+    def call(seed: int) -> None:
+        generate(gpt, LABELS, cfg_scale=2.0, cfg_interval=4, top_k=9, seed=seed)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return len(tensors), sum(t.nbytes for t in tensors if t.layout == torch.strided)
+
+    call(0)
+    decoder, compiled = decoder_of(gpt), torch._dynamo.utils.counters["stats"].copy()
+    buffers = pointers(decoder)
+    before = held()
+    for seed in range(20):
+        call(seed)
+    assert held() == before
+    assert decoder_of(gpt) is decoder
+    assert pointers(decoder) == buffers
+    assert torch._dynamo.utils.counters["stats"] == compiled
+
+
+def test_changed_weights_are_packed_again():
+    gpt = tiny()
+    before = generate(gpt, LABELS, greedy=True)
+    with torch.no_grad():
+        gpt.tok_embeddings.weight.neg_()
+        gpt.layers[0].feed_forward.w1.weight.neg_()
+    after = generate(gpt, LABELS, greedy=True)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, generate(Decoder(gpt), LABELS, greedy=True))
+
+
+def test_a_model_in_training_keeps_no_decoder():
+    gpt = tiny().train()
+    assert decoder_of(gpt) is not decoder_of(gpt)
+
+
+def test_captions_of_different_lengths_do_not_depend_on_their_batch():
+    gpt = tiny(condition="text", text_dim=12, max_text_tokens=9)
+    features, lengths = captions([1, 7, 4], text_dim=12)
+    ids = torch.arange(3)
+    together = generate(gpt, (features, lengths), cfg_scale=3.0, cfg_interval=6, top_k=10)
+    for i in range(3):
+        alone = (features[i : i + 1], lengths[i : i + 1])
+        settings = {"cfg_scale": 3.0, "cfg_interval": 6, "top_k": 10}
+        one = generate(gpt, alone, sample_ids=ids[i : i + 1], **settings)
+        assert torch.equal(one[0], together[i])
+
+
+def test_a_picture_can_be_shown_row_by_row():
+    gpt, config = tiny(), SamplingConfig(top_k=5)
+    rows = list(generate_rows(gpt, LABELS, config))
+    assert [tuple(part.shape) for part in rows] == [(3, n, 4) for n in (1, 2, 3, 4)]
+    assert torch.equal(rows[-1], generate(gpt, LABELS, top_k=5))
+    assert torch.equal(rows[1], rows[-1][:, :2])
+
+
+def test_guidance_schedules():
+    def scales(**settings: object) -> list[float]:
+        return SamplingConfig(cfg_scale=3.0, **settings).guidance(8)
+
+    assert scales() == [3.0] * 8
+    assert scales(cfg_interval=1) == [3.0] * 3 + [1.0] * 5
+    assert scales(cfg_start=2, cfg_interval=3) == [1.0] * 2 + [3.0] * 3 + [1.0] * 3
+    assert scales(cfg_schedule="linear") == [1 + 2 * i / 8 for i in range(8)]
+    cosine = scales(cfg_schedule="cosine")
+    assert cosine[0] == 1
+    assert cosine[4] == pytest.approx(2)
+    power = scales(cfg_schedule="cosine", cfg_power=2.75)
+    assert all(late < early for late, early in zip(power[1:], cosine[1:], strict=True))
+
+
+def test_int8_loses_only_what_the_weights_lose():
+    weight, x = torch.randn(48, 64), torch.randn(5, 1, 64) * torch.logspace(-2, 2, 5)[:, None, None]
+    codes, scales = quantize(weight, torch.int8)
+    assert (codes * scales[:, None] - weight).abs().max() <= scales.max() / 2 * 1.001
+    exact = torch.nn.functional.linear(x, codes * scales[:, None])
+    for layer in (pack(weight, torch.float32, "int8"), WeightOnly(weight, x.dtype, torch.int8)):
+        assert ((layer(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 2e-4
+    assert isinstance(pack(weight, torch.float32, "int8"), Int8Prepacked)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_lower_precision_draws_nearly_the_same_codes(precision):
+    gpt = tiny(vocab_size=20)
+    exact, codes = (generate(d, LABELS, seed=3) for d in (gpt, Decoder(gpt, precision)))
+    assert (codes[:, 0] == exact[:, 0]).float().mean() > 0.5  # later codes follow from earlier ones
+
+
+def test_fp8_is_refused_on_a_cpu():
+    with pytest.raises(InputError, match="fp8"):
+        Decoder(tiny(), "fp8")
