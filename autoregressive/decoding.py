@@ -136,6 +136,7 @@ class Decoder:
             compile_blocks([*self.layers])
         self.cache: PrefixCache | None = None
         self.states: dict[tuple[int, int], State] = {}
+        self.steps_taken = 0
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
@@ -162,6 +163,7 @@ class Decoder:
                 self._replay(key, state, step)
             else:
                 step()
+            self.steps_taken += 1
             if window == 1:
                 done = furthest = done + 1
             else:

@@ -152,12 +152,19 @@ def sample(config: SampleConfig, world: World) -> None:
                 written = background.submit(write_shard, config, writer, shard, kept, shown)
         if written:
             written.result()
+    if world.is_main and config.sampling.speculative and decoder.steps_taken:
+        share = (decoder.config.num_codes - 1) * _batches_of(writer, todo, config.batch_size)
+        print(f"speculative: {share / decoder.steps_taken:.2f} codes a step of each batch")
     writer.finish(shown.index)
     if world.is_main:
         _write_outputs(config, vq, shown)
     if judge and evaluator:
         scored = Scored(evaluator.merge(world), shown.labels, (), [])
         publish(judge, scored, config.out, config_values(config), world)
+
+
+def _batches_of(writer: ShardWriter, shards: list[int], batch_size: int) -> int:
+    return sum(math.ceil(len(writer.items(shard)) / batch_size) for shard in shards)
 
 
 def _draw_codes(

@@ -149,9 +149,9 @@ def test_labels_are_drawn_by_image_number():
     config = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=5000)
     labels = sample_labels(config, 10, seed=0)
     assert np.bincount(labels, minlength=10).min() > 400
-    fewer = SampleConfig("gpt", "vq", Path("out"), num_images=50)
+    fewer = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=50)
     assert np.array_equal(sample_labels(fewer, 10, seed=0), labels[:50])
-    chosen = SampleConfig("gpt", "vq", Path("out"), num_images=5, classes=(3, 1))
+    chosen = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=5, classes=(3, 1))
     assert sample_labels(chosen, 10, seed=0).tolist() == [3, 1, 3, 1, 3]
 
 

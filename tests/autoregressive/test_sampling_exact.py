@@ -12,7 +12,8 @@ from autoregressive import generate
 from autoregressive.decoding import Decoder, decoder_of
 from autoregressive.drawing import gumbel
 from autoregressive.linears import Int8Prepacked, WeightOnly, pack, quantize
-from autoregressive.sampling import SamplingConfig, generate_rows
+from autoregressive.quality import compare
+from autoregressive.sampling import SamplingConfig, generate_rows, generate_steps, request_of
 from benchmarks import naive
 from core.config import InputError
 from core.randomness import random_bits
@@ -58,6 +59,18 @@ def joint_distribution(gpt, label: int, config: SamplingConfig) -> torch.Tensor:
     return chosen.double().prod(1)
 
 
+def check_chi_square(codes: torch.Tensor, expected: torch.Tensor) -> None:
+    """Images (n, 3) of 6 codes against the expected number of each of the 216."""
+    seen = torch.bincount((codes * torch.tensor([36, 6, 1])).sum(1), minlength=216).double()
+    assert seen[expected == 0].sum() == 0
+    rare = expected < 10  # one cell, so that chi-square holds
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    kept = expected > 0
+    chi_square = ((seen - expected)[kept] ** 2 / expected[kept]).sum().item()
+    assert chi_square < chi2.ppf(0.9999, int(kept.sum()) - 1)
+
+
 @pytest.mark.parametrize(
     ("cfg_scale", "cfg_interval", "top_k", "top_p"),
     itertools.product([1.0, 3.0], [-1, 0], [0, 4], [1.0, 0.8]),
@@ -69,15 +82,7 @@ def test_images_follow_the_exact_distribution(cfg_scale, cfg_interval, top_k, to
     config = SamplingConfig(cfg_scale, cfg_interval, top_k=top_k, top_p=top_p, seed=11)
     draws = 20_000
     codes = generate(gpt, torch.full((draws,), 2), **vars(config)).flatten(1)
-    seen = torch.bincount((codes * torch.tensor([36, 6, 1])).sum(1), minlength=216).double()
-    expected = joint_distribution(gpt, 2, config) * draws
-    assert seen[expected == 0].sum() == 0
-    rare = expected < 10  # one cell, so that chi-square holds
-    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    kept = expected > 0
-    chi_square = ((seen - expected)[kept] ** 2 / expected[kept]).sum().item()
-    assert chi_square < chi2.ppf(0.9999, int(kept.sum()) - 1)
+    check_chi_square(codes, joint_distribution(gpt, 2, config) * draws)
 
 
 def pointers(decoder: Decoder) -> list[int]:
@@ -178,3 +183,81 @@ def test_lower_precision_draws_nearly_the_same_codes(precision):
 def test_fp8_is_refused_on_a_cpu():
     with pytest.raises(InputError, match="fp8"):
         Decoder(tiny(), "fp8")
+
+
+@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize(
+    "settings", [{"greedy": True}, {"top_k": 9}, {"cfg_interval": 4, "top_p": 0.9}], ids=str
+)
+def test_guessing_ahead_draws_the_same_pictures(window, settings):
+    gpt = tiny(seed=6)
+    labels = torch.arange(20) % 5
+    plain = generate(gpt, labels, cfg_scale=3.0, seed=2, **settings)
+    assert torch.equal(
+        generate(gpt, labels, cfg_scale=3.0, seed=2, speculative=window, **settings), plain
+    )
+
+
+def test_guessing_ahead_follows_the_exact_distribution():
+    gpt = tiny(seed=1, vocab_size=6, grid=(1, 3))
+    with torch.no_grad():
+        gpt.output.weight.mul_(0.3)
+    config = SamplingConfig(3.0, top_k=4, top_p=0.9, seed=12, speculative=2)
+    draws = 20_000
+    codes = generate(gpt, torch.full((draws,), 2), **vars(config)).flatten(1)
+    check_chi_square(codes, joint_distribution(gpt, 2, config) * draws)
+
+
+def test_guessing_ahead_takes_fewer_steps_where_guesses_are_right():
+    gpt = tiny(vocab_size=50)
+    with torch.no_grad():
+        gpt.output.weight.zero_()  # all codes are alike: the likeliest is always the same
+    config = SamplingConfig(1.0, greedy=True, speculative=4)
+    steps = list(generate_steps(gpt, LABELS, config))
+    assert len(steps) == 1 + 4  # the first code, then 15 by four
+
+
+def test_known_codes_and_guesses_go_together():
+    gpt = tiny(seed=3)
+    plain = generate(gpt, LABELS, seed=5)
+    known = plain.clone()
+    known[:, 1:] = -1
+    again = generate(gpt, LABELS, seed=5, known=known, speculative=6)
+    assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("kept", ["int8", "fp8"])
+def test_eight_bit_keys_and_values_change_the_distribution_a_little(kept):
+    gpt = tiny(seed=2, num_kv_heads=2)
+    with torch.no_grad():
+        gpt.output.weight.mul_(0.1)
+    exact, other = Decoder(gpt), Decoder(gpt, cache=kept)
+    request = request_of(gpt.config, LABELS, SamplingConfig(), torch.arange(3))
+    change = compare(exact, other, request, count=16)
+    assert 0 < change["kl"] < {"int8": 1e-3, "fp8": 2e-2}[kept]
+    assert change["same_likeliest"] > 0.8
+    assert other.cache.layers[0][0][0].element_size() == 1
+    assert compare(exact, Decoder(gpt), request, count=16)["kl"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_compiled_layers_draw_the_same_codes_and_compile_once(precision):
+    gpt = tiny(vocab_size=20)
+    decoder = Decoder(gpt, precision, compile=True)
+    codes = generate(decoder, LABELS, seed=3)
+    same = generate(Decoder(gpt, precision), LABELS, seed=3) == codes
+    assert same[:, 0].float().mean() > 0.5  # later codes follow from earlier ones
+    compiled = torch._dynamo.utils.counters["stats"].copy()
+    for seed in range(20):
+        generate(decoder, LABELS, seed=seed)
+    assert torch._dynamo.utils.counters["stats"] == compiled
+
+
+def test_a_masked_prefix_longer_than_what_is_valid_changes_nothing(monkeypatch):
+    # What a GPU attends to without device lengths, so that few graphs serve all positions.
+    gpt = tiny(seed=2, num_kv_heads=2)
+    exact = generate(gpt, LABELS, seed=4, cfg_interval=5)
+    decoder = Decoder(gpt)
+    monkeypatch.setattr(decoder, "_extent", lambda valid, hides: (decoder.cache.capacity, True))
+    assert torch.equal(generate(decoder, LABELS, seed=4, cfg_interval=5), exact)
