@@ -41,7 +41,8 @@ def test_imports_go_only_downward(path):
 
 
 def test_the_decoder_model_knows_no_tokenizer():
-    for name in ("model", "rope", "conditioning", "cache", "sampling", "data"):
+    decoder = ("model", "rope", "conditioning", "data", "cache", "linears", "layers", "decoding")
+    for name in (*decoder, "drawing", "sampling", "quality"):
         found = imports(ROOT / "autoregressive" / f"{name}.py")
         assert not {m for m in found if m.split(".")[0] in {"tokenizer", "language"}}, name
 
@@ -55,8 +56,9 @@ def test_no_file_is_too_long_and_the_source_stays_small():
     lengths = {path: len(path.read_text().splitlines()) for path in ALL_FILES}
     assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)
     lines = [line for path in SOURCES for line in path.read_text().splitlines() if line.strip()]
-    # Classes alone took 5,300 (blank lines are free), captions 1,400, clusters 1,400.
-    assert len(lines) <= 9000
+    # Classes alone took 5,300 (blank lines are free), captions 1,400, clusters 1,400, the sampler
+    # with its benchmarks 1,000.
+    assert len(lines) <= 9300
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

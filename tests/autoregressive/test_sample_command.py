@@ -103,16 +103,23 @@ def scores(folder: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith("proxy") or k == "n"}
 
 
-@pytest.mark.slow
-def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, models):
-    """And no picture is written but the grid; a second run scores the codes of the first."""
+LOOK = ("--detector", "proxy", "--batch_size", 7, "--device", "cpu")
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> tuple[object, ...]:
+    """A reference of random pictures -> the flags that name it."""
     real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     save_npz(tmp_path / "real.npz", 40, [real])
-    look = ("--detector", "proxy", "--batch_size", 7, "--device", "cpu")
     made = ("--images", tmp_path / "real.npz", "--out", tmp_path / "reference.npz")
-    run_module("evaluations.reference", *made, *look)
-    judge = ("--judge.reference", tmp_path / "reference.npz", "--judge.detector", "proxy")
-    judge = (*judge, "--judge.batch_size", 7)
+    run_module("evaluations.reference", *made, *LOOK)
+    flags = ("--judge.reference", tmp_path / "reference.npz", "--judge.detector", "proxy")
+    return (*flags, "--judge.batch_size", 7)
+
+
+@pytest.mark.slow
+def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, models, judge):
+    """And no picture is written but the grid; a second run scores the codes of the first."""
     stream = tmp_path / "stream"
     run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
     written = {path.name for path in stream.rglob("*") if path.suffix in (".png", ".npz")}
@@ -120,13 +127,47 @@ def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, mode
     assert not list(stream.glob("pixels*"))
     run_module("autoregressive.sample", *models, "--out", tmp_path / "file")
     run = ("--samples", tmp_path / "file", "--reference", tmp_path / "reference.npz")
-    run_module("evaluations.generation", *run, *look, "--out", tmp_path / "scored")
+    run_module("evaluations.generation", *run, *LOOK, "--out", tmp_path / "scored")
     expected = scores(tmp_path / "scored")
     assert scores(stream) == expected
     assert expected["n"] == 30
     (stream / "shard_00001.json").unlink()
     run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
     assert scores(stream) == expected
+
+
+@pytest.mark.slow
+def test_a_search_scores_every_guidance_once_and_names_the_best(tmp_path, models, judge):
+    flags = [*models[:6], "--device", "cpu", "--num_images", 12, *judge, "--out", tmp_path / "out"]
+    flags += ["--schedules", "[constant,cosine]", "--powers", "[1,2]"]
+    run_module("autoregressive.search", *flags, "--scales", "[1.5]")
+    first = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
+    assert [row["run"] for row in first] == ["constant 1 1.5", "cosine 1 1.5", "cosine 2 1.5"]
+    said = run_module("autoregressive.search", *flags, "--scales", "[1.5,3]").stdout
+    rows = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
+    assert rows[:3] == first
+    assert len(rows) == 6
+    best = min(rows, key=lambda row: row["proxy_fd"])
+    assert f"--sampling.cfg_scale {best['cfg_scale']}" in said
+    assert (tmp_path / "out" / "search.png").exists()
+    other = run_module("autoregressive.search", *flags, "--labels", "balanced", ok=False)
+    assert other.returncode == 2
+    assert "choose another folder" in other.stderr
+
+
+@pytest.mark.slow
+def test_lower_precision_says_what_it_changes_and_guessing_ahead_changes_nothing(tmp_path, models):
+    plain = run_module("autoregressive.sample", *models, "--out", tmp_path / "plain")
+    assert "Prepacked linears; not compiled" in plain.stdout
+    ahead = ("--sampling.speculative", 4, "--out", tmp_path / "ahead")
+    assert "codes a step" in run_module("autoregressive.sample", *models, *ahead).stdout
+    assert np.array_equal(codes(tmp_path / "ahead"), codes(tmp_path / "plain"))
+    low = ("--precision", "int8", "--cache_precision", "int8", "--out", tmp_path / "low")
+    assert "nats (KL)" in run_module("autoregressive.sample", *models, *low).stdout
+    settings = json.loads((tmp_path / "low" / "index.json").read_text())
+    assert settings["precision"] == ["int8", "int8", "fp32"]
+    failed = run_module("autoregressive.sample", *models, "--precision", "fp8", *low[2:], ok=False)
+    assert failed.returncode == 2
 
 
 @pytest.mark.slow
