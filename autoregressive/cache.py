@@ -20,13 +20,15 @@ class Place(NamedTuple):
 
     slots (rows, new) int64; lengths (rows,) int32, slots in use with the new ones; rotary
     (rows, new, head_dim // 2, 2); end: no slot in use is beyond it; hidden (rows, new, end) bool
-    marks slots before `end` that a new position may not see, None where it may see all.
+    marks slots before `end` that a new position may not see, None where each may see all of the
+    first `valid`, of which the new ones are the last.
     """
 
     slots: torch.Tensor
     lengths: torch.Tensor
     rotary: torch.Tensor
     end: int
+    valid: int
     hidden: torch.Tensor | None
 
 
@@ -62,8 +64,8 @@ class PrefixCache:
         rows, count = new.shape[:2]
         row = torch.arange(rows, device=new.device)[:, None]
         for buffer, part in zip(store, cls.coded(new), strict=True):
-            if place.hidden is None:  # no row has slots of its own: all end where the slice does
-                buffer[:rows, :, place.end - count : place.end] = part.transpose(1, 2)
+            if place.hidden is None:  # no row has slots of its own
+                buffer[:rows, :, place.valid - count : place.valid] = part.transpose(1, 2)
             else:
                 buffer[row, :, place.slots] = part
 
@@ -84,6 +86,8 @@ class PrefixCache:
         if place.hidden is not None:
             hidden = place.hidden.transpose(1, 2)[:, None, :, None]
             scores = scores.unflatten(3, (-1, new)).masked_fill(hidden, float("-inf")).flatten(3)
+        elif place.valid < place.end:
+            scores[:, :, place.valid :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
         attended = weights @ cls.read(values, rows, place.end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)

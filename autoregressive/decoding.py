@@ -28,7 +28,9 @@ from autoregressive.linears import QUANTIZED, DecodePrecision, pack
 from autoregressive.model import GPT
 from core.parallel import compile_blocks
 
-BUCKET = 64  # without device lengths, a graph attends to a masked prefix rounded up to this
+# Without device lengths the prefix is rounded up: few graphs, not one per code; and on CPUs few
+# shapes, each of which leaves a kernel and holes in memory (10 GB at 576 codes of 32 images).
+GRAPH_BUCKET, CPU_BUCKET = 64, 16
 QUANTIZED_CACHES = {"int8": Int8Cache, "fp8": Fp8Cache}
 
 # (logits (n, vocab) float32, random bits (n, 1) int64, positions (n, 1) int64) -> codes (n,)
@@ -130,6 +132,7 @@ class Decoder:
         self.output = pack(gpt.output.weight.detach().to(self.device), dtype, precision)
         pairs = (self.layers[0].head_dim - gpt.config.head_dim) // 2
         self.rotary = F.pad(gpt.rotary, (0, 0, 0, pairs)).to(self.device)
+        self.compiled = compile
         self.quantized = precision in QUANTIZED or cache is not None
         self.described = _describe(self, precision, cache, compile)
         if compile:
@@ -156,8 +159,11 @@ class Decoder:
         furthest = 1
         while done < num_codes:
             guided = done < guided_codes
-            end, masked = self._extent(longest + furthest + window - 1, ragged or window > 1)
-            step = functools.partial(self._step, state, guided, end, masked, request.draw)
+            valid = longest + furthest + window - 1
+            end, masked = self._extent(valid, ragged or window > 1)
+            step = functools.partial(
+                self._step, state, guided, end, None if masked else valid, request.draw
+            )
             if self.device.type == "cuda" and not request.eager:
                 key = (state.batch, window, guided, end, masked, request.draw)
                 self._replay(key, state, step)
@@ -175,9 +181,11 @@ class Decoder:
         assert self.cache is not None
         if self.cache_type is VarlenCache:
             return self.cache.capacity, False
-        if self.device.type == "cuda":  # few graphs, not one per code
-            return min(-(-valid // BUCKET) * BUCKET, self.cache.capacity), True
-        return valid, hides
+        cuda = self.device.type == "cuda"
+        if not cuda and self.compiled:
+            return valid, hides
+        bucket = GRAPH_BUCKET if cuda else CPU_BUCKET
+        return min(-(-valid // bucket) * bucket, self.cache.capacity), hides or cuda
 
     def _begin(self, request: Request) -> State:
         """The buffers of this batch; caches only grow, and graphs know their addresses."""
@@ -212,6 +220,7 @@ class Decoder:
         x = self.cls_embedding(condition, dropped).to(self.embedding.dtype)
         longest = x.shape[1]
         lengths = self.cls_embedding.lengths(condition)
+        ragged = lengths is not None and bool((lengths != longest).any())
         state.lengths[:rows] = longest if lengths is None else lengths
         lengths = state.lengths[:rows]
         first = self.config.num_condition - longest
@@ -219,6 +228,7 @@ class Decoder:
             torch.arange(longest, device=self.device).expand(rows, -1),
             lengths.int(),
             self.rotary[first : first + longest].expand(rows, -1, -1, -1),
+            longest,
             longest,
             None,
         )
@@ -230,9 +240,9 @@ class Decoder:
         # The first guesses: what is given, elsewhere the first code again.
         guesses = torch.where(state.known < 0, state.codes[:, :1], state.known)
         state.codes[:, 1:] = guesses[:, 1:]
-        return longest, bool((lengths != longest).any())
+        return longest, ragged
 
-    def _step(self, state: State, guided: bool, end: int, masked: bool, draw: Draw) -> None:
+    def _step(self, state: State, guided: bool, end: int, valid: int | None, draw: Draw) -> None:
         """Read the last code and the guesses after it, draw the code after each."""
         assert self.cache is not None
         at = state.filled - 1 + state.ahead
@@ -244,8 +254,10 @@ class Decoder:
         if guided:
             x, rotary, at = x.repeat(2, 1, 1), rotary.repeat(2, 1, 1, 1), at.repeat(2, 1)
         slots = state.lengths[: len(x), None] + at
-        hidden = torch.arange(end, device=self.device) > slots[..., None] if masked else None
-        place = Place(slots, (slots[:, -1] + 1).int(), rotary, end, hidden)
+        hidden = None
+        if valid is None:
+            hidden = torch.arange(end, device=self.device) > slots[..., None]
+        place = Place(slots, (slots[:, -1] + 1).int(), rotary, end, valid or end, hidden)
         for layer, stores in zip(self.layers, self.cache.layers, strict=True):
             x = layer(x, *stores, place)
         following = state.filled + state.ahead

@@ -26,15 +26,20 @@ class Drawing:
         """
         if self.greedy:
             return logits.argmax(dim=-1)
-        logits = filter_logits(logits / max(self.temperature, 1e-5), self.top_k, self.top_p)
+        logits = logits / max(self.temperature, 1e-5)
         noise = random_bits(noise, position)
-        entries = torch.arange(logits.shape[-1], device=logits.device)
-        if logits.device.type == "cpu" and (self.top_k or self.top_p < 1):
+        filters = 0 < self.top_k < logits.shape[-1] or self.top_p < 1
+        if filters and logits.device.type == "cpu":
             # Noise for those alone that can win; elsewhere their number would be a host sync.
-            row, entries = logits.isfinite().nonzero(as_tuple=True)
+            least = least_kept(logits, self.top_k, self.top_p)
+            row, entries = (logits >= least).nonzero(as_tuple=True)
             scores = gumbel(noise[row, 0], entries).add_(logits[row, entries])
-            logits[row, entries] = scores
-            return logits.argmax(dim=-1)
+            return (
+                torch.full_like(logits, float("-inf")).index_put_((row, entries), scores).argmax(-1)
+            )
+        if filters:
+            logits = filter_logits(logits, self.top_k, self.top_p)
+        entries = torch.arange(logits.shape[-1], device=logits.device)
         return (logits + gumbel(noise, entries)).argmax(dim=-1)
 
 
@@ -49,15 +54,19 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 
     Codes that tie with the last one kept are kept.
     """
+    return logits.masked_fill(logits < least_kept(logits, top_k, top_p), float("-inf"))
+
+
+def least_kept(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """The least logit that top-k, then top-p on the rest, keep: (n, vocab) -> (n, 1)."""
     vocab = logits.shape[-1]
-    top_k = top_k if 0 < top_k < vocab else vocab
-    likeliest = None
-    if top_k < vocab:
+    least, likeliest = torch.full_like(logits[:, :1], float("-inf")), None
+    if 0 < top_k < vocab:
         likeliest = logits.topk(top_k, sorted=top_p < 1).values
-        logits = logits.masked_fill(logits < likeliest.amin(-1, keepdim=True), float("-inf"))
+        least = likeliest.amin(-1, keepdim=True)
     if top_p == 1:
-        return logits
-    total = logits.logsumexp(dim=-1, keepdim=True)
+        return least
+    total = logits.masked_fill(logits < least, float("-inf")).logsumexp(dim=-1, keepdim=True)
     if likeliest is None and logits.device.type == "cpu":
         likeliest = logits.topk(max(1, vocab // 16)).values
         if ((likeliest - total).exp().sum(-1) <= top_p).any():
@@ -67,4 +76,4 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     before = (likeliest - total).exp().cumsum(dim=-1)[:, :-1]
     # The first code that crosses top_p stays.
     count = (before <= top_p).sum(dim=-1, keepdim=True)
-    return logits.masked_fill(logits < likeliest.gather(1, count), float("-inf"))
+    return likeliest.gather(1, count)

@@ -43,6 +43,7 @@ class BenchmarkConfig:
         against: naive also times the reference's algorithm, in fp32 and bf16.
         naive_codes: Of how many codes; each takes it the same time. 0 for all.
         compile: Without the compiler, with it, or both.
+        intervals: Values of sampling.cfg_interval to time ours with.
         tokenizer: Also time the VQ-16 tokenizer, plainly and as sampling runs it.
         repeats: Runs of each; what is compared takes turns. On a CPU the fastest time of every
             step counts, as other processes disturb some; on a GPU the fastest run.
@@ -58,6 +59,7 @@ class BenchmarkConfig:
     against: Literal["none", "naive"] = "none"
     naive_codes: int = 32
     compile: tuple[bool, ...] = (False,)
+    intervals: tuple[int, ...] = (-1,)
     tokenizer: bool = False
     repeats: int = 5
     threads: int = 1
@@ -155,20 +157,21 @@ def measure_size(config: BenchmarkConfig, gpt: GPT, device: Device) -> list[dict
     rows = []
     for batch in config.batches:
         labels = torch.arange(batch, device=device.device) % gpt.config.num_classes
-        runs: dict[tuple[str, str, bool], Callable[[], list[float]]] = {}
+        runs: dict[tuple[str, str, bool, int], Callable[[], list[float]]] = {}
         for name, model in plain.items():
-            runs["naive", name, False] = functools.partial(
+            runs["naive", name, False, -1] = functools.partial(
                 lambda m, x: step_times(naive.steps(m, x, sampling), naive_codes, device.device),
                 model,
                 labels,
             )
-        for key, decoder in decoders.items():
-            runs[("ours", *key)] = functools.partial(
-                lambda m, x: step_times(generate_steps(m, x, sampling), num_codes, device.device),
+        for (key, decoder), interval in itertools.product(decoders.items(), config.intervals):
+            runs[("ours", *key, interval)] = functools.partial(
+                lambda *asked: step_times(generate_steps(*asked), num_codes, device.device),
                 decoder,
                 labels,
+                replace(sampling, cfg_interval=interval),
             )
-            runs[("ours", *key)]()  # compiles, captures the graphs
+            runs[("ours", *key, interval)]()  # compiles, captures the graphs
         taken = {key: [run()] for key, run in runs.items()}
         for _ in range(config.repeats - 1):
             for key, run in runs.items():
@@ -177,13 +180,15 @@ def measure_size(config: BenchmarkConfig, gpt: GPT, device: Device) -> list[dict
             key: sum(map(min, zip(*times, strict=True))) / len(times[0])
             for key, times in taken.items()
         }
-        for (method, name, compiled), step in best.items():
-            least = floor(gpt, batch, name, sampling, device) / num_codes
+        for (method, name, compiled, interval), step in best.items():
+            drawn = replace(sampling, cfg_interval=interval)
+            least = floor(gpt, batch, name, drawn, device) / num_codes
             row = {
                 "method": method,
                 "precision": name,
                 "compiled": compiled,
                 "batch": batch,
+                "cfg_interval": interval,
                 "grid": gpt.config.grid,
                 "ms_per_step": step * 1e3,
                 "images_per_second": batch / step / num_codes,
@@ -194,7 +199,7 @@ def measure_size(config: BenchmarkConfig, gpt: GPT, device: Device) -> list[dict
                 launches = LAUNCH * (7 * gpt.config.num_layers + 6)
                 row["fraction_of_launch_aware_floor"] = (least + launches) / step
             for against in plain if method == "ours" else ():
-                row[f"times_naive_{against}"] = best["naive", against, False] / step
+                row[f"times_naive_{against}"] = best["naive", against, False, -1] / step
             rows.append(row)
     return rows
 
