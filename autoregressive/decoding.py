@@ -57,10 +57,10 @@ class Request:
     window: int = 1
     eager: bool = False
 
-    @property
-    def guided_codes(self) -> int:
-        """How many codes it takes until guidance has ended."""
-        return max((i + 1 for i, scale in enumerate(self.scales) if scale != 1), default=0)
+
+def guided_codes(scales: list[float]) -> int:
+    """How many codes it takes until guidance, given at each code, has ended."""
+    return max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
 
 
 class State:
@@ -77,11 +77,8 @@ class State:
 
         self.batch, self.window, self.num_codes = batch, window, num_codes
         self.codes, self.known = (integers(batch, num_codes + window) for _ in range(2))
-        self.filled, self.noise, self.lengths = (
-            integers(batch, 1),
-            integers(batch, 1),
-            integers(2 * batch),
-        )
+        self.filled, self.noise = integers(batch, 1), integers(batch, 1)
+        self.lengths = integers(2 * batch)
         self.scales = torch.ones(num_codes + window, device=device)
         self.ahead = torch.arange(window, device=device)
 
@@ -149,16 +146,14 @@ class Decoder:
         The buffer that is yielded is the same at every step, and the next call's.
         """
         num_codes, window = self.config.num_codes, request.window
-        guided_codes = max(
-            (i + 1 for i, scale in enumerate(request.scales) if scale != 1), default=0
-        )
+        guided_until = guided_codes(request.scales)
         state = self._begin(request)
-        longest, ragged = self._prefill(request, state, guided_codes > 0)
+        longest, ragged = self._prefill(request, state, guided_until > 0)
         codes, done = state.codes[:, :num_codes], 1
         yield codes, done
         furthest = 1
         while done < num_codes:
-            guided = done < guided_codes
+            guided = done < guided_until
             valid = longest + furthest + window - 1
             end, masked = self._extent(valid, ragged or window > 1)
             step = functools.partial(
@@ -295,7 +290,9 @@ class Decoder:
                         part.copy_(old)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # One pool for all: they run one after the other, and keep nothing outside the State.
+            shared = next(iter(self.graphs.values())).pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=shared):
                 step()
             self.graphs[key] = graph
         self.graphs[key].replay()

@@ -30,7 +30,7 @@ class LivePairs:
             raise InputError("data.live.tokenizer: give the tokenizer that encodes the pictures")
         self.config, self.pairs, self.device = config, Pairs(live.pairs), world.device
         self.vq, self.sha256 = load_tokenizer(live.tokenizer)
-        self.vq = self.vq.to(world.device)
+        self.vq.for_inference(world.device, torch.float32)
         self.t5 = load_t5(live.t5, world.device, torch.bfloat16, live.max_tokens)
         self.skips = SkipLog(out / f"skipped_rank{world.rank}.txt")
         self.threads = ThreadPoolExecutor(live.num_workers)

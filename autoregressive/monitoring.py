@@ -161,7 +161,7 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     if sha256 != data.index["tokenizer_sha256"]:
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
-    return vq.to(world.device)
+    return vq.for_inference(world.device, torch.float32)
 
 
 class SampleGrid:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from autoregressive.decoding import Decoder
+from autoregressive.decoding import Decoder, guided_codes
 from autoregressive.linears import DecodePrecision
 from autoregressive.model import GPT
 from autoregressive.sampling import SamplingConfig, generate_steps
@@ -108,7 +108,7 @@ def measure_device(device: torch.device) -> Device:
 
 
 def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device: Device) -> float:
-    """Seconds a batch must take (../spec of the project: weights, then keys and values)."""
+    """Seconds a batch must take: weights read or multiplied, then keys and values."""
     config = gpt.config
     kv_dim = config.kv_heads * config.head_dim
     matrices = config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
@@ -116,8 +116,7 @@ def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device
     weights = config.num_layers * matrices + head
     speed = device.speed["fp32" if precision == "fp32" else "bf16"]
     width = 4 if precision == "fp32" else 2
-    scales = sampling.guidance(config.num_codes)
-    guided = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
+    guided = guided_codes(sampling.guidance(config.num_codes))
     total = 0.0
     for position in range(config.num_codes):
         rows = 2 * batch if position < guided else batch

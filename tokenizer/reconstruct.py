@@ -78,7 +78,7 @@ def reconstruct(config: ReconstructConfig, world: World) -> None:
             f"image_size {config.image_size} must be divisible by {vq.config.downsample}"
         )
     lpips = LPIPS(config.vgg_weights).to(world.device) if config.lpips else None
-    vq = vq.to(world.device, dtype_of(config.precision))
+    vq = vq.for_inference(world.device, dtype_of(config.precision))
     rfid = RFID(config, world) if config.rfid else None
     dataset = OrderedImages(images, CenterCrop(*config.image_size))
     mine = list(range(world.rank, len(images), world.size))
@@ -141,7 +141,7 @@ class RFID:
 @torch.no_grad()
 def rebuild(vq: VQModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (n, h, w, 3) uint8 -> the same through the codes, and the codes."""
-    codes = vq.encode(pixels_to_images(pixels).to(vq.quant_conv.weight.dtype))
+    codes = vq.encode(pixels_to_images(pixels))
     return images_to_pixels(vq.decode(codes)), codes
 
 
