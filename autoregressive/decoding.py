@@ -96,8 +96,8 @@ class State:
 class Decoder:
     """A GPT's weights, packed once, and the caches and graphs of sampling.
 
-    precision: fp32 or bf16; int8 (weights only; on CPUs bf16 elsewhere) or fp8 (weights only, on
-        GPUs); None for the model's own dtype.
+    precision: fp32 or bf16; with bf16 elsewhere, weights as int8, as int8 with activations likewise
+        (w8a8, on CPUs) or as fp8 (on GPUs); None for the model's own dtype.
     cache: int8 or fp8 for keys and values of eight bits; None for the dtype of computation.
     compile: torch.compile each layer: seconds once, fewer kernels a step.
     device: where to decode; None for the model's.

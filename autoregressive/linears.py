@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from core.config import InputError
 
-DecodePrecision = Literal["fp32", "bf16", "int8", "fp8"]
-QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DecodePrecision = Literal["fp32", "bf16", "int8", "w8a8", "fp8"]
+QUANTIZED = {"int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, precision: str | None) -> nn.Module:
@@ -24,11 +24,13 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, precision: str | None) -> nn.
     """
     weight = weight.detach()
     if precision in QUANTIZED:
-        if weight.device.type != "cpu":
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and precision != "fp8" and torch.backends.mkldnn.is_available():
+            return Int8Prepacked(weight, activation_bytes=1 if precision == "w8a8" else 2)
+        if not on_cpu and precision != "w8a8":
             return WeightOnly(weight, dtype, QUANTIZED[precision])
-        if precision == "int8" and torch.backends.mkldnn.is_available():
-            return Int8Prepacked(weight)
-        raise InputError(f"precision: {precision} needs a GPU" + " or oneDNN for int8")
+        needs = {"int8": "a GPU, or a CPU with oneDNN", "w8a8": "a CPU with oneDNN", "fp8": "a GPU"}
+        raise InputError(f"precision: {precision} needs {needs[precision]}")
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return Prepacked(weight.to(dtype))
     return Dense(weight.to(dtype))
@@ -136,15 +138,16 @@ class WeightOnly(nn.Module):
 
 
 class Int8Prepacked(Packed):
-    """Int8 weights times activations that keep 16 bits, in oneDNN's 8-bit product.
+    """Int8 weights times activations of one or two bytes, in oneDNN's 8-bit product.
 
-    A row is s (high + low / 256), high and low in [-128, 127], s its own scale: two rows instead
-    of one, while the weight, which takes the time, is read once. So only the weight loses
-    precision, and no row depends on the others of its batch.
+    With two, a row is s (high + low / 256), high and low in [-128, 127], s its own scale: two rows
+    instead of one, while the weight, which takes the time at small batches, is read once; only the
+    weight loses precision. With one, s high is all of it. Rows do not depend on one another.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, activation_bytes: Literal[1, 2]) -> None:
         super().__init__(len(weight), torch.float32)
+        self.activation_bytes = activation_bytes
         codes, self.scales = quantize(weight, torch.int8)
         self.zeros = torch.zeros(len(codes), dtype=torch.int64)
         self.packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), [4, codes.shape[1]])
@@ -153,12 +156,16 @@ class Int8Prepacked(Packed):
         """(..., inputs) -> (..., outputs)."""
         rows = x.flatten(0, -2)
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / 127
-        # Both bytes have their zero at 128; the rest makes truncation round.
-        shifted = rows * (1 / scale) + (128.5 + 1 / 512)
-        high = shifted.to(torch.uint8)
-        low = ((shifted - high) * 256).to(torch.uint8)
-        high, low = self.multiply(torch.cat([high, low])).chunk(2)
-        return (torch.add(high, low, alpha=1 / 256) * scale).to(x.dtype).view(*x.shape[:-1], -1)
+        # Each byte has its zero at 128; the rest makes truncation round.
+        if self.activation_bytes == 1:
+            product = self.multiply((rows * (1 / scale) + 128.5).to(torch.uint8))
+        else:
+            shifted = rows * (1 / scale) + (128.5 + 1 / 512)
+            high = shifted.to(torch.uint8)
+            low = ((shifted - high) * 256).to(torch.uint8)
+            high, low = self.multiply(torch.cat([high, low])).chunk(2)
+            product = torch.add(high, low, alpha=1 / 256)
+        return (product * scale).to(x.dtype).view(*x.shape[:-1], -1)
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """See Packed."""

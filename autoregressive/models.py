@@ -32,7 +32,7 @@ EXACT: dict[str, DecodePrecision] = {
     "cpu": "fp32",
     "cuda": "bf16",
     "mps": "fp32",
-}  # what lower precision is compared with
+}
 COMPARED = 8  # images whose distributions are compared where precision changes them
 
 
@@ -46,8 +46,9 @@ class ModelsConfig:
         gpt_weights: auto takes averaged weights of our runs.
         tokenizer_weights: auto takes averaged weights where there are any.
         grid: Rows and columns of codes where a released file does not tell; [0, 0] to infer them.
-        precision: fp32 or bf16 for the decoder; int8, or fp8 on GPUs, for its weights alone: how
-            much that changes the distribution is measured and printed first.
+        precision: fp32 or bf16 for the decoder; int8, or fp8 on GPUs, for its weights alone; on
+            CPUs w8a8, int8 for what they multiply too, faster from some images on. How much these
+            change the distribution is measured and printed first.
         cache_precision: int8 or fp8 for the decoder's keys and values: half the memory; likewise.
         tokenizer_precision: bf16 or fp32 for the tokenizer; bf16 is faster, and changes pixels by
             a level or two.

@@ -27,7 +27,7 @@ from core.distributed import DeviceName, choose_device
 from tokenizer.model import VQModel
 
 LAUNCH = 1.5e-6  # seconds a kernel costs inside a CUDA graph
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1}
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BenchmarkConfig:
         sizes: Presets of the decoder, with random weights.
         grids: Rows and columns of codes.
         batches: Images at a time.
-        precisions: fp32, bf16, int8, fp8.
+        precisions: fp32, bf16, int8, w8a8, fp8.
         sampling: Guidance and filters.
         against: naive also times the reference's algorithm, in fp32 and bf16.
         naive_codes: Of how many codes; each takes it the same time. 0 for all.

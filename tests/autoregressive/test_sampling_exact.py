@@ -173,7 +173,16 @@ def test_int8_loses_only_what_the_weights_lose():
     assert isinstance(pack(weight, torch.float32, "int8"), Int8Prepacked)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_w8a8_rounds_each_row_of_activations_by_itself():
+    weight, x = torch.randn(48, 64), torch.randn(5, 64) * torch.logspace(-2, 2, 5)[:, None]
+    (codes, scales), (rows, row_scales) = quantize(weight, torch.int8), quantize(x, torch.int8)
+    expected = (rows.float() @ codes.float().T) * scales * row_scales[:, None]
+    result = pack(weight, torch.float32, "w8a8")(x)
+    # A value halfway between two codes may go either way.
+    assert ((result - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 2e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_lower_precision_draws_nearly_the_same_codes(precision):
     gpt = tiny(vocab_size=20)
     exact, codes = (generate(d, LABELS, seed=3) for d in (gpt, Decoder(gpt, precision)))
@@ -241,7 +250,7 @@ def test_eight_bit_keys_and_values_change_the_distribution_a_little(kept):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_compiled_layers_draw_the_same_codes_and_compile_once(precision):
     gpt = tiny(vocab_size=20)
     decoder = Decoder(gpt, precision, compile=True)
