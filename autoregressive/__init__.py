@@ -1,6 +1,7 @@
 """The decoder: predicts an image's codes one by one under a class or a caption."""
 
-from autoregressive.model import GPT, GPTConfig
-from autoregressive.sampling import generate
+from autoregressive.inference.generate import generate
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
 
 __all__ = ["GPT", "GPTConfig", "generate"]

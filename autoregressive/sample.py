@@ -19,23 +19,32 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.conditioning import Condition, repeat
-from autoregressive.decoding import Decoder
-from autoregressive.layouts import Layout, write_pngs
-from autoregressive.models import Beside, ModelsConfig, decode_pixels, load_pair, make_ready
-from autoregressive.prompts import Classes, Prompts, ShownConfig, open_shown
-from autoregressive.sampling import SamplingConfig, generate
+from autoregressive.conditions import Classes, ConditionConfig, Prompts, open_conditions
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import generate
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.conditioning import Condition, repeat
+from autoregressive.pipeline import (
+    DecodeOverlap,
+    PipelineConfig,
+    decode_pixels,
+    load_pair,
+    make_ready,
+)
+from autoregressive.png_layouts import Layout, write_pngs
 from core.config import config_values, parse_config, run_command, save_config
-from core.distributed import World, distributed
-from core.images import image_grid, save_npz, save_png
-from core.shards import ShardReader, ShardWriter
+from core.data.grids import image_grid
+from core.data.images import save_png
+from core.data.npz import save_npz
+from core.data.shards import ShardReader, ShardWriter
+from core.distributed.world import World, distributed
 from evaluations.report import Scored, publish
-from evaluations.scoring import Judge, JudgeConfig, check_size, open_judge, score
-from tokenizer.model import VQModel
+from evaluations.scorer import MetricsConfig, Scorer, check_size, open_scorer, score
+from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(ModelsConfig, ShownConfig):
+class SampleConfig(PipelineConfig, ConditionConfig):
     """What to sample, and where to.
 
     Args:
@@ -64,7 +73,7 @@ class SampleConfig(ModelsConfig, ShownConfig):
     npz: bool = True
     png: bool = False
     layout: Layout = "flat"
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: MetricsConfig = field(default_factory=MetricsConfig)
     grid_rows: int = 10
     grid_columns: int = 10
 
@@ -81,12 +90,12 @@ class SampleConfig(ModelsConfig, ShownConfig):
 
 
 def score_samples(
-    gpt: Decoder,
+    gpt: InferenceEngine,
     vq: VQModel,
     conditions: Callable[[np.ndarray], Condition],
     count: int,
     sampling: SamplingConfig,
-    judge: Judge,
+    judge: Scorer,
     world: World,
 ) -> dict[str, float]:
     """Sample images 0 .. count-1 under conditions(ids) and score them (empty off rank 0)."""
@@ -106,9 +115,9 @@ def score_samples(
 def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
     pair = load_pair(config)
-    shown = open_shown(config, pair.gpt.config, config.sampling.seed, world)
+    shown = open_conditions(config, pair.gpt.config, config.sampling.seed, world)
     arguments = config.sampling.arguments(pair.gpt.config.condition)
-    judge = open_judge(config.judge, "generation", world) if config.judge.reference else None
+    judge = open_scorer(config.judge, "generation", world) if config.judge.reference else None
     if judge:
         height, width = (pair.vq.config.downsample * side for side in pair.gpt.config.grid)
         size = (config.resize, config.resize) if config.resize else (height, width)
@@ -124,7 +133,7 @@ def sample(config: SampleConfig, world: World) -> None:
     batches = math.ceil(shown.count / config.batch_size / world.size)
     decoder, vq = make_ready(config, pair, batches, world)
     total = sum(len(writer.items(shard)) for shard in (*todo, *finished))
-    beside = Beside(world.device)
+    beside = DecodeOverlap(world.device)
     with (
         tqdm(total=total * world.size, unit="image", disable=not world.is_main) as bar,
         ThreadPoolExecutor(1) as background,  # writes a shard while the next is drawn
@@ -168,7 +177,7 @@ def _batches_of(writer: ShardWriter, shards: list[int], batch_size: int) -> int:
 
 
 def _draw_codes(
-    decoder: Decoder,
+    decoder: InferenceEngine,
     shown: Classes | Prompts,
     ids: torch.Tensor,
     batch_size: int,

@@ -15,32 +15,40 @@ from typing import Any
 
 import torch
 
-from autoregressive.data import CodesConfig, dropped_conditions
-from autoregressive.model import GPT, Architecture, Block, GPTConfig
-from autoregressive.monitoring import (
+from autoregressive.data.codes import drop_condition
+from autoregressive.data.config import DataConfig
+from autoregressive.data.open import Dataset, open_data
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.config import GPTConfig, TransformerConfig
+from autoregressive.models.gpt import GPT, Block
+from autoregressive.objectives.next_token import NextTokenLoss, unsharded_copy
+from autoregressive.validation import (
     EvaluationConfig,
     SampleGrid,
-    Scorer,
+    SampleScorer,
     check_resumable,
     open_validation,
     start_from,
     validation_loss,
 )
-from autoregressive.objective import NextCodeLoss, whole_gpt
-from autoregressive.sampling import SamplingConfig
-from autoregressive.text_data import Dataset, open_data
-from core.checkpoint import Checkpointer
 from core.config import parse_config, run_command
-from core.datasets import ShuffledOrder, check_batch_size, local_positions
-from core.distributed import DeviceName, Precision, World, distributed
-from core.ema import EMA
-from core.interruption import Interruption
-from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
-from core.parallel import ParallelConfig, no_sync, prepare, shard
-from core.planning import Plan, check_fits, plan_model, print_plan, transformer_activations
-from core.prefetch import prefetch
-from core.randomness import seed_step
-from core.run import ReportConfig, Run, begin_run
+from core.data.order import ShuffledOrder, check_batch_size, local_positions
+from core.distributed.parallel import ParallelConfig, no_sync, prepare, shard
+from core.distributed.preemption import Preemption
+from core.distributed.world import DeviceName, Precision, World, distributed
+from core.rng import seed_step
+from core.training.checkpoint import Checkpointer
+from core.training.ema import EMA
+from core.training.memory_plan import (
+    Plan,
+    check_fits,
+    plan_model,
+    print_plan,
+    transformer_activations,
+)
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
+from core.training.prefetch import prefetch
+from core.training.run import ReportConfig, Run, begin_run
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,12 @@ class TrainConfig:
     """
 
     out: Path
-    data: CodesConfig
+    data: DataConfig
     validation: tuple[Path, ...] = ()
     validation_features: Path | None = None
     validation_samples: int = 10000
     init_from: str = ""
-    model: Architecture = field(default_factory=Architecture)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -133,11 +141,11 @@ def train(config: TrainConfig, world: World) -> None:
     if config.init_from and not resumes:
         start_from(gpt, config.init_from)
     ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
-    objective = NextCodeLoss(gpt, config.loss_chunk)
+    objective = NextTokenLoss(gpt, config.loss_chunk)
     parallel = prepare(objective, config.parallel, world, config.precision, Block)
     averaged = objective
     if ema:
-        averaged = NextCodeLoss(ema.model, config.loss_chunk)
+        averaged = NextTokenLoss(ema.model, config.loss_chunk)
         shard(averaged, config.parallel, world, config.precision, Block)
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
@@ -154,14 +162,14 @@ def train(config: TrainConfig, world: World) -> None:
     state = checkpoints.restore_latest()
     first_step, samples = state["step"], state.get("samples", 0)
     batches = prefetch(training_batches(config, data, world, samples), world.device)
-    scorer = Scorer(config, data, world)
+    scorer = SampleScorer(config, data, world)
     pictures = SampleGrid(config, data, gpt_config, scorer.vq)
     draws = world.broadcast(pictures.vq is not None)
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
-    interruption = Interruption(world)
+    interruption = Preemption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
@@ -202,11 +210,11 @@ def train(config: TrainConfig, world: World) -> None:
                 loss = validation_loss(averaged, validation, config, world)
                 run.log(done, {"validation_loss": loss})
             if draws:
-                whole = whole_gpt(averaged.gpt, world)
+                whole = unsharded_copy(averaged.gpt, world)
                 if world.is_main:
                     run.draw(done, pictures.draw(whole))
         if scorer.due(done):
-            run.log(done, scorer.score(whole_gpt(averaged.gpt, world, everywhere=True)))
+            run.log(done, scorer.score(unsharded_copy(averaged.gpt, world, everywhere=True)))
         stopping = interruption.requested() and done < config.num_steps
         if stopping or config.report.saves(done, config.num_steps):
             stepper.check()
@@ -253,7 +261,7 @@ def training_batches(
             samples, config.batch_size, config.gradient_accumulation, world
         ):
             codes, condition = data.batch(order[positions], positions, config.seed)
-            dropped = dropped_conditions(positions, config.condition_dropout, config.seed)
+            dropped = drop_condition(positions, config.condition_dropout, config.seed)
             yield codes, condition, dropped
         samples += config.batch_size
 

@@ -15,12 +15,12 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from core.config import InputError, config_values, parse_config, run_command
-from core.distributed import World, distributed
-from core.shards import write_json
-from evaluations.detectors import Detector, DetectorConfig, note_of
+from core.distributed.world import World, distributed
+from core.files import write_json
 from evaluations.evaluator import Collected, Evaluator
-from evaluations.frechet import Gaussian, frechet_distance
-from evaluations.pictures import PicturesConfig, open_pictures
+from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, note_of
+from evaluations.image_source import ImageSourceConfig, open_image_source
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 from evaluations.report import plot_trade, write_csv
 
 BLUR = (0.5, 1.0, 2.0, 4.0)  # sigma in pixels
@@ -32,7 +32,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistortionsConfig(DetectorConfig, PicturesConfig):
+class DistortionsConfig(ExtractorConfig, ImageSourceConfig):
     """Which pictures.
 
     Args:
@@ -46,8 +46,8 @@ class DistortionsConfig(DetectorConfig, PicturesConfig):
     count: int = 0
 
     def __post_init__(self) -> None:
-        DetectorConfig.__post_init__(self)
-        PicturesConfig.__post_init__(self)
+        ExtractorConfig.__post_init__(self)
+        ImageSourceConfig.__post_init__(self)
 
 
 def blur(pixels: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -66,7 +66,7 @@ def noise(pixels: torch.Tensor, level: float) -> torch.Tensor:
 def measure(config: DistortionsConfig, world: World) -> None:
     """Every distortion against the pictures themselves; raises InputError where one falls."""
     detector = config.build_detector(world)
-    pictures = open_pictures(config.images, config.image_size)
+    pictures = open_image_source(config.images, config.image_size)
     if pictures.labels is None:
         raise InputError(f"{config.images}: a folder of class folders is needed")
     count = min(config.count or pictures.count, pictures.count)
@@ -90,7 +90,7 @@ def measure(config: DistortionsConfig, world: World) -> None:
 
 
 def look(
-    detector: Detector,
+    detector: FeatureExtractor,
     batches: list[tuple[np.ndarray, torch.Tensor]],
     world: World,
     change: Change,
@@ -119,7 +119,7 @@ def without_classes(collected: Collected, labels: np.ndarray, share: float) -> f
 
 
 def report(
-    config: DistortionsConfig, rows: list[dict[str, str | float]], detector: Detector
+    config: DistortionsConfig, rows: list[dict[str, str | float]], detector: FeatureExtractor
 ) -> None:
     """Table, plots, and whether each kind rises."""
     config.out.mkdir(parents=True, exist_ok=True)

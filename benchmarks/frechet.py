@@ -13,8 +13,8 @@ import torch
 from scipy.linalg import sqrtm
 
 from core.config import config_values, parse_config, run_command
-from core.shards import write_json
-from evaluations.frechet import Gaussian, frechet_distance
+from core.files import write_json
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,15 @@ from typing import Literal
 
 import torch
 
-from autoregressive.decoding import Decoder, guided_codes
-from autoregressive.linears import DecodePrecision
-from autoregressive.model import GPT
-from autoregressive.sampling import SamplingConfig, generate_steps
-from benchmarks import naive
+from autoregressive.inference.engine import InferenceEngine, guided_codes
+from autoregressive.inference.generate import generate_steps
+from autoregressive.inference.quantized_linear import DecodePrecision
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.gpt import GPT
+from benchmarks import reference_sampler
 from core.config import parse_config, run_command
-from core.distributed import DeviceName, Precision, choose_device, dtype_of
-from tokenizer.model import VQModel
+from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
+from tokenizer.models.vq_model import VQModel
 
 LAUNCH = 1.5e-6  # seconds a kernel costs inside a CUDA graph
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1, "fp8": 1}
@@ -172,7 +173,9 @@ def naive_times(
     gpt = random_gpt(size, grid, precision, device)
     count = min(config.naive_codes or gpt.config.num_codes, gpt.config.num_codes)
     labels = torch.arange(batch, device=device) % gpt.config.num_classes
-    return step_times(naive.steps(gpt, labels, config.sampling.resolved("class")), count, device)
+    return step_times(
+        reference_sampler.steps(gpt, labels, config.sampling.resolved("class")), count, device
+    )
 
 
 def measure_size(
@@ -187,7 +190,7 @@ def measure_size(
     num_codes = gpt.config.num_codes
     sampling = config.sampling.resolved("class")
     decoders = {
-        (name, compiled): Decoder(gpt, name, compile=compiled)
+        (name, compiled): InferenceEngine(gpt, name, compile=compiled)
         for name in config.precisions
         for compiled in config.compile
     }

@@ -18,23 +18,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoregressive.decoding import Decoder
-from autoregressive.models import ModelsConfig, decode_pixels, load_pair, make_ready
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import generate
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.pipeline import PipelineConfig, decode_pixels, load_pair, make_ready
 from autoregressive.sample import score_samples
-from autoregressive.sampling import SamplingConfig, generate
-from benchmarks import naive
+from benchmarks import reference_sampler
 from benchmarks.sampling import seconds
 from core.config import parse_config, run_command
-from core.distributed import World, distributed
-from core.images import save_npz, save_png
+from core.data.images import save_png
+from core.data.npz import save_npz
+from core.distributed.world import World, distributed
 from evaluations.evaluator import collect
-from evaluations.pictures import open_pictures
-from evaluations.scoring import Judge, JudgeConfig, open_judge, score
-from tokenizer.model import VQModel
+from evaluations.image_source import open_image_source
+from evaluations.scorer import MetricsConfig, Scorer, open_scorer, score
+from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingConfig(ModelsConfig):
+class StreamingConfig(PipelineConfig):
     """What to sample and score, for a decoder under classes.
 
     Args:
@@ -45,7 +47,7 @@ class StreamingConfig(ModelsConfig):
     """
 
     num_images: int = 2000
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: MetricsConfig = field(default_factory=MetricsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     threads: int = 1
 
@@ -54,7 +56,7 @@ def by_files(
     draw: Callable[[torch.Tensor], torch.Tensor],
     vq: VQModel,
     count: int,
-    judge: Judge,
+    judge: Scorer,
     world: World,
 ) -> dict[str, float]:
     """Pictures to png files, those to an npz, that to scores."""
@@ -64,7 +66,7 @@ def by_files(
             for i, picture in zip(ids.tolist(), decode_pixels(vq, draw(ids)).cpu(), strict=True):
                 save_png(picture.numpy(), folder / f"{i:06d}.png")
         save_npz(folder / "samples.npz", count, _read(folder, count, judge.batch_size))
-        pictures = open_pictures(folder / "samples.npz", (0, 0))
+        pictures = open_image_source(folder / "samples.npz", (0, 0))
         return score(judge, collect(judge.detector, pictures, world, judge.batch_size)).values
 
 
@@ -78,7 +80,7 @@ def measure(config: StreamingConfig, world: World) -> None:
     torch.set_num_threads(config.threads)
     pair = load_pair(config)
     gpt, classes = pair.gpt.to(world.device), pair.gpt.config.num_classes
-    judge = open_judge(config.judge, "generation", world)
+    judge = open_scorer(config.judge, "generation", world)
     decoder, vq = make_ready(config, pair, 1, world)
     sampling = config.sampling.resolved("class")
 
@@ -86,9 +88,9 @@ def measure(config: StreamingConfig, world: World) -> None:
         return generate(decoder, ids % classes, **vars(sampling), sample_ids=ids)
 
     def reference(ids: torch.Tensor) -> torch.Tensor:
-        return naive.generate(gpt, (ids % classes).to(world.device), sampling)
+        return reference_sampler.generate(gpt, (ids % classes).to(world.device), sampling)
 
-    def stream(decoder: Decoder, count: int) -> dict[str, float]:
+    def stream(decoder: InferenceEngine, count: int) -> dict[str, float]:
         labels = lambda ids: torch.from_numpy(ids % classes)  # noqa: E731
         return score_samples(decoder, vq, labels, count, sampling, judge, world)
 

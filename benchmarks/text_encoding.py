@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from core.config import config_values, parse_config, run_command
-from core.distributed import DeviceName, Precision, distributed, dtype_of
-from core.shards import write_json
+from core.distributed.world import DeviceName, Precision, distributed, dtype_of
+from core.files import write_json
 from language.t5 import load_t5
 
 NOUNS = ["cat", "dog", "tree", "house", "beach", "street", "table", "window", "boat", "horse"]

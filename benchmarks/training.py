@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from autoregressive.data import CodeDataset, CodesConfig, ReferenceCodes
-from autoregressive.model import GPT, Block
-from autoregressive.objective import NextCodeLoss
-from core.checkpoint import Checkpointer
+from autoregressive.data.codes import CodeDataset, ReferenceCodes
+from autoregressive.data.config import DataConfig
+from autoregressive.models.gpt import GPT, Block
+from autoregressive.objectives.next_token import NextTokenLoss
 from core.config import config_values, parse_config, run_command
-from core.distributed import DeviceName, Precision, World, distributed
-from core.ema import EMA
-from core.hardware import peak_flops, peak_memory_bytes
-from core.losses import linear_cross_entropy
-from core.optim import OptimizerConfig, Stepper, build_adamw
-from core.parallel import ParallelConfig, Strategy, prepare
-from core.shards import ShardWriter, write_json
+from core.data.shards import ShardWriter
+from core.distributed.hardware import peak_flops, peak_memory_bytes
+from core.distributed.parallel import ParallelConfig, Strategy, prepare
+from core.distributed.world import DeviceName, Precision, World, distributed
+from core.files import write_json
+from core.training.checkpoint import Checkpointer
+from core.training.ema import EMA
+from core.training.linear_cross_entropy import linear_cross_entropy
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
 
 Results = dict[str, float]
 
@@ -89,7 +91,7 @@ def our_steps(
         compile=config.parallel.compile,
         activation_checkpointing=config.parallel.activation_checkpointing,
     )
-    model = prepare(NextCodeLoss(gpt, 1024), parallel, world, config.precision, Block)
+    model = prepare(NextTokenLoss(gpt, 1024), parallel, world, config.precision, Block)
     settings = OptimizerConfig()
     stepper = Stepper(build_adamw(gpt, settings), settings, world.device)
     batches = random_batches(gpt, config, world)
@@ -209,7 +211,7 @@ def measure_codes(folder: Path) -> Results:
         (folder / name).mkdir()
         for i in range(count):
             np.save(folder / name / f"{i}.npy", array[i][None].astype(np.int64))
-    data = CodeDataset(CodesConfig((folder / "shards",)))
+    data = CodeDataset(DataConfig((folder / "shards",)))
     files = [ReferenceCodes(folder / "codes"), ReferenceCodes(folder / "labels")]
     source = data.sources[0]
     batches = [random.permutation(count)[:256] for _ in range(20)]

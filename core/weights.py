@@ -5,7 +5,7 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -179,3 +179,21 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
+
+
+def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
+    """(config.yaml, safetensors file) of a checkpoint folder, or of a run's newest checkpoint.
+
+    "auto" takes the averaged weights where there are any.
+    """
+    folder = Path(folder)
+    steps = sorted(folder.glob("checkpoints/step_*/checksums.json"))
+    folder = steps[-1].parent if steps else folder
+    name = "ema" if weights == "auto" and (folder / "ema.safetensors").exists() else weights
+    path = folder / f"{'model' if name == 'auto' else name}.safetensors"
+    if not path.is_file() or not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: no checkpoint here (expected config.yaml and {path.name})")
+    return folder / "config.yaml", path

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from core.config import InputError
-from core.distributed import World
-from evaluations.detectors import Detector
-from evaluations.frechet import FeatureSums, Gaussian
-from evaluations.pictures import Pictures
+from core.distributed.world import World
+from evaluations.features.extractors import FeatureExtractor
+from evaluations.image_source import ImageSource
+from evaluations.metrics.frechet import FeatureSums, Gaussian
 
 
 class Collected(NamedTuple):
@@ -45,7 +45,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, detector: Detector, device: torch.device, batch_size: int, keep_rows: bool = True
+        self,
+        detector: FeatureExtractor,
+        device: torch.device,
+        batch_size: int,
+        keep_rows: bool = True,
     ) -> None:
         # Apple's MPS has no float64.
         device = torch.device("cpu") if device.type == "mps" else device
@@ -118,8 +122,8 @@ def _seen_before(ids: list[torch.Tensor], rank: int) -> torch.Tensor:
 
 
 def collect(
-    detector: Detector,
-    pictures: Pictures,
+    detector: FeatureExtractor,
+    pictures: ImageSource,
     world: World,
     batch_size: int,
     num_workers: int = 0,

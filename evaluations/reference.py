@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from core.config import config_values, parse_config, run_command
-from core.distributed import World, distributed
-from core.images import save_npz
-from core.shards import write_json
+from core.data.npz import save_npz
+from core.distributed.world import World, distributed
+from core.files import write_json
 from core.weights import file_sha256
-from evaluations.detectors import DetectorConfig, note_of
 from evaluations.evaluator import collect
-from evaluations.pictures import PicturesConfig, open_pictures
-from evaluations.reference_file import Kind, statistics_arrays
+from evaluations.features.extractors import ExtractorConfig, note_of
+from evaluations.image_source import ImageSourceConfig, open_image_source
+from evaluations.reference_stats import Kind, statistics_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(DetectorConfig, PicturesConfig):
+class ReferenceConfig(ExtractorConfig, ImageSourceConfig):
     """Which images.
 
     Args:
@@ -39,8 +39,8 @@ class ReferenceConfig(DetectorConfig, PicturesConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        DetectorConfig.__post_init__(self)
-        PicturesConfig.__post_init__(self)
+        ExtractorConfig.__post_init__(self)
+        ImageSourceConfig.__post_init__(self)
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}, must be >= 0")
         if self.out.suffix != ".npz":
@@ -50,7 +50,7 @@ class ReferenceConfig(DetectorConfig, PicturesConfig):
 def build_reference(config: ReferenceConfig, world: World) -> None:
     """Look at every image once and write the statistics, in ADM's keys, and their protocol."""
     detector = config.build_detector(world)
-    pictures = open_pictures(config.images, config.image_size)
+    pictures = open_image_source(config.images, config.image_size)
     looked = (config.batch_size, config.num_workers)
     collected = collect(detector, pictures, world, *looked, keep_rows=False)
     skipped = [item for rank in world.gather(pictures.skipped) for item in rank]

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.datasets import Skipped
-from core.distributed import World
-from core.shards import write_json
-from evaluations.detectors import note_of
+from core.data.skip_log import Skipped
+from core.distributed.world import World
+from core.files import write_json
 from evaluations.evaluator import Collected
-from evaluations.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
-from evaluations.scoring import Judge, score
+from evaluations.features.extractors import note_of
+from evaluations.metrics.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
+from evaluations.scorer import Scorer, score
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Scored(NamedTuple):
 
 
 def publish(
-    judge: Judge, scored: Scored, out: Path, settings: dict[str, Any], world: World
+    judge: Scorer, scored: Scored, out: Path, settings: dict[str, Any], world: World
 ) -> dict[str, float]:
     """Score, write scores.json and the class report, print them -> the scores (empty off rank 0).
 
@@ -62,7 +62,7 @@ def publish(
     return scores.values
 
 
-def _facts(judge: Judge, scored: Scored) -> dict[str, Any]:
+def _facts(judge: Scorer, scored: Scored) -> dict[str, Any]:
     """What the scores depend on."""
     ids = scored.collected.ids
     note = note_of(judge.detector)

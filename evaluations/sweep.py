@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import config_values, parse_config, run_command
-from core.distributed import World, distributed
-from core.shards import read_index, write_json
-from evaluations.detectors import note_of
-from evaluations.generation import GenerationConfig, ScoringConfig, evaluate
+from core.data.shards import read_index
+from core.distributed.world import World, distributed
+from core.files import write_json
+from evaluations.features.extractors import note_of
 from evaluations.report import plot_trade, write_csv
-from evaluations.scoring import open_judge
+from evaluations.score import ScoreConfig, ScoringConfig, evaluate
+from evaluations.scorer import open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,12 @@ class SweepConfig(ScoringConfig):
 
 def sweep(config: SweepConfig, world: World) -> None:
     """Score every run; write sweep.csv, sweep.json and sweep.png (distance against variety)."""
-    judge = open_judge(config, config.kind, world)
+    judge = open_scorer(config, config.kind, world)
     shared = {k: v for k, v in vars(config).items() if k not in ("runs", "out")}
     settings = [read_index(run).get("sampling", {}) for run in config.runs]
     rows = []
     for run, sampling in zip(config.runs, settings, strict=True):
-        one = GenerationConfig(samples=run, out=config.out / run.name, **shared)
+        one = ScoreConfig(samples=run, out=config.out / run.name, **shared)
         rows.append({"run": run.name, **sampling, **evaluate(judge, one, world)})
     if not world.is_main:
         return

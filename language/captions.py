@@ -15,7 +15,7 @@ from typing import Literal
 
 import ftfy
 
-from core.pairs import CaptionError, Pairs
+from core.data.image_text import CaptionError, ImageTextPairs
 
 _SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 # CJK strokes, Katakana extensions, enclosed and compatibility forms, ideographs.
@@ -129,7 +129,7 @@ def _without_markup(text: str) -> str:
 Cleaning = Literal["clean", "reference", "none"]
 
 
-def all_captions(pairs: Pairs, index: int, clean: Cleaning) -> list[str]:
+def all_captions(pairs: ImageTextPairs, index: int, clean: Cleaning) -> list[str]:
     """Every variant of a pair's caption, as it is encoded; raises CaptionError for empty ones."""
     captions = pairs.captions(index)
     if pairs.config.first_sentence:

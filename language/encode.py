@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from core.config import parse_config, run_command, save_config
-from core.datasets import Skipped
-from core.distributed import DeviceName, World, distributed
-from core.pairs import CaptionError, Pairs, PairsConfig
-from core.shards import ShardWriter
+from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
+from core.data.shards import ShardWriter
+from core.data.skip_log import Skipped
+from core.distributed.world import DeviceName, World, distributed
 from language.captions import Cleaning, all_captions
 from language.features import DTYPES, ReferenceFeatures
 from language.t5 import T5, load_t5
@@ -43,7 +43,7 @@ class EncodeConfig:
     out: Path
     t5: str = "google/flan-t5-xl"
     reference_features: Path | None = None
-    pairs: PairsConfig = field(default_factory=PairsConfig)
+    pairs: ImageTextConfig = field(default_factory=ImageTextConfig)
     max_tokens: int = 120
     clean: Cleaning = "clean"
     shard_size: int = 1000
@@ -59,7 +59,7 @@ class EncodeConfig:
 
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all captions, this rank's shards on this rank, then write the index."""
-    pairs = Pairs(config.pairs)
+    pairs = ImageTextPairs(config.pairs)
     t5 = (
         ReferenceFeatures(config.reference_features, config.max_tokens)
         if config.reference_features
@@ -92,7 +92,7 @@ def write_shard(
     config: EncodeConfig,
     writer: ShardWriter,
     shard: int,
-    pairs: Pairs,
+    pairs: ImageTextPairs,
     t5: T5 | ReferenceFeatures,
 ) -> None:
     """Encode and write one shard: the pairs with captions, and the names of the others."""

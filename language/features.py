@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from core.config import InputError
-from core.pairs import CaptionError
-from core.shards import ShardReader, map_array, read_index
+from core.data.image_text import CaptionError
+from core.data.shards import ShardReader, map_array, read_index
 from language.t5 import pad
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -60,7 +60,7 @@ def main() -> None:
     )
     stage("evaluations.reference", "reference.yaml", "--images", train, "--out", out / "real.npz")
     stage(
-        "evaluations.generation",
+        "evaluations.score",
         "generation.yaml",
         *("--samples", samples, "--reference", out / "real.npz", "--out", out / "scores"),
     )

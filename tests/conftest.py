@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.distributed import World, choose_device
-from core.shards import ShardWriter
+from core.data.shards import ShardWriter
+from core.distributed.world import World, choose_device
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT.parent / "shared" / "goldens"

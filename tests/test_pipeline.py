@@ -60,7 +60,7 @@ def test_images_become_scores_through_every_command(tmp_path):
         *("--num_images", 12, "--labels", "balanced", "--grid_columns", 6),
     )
     run_module(
-        "evaluations.generation",
+        "evaluations.score",
         *("--samples", tmp_path / "samples", "--reference", reference),
         *("--out", tmp_path / "scores", *proxy),
     )

@@ -17,15 +17,17 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import ten_crop
 from tqdm import tqdm
 
-from core.checkpoint import Weights
 from core.config import InputError, parse_config, run_command, save_config
-from core.datasets import OrderedImages, Skipped, find_images, ordered_batches
-from core.distributed import DeviceName, Precision, World, distributed, dtype_of
-from core.images import center_crop, pixels_to_images
-from core.pairs import Pairs, PairsConfig
-from core.shards import ShardWriter
-from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
+from core.data.image_list import find_images
+from core.data.image_text import ImageTextConfig, ImageTextPairs
+from core.data.images import center_crop, pixels_to_images
+from core.data.loader import OrderedImages, ordered_batches
+from core.data.shards import ShardWriter
+from core.data.skip_log import Skipped
+from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
+from core.weights import Weights
+from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class EncodeConfig:
     tokenizer: str
     out: Path
     data: Path | None = None
-    pairs: PairsConfig = field(default_factory=PairsConfig)
+    pairs: ImageTextConfig = field(default_factory=ImageTextConfig)
     image_size: tuple[int, int] = (256, 256)
     crop: Literal["center", "ten"] = "center"
     crop_ranges: tuple[float, ...] = (1.1,)
@@ -107,7 +109,7 @@ class Crops:
 
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all images, this rank's shards on this rank, then write the index."""
-    images = find_images(config.data) if config.data else Pairs(config.pairs)
+    images = find_images(config.data) if config.data else ImageTextPairs(config.pairs)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     check_sizes(config, vq)
     vq = vq.for_inference(world.device, dtype_of(config.precision))
@@ -131,7 +133,7 @@ def encode(config: EncodeConfig, world: World) -> None:
         "num_classes": len(images.classes),
         "images": len(images),
     }
-    if isinstance(images, Pairs):
+    if isinstance(images, ImageTextPairs):
         settings["pairs_fingerprint"] = images.fingerprint
     writer = ShardWriter(config.out, len(images), config.shard_size, settings, world)
     todo = writer.begin()

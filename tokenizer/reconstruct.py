@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import Weights
 from core.config import InputError, config_values, parse_config, run_command
-from core.datasets import CenterCrop, OrderedImages, Skipped, find_images, ordered_batches
-from core.distributed import DeviceName, Precision, World, distributed, dtype_of
-from core.images import images_to_pixels, pixels_to_images, save_png, side_by_side
-from core.shards import write_json
+from core.data.grids import side_by_side
+from core.data.image_list import find_images
+from core.data.images import images_to_pixels, pixels_to_images, save_png
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.skip_log import Skipped
+from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
+from core.files import write_json
+from core.weights import Weights
 from evaluations.evaluator import Evaluator
-from evaluations.lpips import LPIPS
-from evaluations.reconstruction import psnr, ssim, ssim_reference_inflated
-from evaluations.scoring import JudgeConfig, check_size, judge_by_originals, open_judge, score
-from tokenizer.model import VQModel
-from tokenizer.pretrained import load_tokenizer
-from tokenizer.quantizer import CodebookUsage
+from evaluations.metrics.lpips import LPIPS
+from evaluations.metrics.psnr_ssim import psnr, ssim, ssim_reference_inflated
+from evaluations.scorer import MetricsConfig, check_size, open_scorer, score, scorer_from_originals
+from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.vq_model import VQModel
+from tokenizer.quantizers.usage import CodebookUsage
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class ReconstructConfig:
     out: Path
     image_size: tuple[int, int] = (256, 256)
     rfid: bool = False
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judge: MetricsConfig = field(default_factory=MetricsConfig)
     lpips: bool = False
     vgg_weights: Path | None = None
     shown: int = 16
@@ -115,7 +118,7 @@ class RFID:
     def __init__(self, config: ReconstructConfig, world: World) -> None:
         self.config, self.world = config, world
         judge = config.judge
-        self.judge = open_judge(judge, "reconstruction", world) if judge.reference else None
+        self.judge = open_scorer(judge, "reconstruction", world) if judge.reference else None
         if self.judge:
             check_size(config.image_size, config.data, self.judge.reference)
         detector = self.judge.detector if self.judge else judge.build_detector(world)
@@ -132,7 +135,7 @@ class RFID:
         fake, real = self.fake.merge(self.world), self.real.merge(self.world)
         if not self.world.is_main or len(fake.ids) < 2:
             return {}
-        judge = self.judge or judge_by_originals(
+        judge = self.judge or scorer_from_originals(
             self.config.judge, self.fake.detector, self.config.data, real
         )
         return score(judge, fake).values

@@ -17,28 +17,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core.checkpoint import Checkpointer
 from core.config import parse_config, run_command
-from core.datasets import (
-    SkipLog,
-    TrainingImages,
-    check_batch_size,
-    find_images,
-    local_positions,
-    training_batches,
-)
-from core.distributed import DeviceName, Precision, World, distributed
-from core.ema import EMA
-from core.images import image_to_pixels, pixels_to_images, random_crop
-from core.interruption import Interruption
-from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
-from core.parallel import ParallelConfig, no_sync, prepare
-from core.planning import check_fits, plan_model, print_plan
-from core.randomness import seed_step
-from core.run import ReportConfig, Run, begin_run
+from core.data.image_list import find_images
+from core.data.images import image_to_pixels, pixels_to_images, random_crop
+from core.data.loader import TrainingImages, training_batches
+from core.data.order import check_batch_size, local_positions
+from core.data.skip_log import SkipLog
+from core.distributed.parallel import ParallelConfig, no_sync, prepare
+from core.distributed.preemption import Preemption
+from core.distributed.world import DeviceName, Precision, World, distributed
+from core.rng import seed_step
+from core.training.checkpoint import Checkpointer
+from core.training.ema import EMA
+from core.training.memory_plan import check_fits, plan_model, print_plan
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
+from core.training.run import ReportConfig, Run, begin_run
 from core.weights import load_weights
-from evaluations.lpips import LPIPS
-from tokenizer.discriminator import DiscriminatorConfig, build_discriminator
+from evaluations.metrics.lpips import LPIPS
 from tokenizer.losses import (
     LossConfig,
     adaptive_weight,
@@ -46,9 +41,12 @@ from tokenizer.losses import (
     generator_loss,
     tokenizer_losses,
 )
-from tokenizer.model import ResnetBlock, VQConfig, VQModel
-from tokenizer.monitoring import Totals, load_pictures, reconstruct
-from tokenizer.pretrained import load_tokenizer
+from tokenizer.models.config import VQConfig
+from tokenizer.models.discriminator import DiscriminatorConfig, build_discriminator
+from tokenizer.models.layers import ResnetBlock
+from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.vq_model import VQModel
+from tokenizer.validation import Totals, load_pictures, reconstruct
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "image")
     totals = Totals(config.model.vocab_size, world)
-    interruption = Interruption(world)
+    interruption = Preemption(world)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.

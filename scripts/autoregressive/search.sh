@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # scripts/autoregressive/search.sh --config ...   (see launch.sh for one node and many)
-exec "$(dirname "$0")/../launch.sh" autoregressive.search "$@"
+exec "$(dirname "$0")/../launch.sh" autoregressive.tune_guidance "$@"

@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, command, run_module, write_codes, write_features
 from test_gpt_train import flags, losses, weights
 
-from core.datasets import ShuffledOrder, local_positions
-from core.distributed import World
-from core.interruption import REQUEUE
+from core.data.order import ShuffledOrder, local_positions
+from core.distributed.preemption import REQUEUE
+from core.distributed.world import World
 
 FSDP = ("--parallel.strategy", "fsdp")
 HSDP = ("--parallel.strategy", "hsdp", "--parallel.shard_size", 2)

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from autoregressive import GPT, GPTConfig, generate
-from autoregressive.decoding import Decoder, Request
-from autoregressive.model import PRESETS
-from autoregressive.quality import next_code_logits
+from autoregressive.inference.engine import GenerationRequest, InferenceEngine
+from autoregressive.inference.precision_check import next_code_logits
+from autoregressive.models.config import PRESETS
 from core.config import InputError
 
 TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
@@ -37,8 +37,8 @@ def cached_logits(gpt: GPT, codes: torch.Tensor, condition, scale: float = 1.0) 
 
     batch, count = codes.shape
     noise = torch.zeros(batch, 1, dtype=torch.int64)
-    request = Request(condition, None, [scale] * count, noise, force)
-    return next_code_logits(Decoder(gpt), request, count, force)
+    request = GenerationRequest(condition, None, [scale] * count, noise, force)
+    return next_code_logits(InferenceEngine(gpt), request, count, force)
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
@@ -154,7 +154,7 @@ def test_padding_of_a_caption_changes_nothing():
 
 
 def test_zero_rows_make_the_condition_act_through_values_alone():
-    from autoregressive.rope import rotary_table, rotate
+    from autoregressive.models.rope import rotary_table, rotate
 
     x = torch.randn(1, 3, 2, 8)
     zero = rotate(x, rotary_table((1, 2), 8, 10000.0, 1, "zero"))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_decoder import tiny
 
 from autoregressive import GPT
-from autoregressive.pretrained import load_gpt
+from autoregressive.models.pretrained import load_gpt
 from core.config import InputError, save_config
 
 
@@ -99,7 +99,7 @@ def test_the_command_converts_a_released_file(tmp_path):
     gpt = tiny(dim=128, num_heads=2)
     torch.save({"model": gpt.state_dict()}, tmp_path / "released.pt")
     flags = ("--source", tmp_path / "released.pt", "--grid", "[4,4]", "--out", tmp_path / "ours")
-    run_module("autoregressive.pretrained", *flags)
+    run_module("autoregressive.convert", *flags)
     assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.yaml", "model.safetensors"}
     loaded = GPT.from_pretrained(tmp_path / "ours")
     assert loaded.config == gpt.config

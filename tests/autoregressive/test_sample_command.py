@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_decoder import tiny
 
-from autoregressive.prompts import sample_labels
+from autoregressive.conditions import sample_labels
 from autoregressive.sample import SampleConfig, grid_ids
 from core.config import save_config
-from core.images import save_npz
-from core.shards import ShardReader
+from core.data.npz import save_npz
+from core.data.shards import ShardReader
 from tokenizer import VQConfig, VQModel
 
 
@@ -127,7 +127,7 @@ def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, mode
     assert not list(stream.glob("pixels*"))
     run_module("autoregressive.sample", *models, "--out", tmp_path / "file")
     run = ("--samples", tmp_path / "file", "--reference", tmp_path / "reference.npz")
-    run_module("evaluations.generation", *run, *LOOK, "--out", tmp_path / "scored")
+    run_module("evaluations.score", *run, *LOOK, "--out", tmp_path / "scored")
     expected = scores(tmp_path / "scored")
     assert scores(stream) == expected
     assert expected["n"] == 30
@@ -140,17 +140,17 @@ def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, mode
 def test_a_search_scores_every_guidance_once_and_names_the_best(tmp_path, models, judge):
     flags = [*models[:6], "--device", "cpu", "--num_images", 12, *judge, "--out", tmp_path / "out"]
     flags += ["--schedules", "[constant,cosine]", "--powers", "[1,2]"]
-    run_module("autoregressive.search", *flags, "--scales", "[1.5]")
+    run_module("autoregressive.tune_guidance", *flags, "--scales", "[1.5]")
     first = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
     assert [row["run"] for row in first] == ["constant 1 1.5", "cosine 1 1.5", "cosine 2 1.5"]
-    said = run_module("autoregressive.search", *flags, "--scales", "[1.5,3]").stdout
+    said = run_module("autoregressive.tune_guidance", *flags, "--scales", "[1.5,3]").stdout
     rows = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
     assert rows[:3] == first
     assert len(rows) == 6
     best = min(rows, key=lambda row: row["proxy_fd"])
     assert f"--sampling.cfg_scale {best['cfg_scale']}" in said
     assert (tmp_path / "out" / "search.png").exists()
-    other = run_module("autoregressive.search", *flags, "--labels", "balanced", ok=False)
+    other = run_module("autoregressive.tune_guidance", *flags, "--labels", "balanced", ok=False)
     assert other.returncode == 2
     assert "choose another folder" in other.stderr
 

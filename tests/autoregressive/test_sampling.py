@@ -3,10 +3,10 @@ import torch
 from test_decoder import tiny
 
 from autoregressive import generate
-from autoregressive.decoding import Decoder
-from autoregressive.drawing import Drawing, filter_logits
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.sampler import TopKTopPSampler, filter_logits
 from core.config import InputError
-from core.randomness import random_bits
+from core.rng import random_bits
 
 
 def test_top_k_keeps_ties():
@@ -28,14 +28,14 @@ def test_top_p_works_on_what_top_k_leaves():
 
 
 def draw(
-    logits: torch.Tensor, drawing: Drawing, seed: int, ids: torch.Tensor, position: int
+    logits: torch.Tensor, drawing: TopKTopPSampler, seed: int, ids: torch.Tensor, position: int
 ) -> torch.Tensor:
     return drawing(logits, random_bits(seed, ids[:, None]), torch.full((len(ids), 1), position))
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 2.0}])
 def test_draws_follow_the_exact_distribution(settings):
-    drawing = Drawing(**settings)
+    drawing = TopKTopPSampler(**settings)
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     draws = 20_000
     codes = draw(logits.repeat(draws, 1), drawing, seed=0, ids=torch.arange(draws), position=3)
@@ -51,10 +51,10 @@ def test_draws_follow_the_exact_distribution(settings):
 def test_noise_differs_by_seed_sample_and_position():
     logits = torch.zeros(1, 1000)
     ids = torch.tensor([0])
-    first = draw(logits, Drawing(), 0, ids, 0)
-    assert first != draw(logits, Drawing(), 1, ids, 0)
-    assert first != draw(logits, Drawing(), 0, ids + 1, 0)
-    assert first != draw(logits, Drawing(), 0, ids, 1)
+    first = draw(logits, TopKTopPSampler(), 0, ids, 0)
+    assert first != draw(logits, TopKTopPSampler(), 1, ids, 0)
+    assert first != draw(logits, TopKTopPSampler(), 0, ids + 1, 0)
+    assert first != draw(logits, TopKTopPSampler(), 0, ids, 1)
 
 
 @pytest.mark.parametrize("cfg_interval", [-1, 3])
@@ -100,7 +100,7 @@ def test_guidance_covers_the_first_code_and_the_interval_after_it(cfg_interval, 
 
 
 def test_no_null_rows_are_computed_without_guidance():
-    gpt = Decoder(tiny())
+    gpt = InferenceEngine(tiny())
     sizes = []
     gpt.norm.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     generate(gpt, torch.tensor([0, 1]), cfg_scale=1.0)

@@ -9,14 +9,15 @@ from scipy.stats import chi2
 from test_decoder import captions, tiny
 
 from autoregressive import generate
-from autoregressive.decoding import Decoder, decoder_of
-from autoregressive.drawing import gumbel
-from autoregressive.linears import Int8Prepacked, WeightOnly, pack, quantize
-from autoregressive.quality import compare
-from autoregressive.sampling import SamplingConfig, generate_rows, generate_steps, request_of
-from benchmarks import naive
+from autoregressive.inference.engine import InferenceEngine, engine_of
+from autoregressive.inference.generate import generate_rows, generate_steps, request_of
+from autoregressive.inference.precision_check import compare
+from autoregressive.inference.quantized_linear import Int8Prepacked, WeightOnly, pack, quantize
+from autoregressive.inference.sampler import gumbel
+from autoregressive.inference.sampling_config import SamplingConfig
+from benchmarks import reference_sampler
 from core.config import InputError
-from core.randomness import random_bits
+from core.rng import random_bits
 
 LABELS = torch.tensor([0, 4, 2])
 SETTINGS = [
@@ -41,7 +42,7 @@ def test_seeded_codes_equal_those_of_the_plain_algorithm(settings, model):
         noise = random_bits(7, torch.arange(3)[:, None], torch.tensor([[position]]))
         return (probabilities.log() + gumbel(noise, torch.arange(50))).argmax(-1)
 
-    expected = naive.generate(gpt, LABELS, config, draw)
+    expected = reference_sampler.generate(gpt, LABELS, config, draw)
     assert torch.equal(generate(gpt, LABELS, **vars(config)), expected)
 
 
@@ -54,7 +55,7 @@ def joint_distribution(gpt, label: int, config: SamplingConfig) -> torch.Tensor:
         conditional, null = gpt(images, labels), gpt(images, torch.full_like(labels, 5))
     scale = torch.tensor(config.guidance(3))[:, None]
     guided = null + scale * (conditional - null)
-    steps = [naive.probabilities(guided[:, position], config) for position in range(3)]
+    steps = [reference_sampler.probabilities(guided[:, position], config) for position in range(3)]
     chosen = torch.stack(steps, 1).gather(2, images[..., None])[..., 0]
     return chosen.double().prod(1)
 
@@ -85,7 +86,7 @@ def test_images_follow_the_exact_distribution(cfg_scale, cfg_interval, top_k, to
     check_chi_square(codes, joint_distribution(gpt, 2, config) * draws)
 
 
-def pointers(decoder: Decoder) -> list[int]:
+def pointers(decoder: InferenceEngine) -> list[int]:
     return [part.data_ptr() for pair in decoder.cache.layers for store in pair for part in store]
 
 
@@ -101,13 +102,13 @@ def test_twenty_calls_allocate_and_compile_nothing_new():
         return len(tensors), sum(t.nbytes for t in tensors if t.layout == torch.strided)
 
     call(0)
-    decoder, compiled = decoder_of(gpt), torch._dynamo.utils.counters["stats"].copy()
+    decoder, compiled = engine_of(gpt), torch._dynamo.utils.counters["stats"].copy()
     buffers = pointers(decoder)
     before = held()
     for seed in range(20):
         call(seed)
     assert held() == before
-    assert decoder_of(gpt) is decoder
+    assert engine_of(gpt) is decoder
     assert pointers(decoder) == buffers
     assert torch._dynamo.utils.counters["stats"] == compiled
 
@@ -120,12 +121,12 @@ def test_changed_weights_are_packed_again():
         gpt.layers[0].feed_forward.w1.weight.neg_()
     after = generate(gpt, LABELS, greedy=True)
     assert not torch.equal(before, after)
-    assert torch.equal(after, generate(Decoder(gpt), LABELS, greedy=True))
+    assert torch.equal(after, generate(InferenceEngine(gpt), LABELS, greedy=True))
 
 
 def test_a_model_in_training_keeps_no_decoder():
     gpt = tiny().train()
-    assert decoder_of(gpt) is not decoder_of(gpt)
+    assert engine_of(gpt) is not engine_of(gpt)
 
 
 def test_captions_of_different_lengths_do_not_depend_on_their_batch():
@@ -185,13 +186,13 @@ def test_w8a8_rounds_each_row_of_activations_by_itself():
 @pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_lower_precision_draws_nearly_the_same_codes(precision):
     gpt = tiny(vocab_size=20)
-    exact, codes = (generate(d, LABELS, seed=3) for d in (gpt, Decoder(gpt, precision)))
+    exact, codes = (generate(d, LABELS, seed=3) for d in (gpt, InferenceEngine(gpt, precision)))
     assert (codes[:, 0] == exact[:, 0]).float().mean() > 0.5  # later codes follow from earlier ones
 
 
 def test_fp8_is_refused_on_a_cpu():
     with pytest.raises(InputError, match="fp8"):
-        Decoder(tiny(), "fp8")
+        InferenceEngine(tiny(), "fp8")
 
 
 @pytest.mark.parametrize("window", [2, 5, 40])
@@ -240,22 +241,22 @@ def test_eight_bit_keys_and_values_change_the_distribution_a_little(kept):
     gpt = tiny(seed=2, num_kv_heads=2)
     with torch.no_grad():
         gpt.output.weight.mul_(0.1)
-    exact, other = Decoder(gpt), Decoder(gpt, cache=kept)
+    exact, other = InferenceEngine(gpt), InferenceEngine(gpt, cache=kept)
     request = request_of(gpt.config, LABELS, SamplingConfig(), torch.arange(3))
     change = compare(exact, other, request, count=16)
     assert 0 < change["kl"] < {"int8": 1e-3, "fp8": 2e-2}[kept]
     assert change["same_likeliest"] > 0.8
     assert other.cache.layers[0][0][0].element_size() == 1
-    assert compare(exact, Decoder(gpt), request, count=16)["kl"] == 0
+    assert compare(exact, InferenceEngine(gpt), request, count=16)["kl"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_compiled_layers_draw_the_same_codes_and_compile_once(precision):
     gpt = tiny(vocab_size=20)
-    decoder = Decoder(gpt, precision, compile=True)
+    decoder = InferenceEngine(gpt, precision, compile=True)
     codes = generate(decoder, LABELS, seed=3)
-    same = generate(Decoder(gpt, precision), LABELS, seed=3) == codes
+    same = generate(InferenceEngine(gpt, precision), LABELS, seed=3) == codes
     assert same[:, 0].float().mean() > 0.5  # later codes follow from earlier ones
     compiled = torch._dynamo.utils.counters["stats"].copy()
     for seed in range(20):
@@ -267,6 +268,6 @@ def test_a_masked_prefix_longer_than_what_is_valid_changes_nothing(monkeypatch):
     # What a GPU attends to without device lengths, so that few graphs serve all positions.
     gpt = tiny(seed=2, num_kv_heads=2)
     exact = generate(gpt, LABELS, seed=4, cfg_interval=5)
-    decoder = Decoder(gpt)
+    decoder = InferenceEngine(gpt)
     monkeypatch.setattr(decoder, "_extent", lambda valid, hides: (decoder.cache.capacity, True))
     assert torch.equal(generate(decoder, LABELS, seed=4, cfg_interval=5), exact)

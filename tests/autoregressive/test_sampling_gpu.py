@@ -7,9 +7,10 @@ import torch
 from test_decoder import tiny
 
 from autoregressive import generate
-from autoregressive.decoding import Decoder
-from autoregressive.quality import compare
-from autoregressive.sampling import SamplingConfig, request_of
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import request_of
+from autoregressive.inference.precision_check import compare
+from autoregressive.inference.sampling_config import SamplingConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +24,7 @@ CUDA = torch.device("cuda")
 def test_codes_equal_those_of_the_cpu(settings):
     gpt = tiny(seed=4, dim=64)
     expected = generate(gpt, LABELS, cfg_scale=3.0, seed=1, **settings)
-    decoder = Decoder(gpt, device=CUDA)
+    decoder = InferenceEngine(gpt, device=CUDA)
     for _ in range(2):  # the second replays the graphs of the first
         drawn = generate(decoder, LABELS, cfg_scale=3.0, seed=1, **settings).cpu()
         assert (drawn == expected).float().mean() > 0.98
@@ -32,7 +33,7 @@ def test_codes_equal_those_of_the_cpu(settings):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_draw_what_eager_steps_draw(compiled):
     gpt = tiny(seed=4, dim=64, num_kv_heads=2)
-    decoder = Decoder(gpt, "bf16", compile=compiled, device=CUDA)
+    decoder = InferenceEngine(gpt, "bf16", compile=compiled, device=CUDA)
     request = request_of(gpt.config, LABELS, SamplingConfig(cfg_interval=4), torch.arange(4))
     *_, (codes, _) = decoder.steps(dataclasses.replace(request, eager=True))
     eager = codes.clone()
@@ -51,5 +52,7 @@ def test_lower_precision_changes_the_distribution_a_little(precision, cache):
     with torch.no_grad():
         gpt.output.weight.mul_(0.1)
     request = request_of(gpt.config, LABELS, SamplingConfig(), torch.arange(4))
-    exact, other = (Decoder(gpt, *how, device=CUDA) for how in (("bf16",), (precision, cache)))
+    exact, other = (
+        InferenceEngine(gpt, *how, device=CUDA) for how in (("bf16",), (precision, cache))
+    )
     assert compare(exact, other, request, count=16)["kl"] < 0.05

@@ -13,11 +13,12 @@ from test_gpt_train import losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive import generate
-from autoregressive.data import CodesConfig
-from autoregressive.prompts import ShownConfig, read_prompts
-from autoregressive.text_data import TextDataset
+from autoregressive.conditions import ConditionConfig, read_prompts
+from autoregressive.data.captions import TextDataset
+from autoregressive.data.config import DataConfig
 from core.config import InputError, save_config
-from core.shards import ShardReader, read_index, write_json
+from core.data.shards import ShardReader, read_index
+from core.files import write_json
 from core.weights import save_tensors
 from tokenizer import VQConfig, VQModel
 
@@ -73,7 +74,7 @@ def stage1(made, tmp_path_factory) -> Path:
 
 
 def data(made: Path, **changes: object) -> TextDataset:
-    return TextDataset(CodesConfig((made / "codes8",), features=made / "features", **changes))
+    return TextDataset(DataConfig((made / "codes8",), features=made / "features", **changes))
 
 
 @pytest.mark.slow
@@ -110,7 +111,7 @@ def test_features_of_other_pictures_are_refused(made, tmp_path):
     index = read_index(tmp_path)
     write_json(tmp_path / "index.json", {**index, "pairs_fingerprint": "other"})
     with pytest.raises(InputError, match="captions of other pictures"):
-        TextDataset(CodesConfig((made / "codes8",), features=tmp_path))
+        TextDataset(DataConfig((made / "codes8",), features=tmp_path))
 
 
 @pytest.mark.slow
@@ -171,7 +172,7 @@ def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, 
     with np.load(tmp_path / "flat" / "samples.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0"]
     failed = run_module(
-        "evaluations.text_alignment",
+        "evaluations.clip_score",
         *("--samples", tmp_path / "flat", "--clip_weights", tmp_path / "clip.pt"),
         *("--out", tmp_path / "clip", *CPU),
         ok=False,
@@ -282,11 +283,11 @@ def test_a_training_step_on_captions_makes_no_square_mask():
 )
 def test_prompt_files_of_every_kind_are_read(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    found = read_prompts(ShownConfig(prompts=tmp_path / name))
+    found = read_prompts(ConditionConfig(prompts=tmp_path / name))
     assert [prompt.text for prompt in found] == expected
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "17.txt").write_text("of a folder")
-    assert read_prompts(ShownConfig(prompts=tmp_path / "folder"))[0].name == "17"
+    assert read_prompts(ConditionConfig(prompts=tmp_path / "folder"))[0].name == "17"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_prompt_files_of_every_kind_are_read(tmp_path, name, text, expected):
 def test_bad_prompt_files_are_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        read_prompts(ShownConfig(prompts=tmp_path / name))
+        read_prompts(ConditionConfig(prompts=tmp_path / name))
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
@@ -327,10 +328,10 @@ def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
         "--prompts",
         tmp_path / "prompts.txt",
     )
-    run_module("autoregressive.complete", *run, "--keep_rows", 2, "--out", tmp_path / "out")
+    run_module("autoregressive.inpaint", *run, "--keep_rows", 2, "--out", tmp_path / "out")
     assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 4
     assert (tmp_path / "out" / "completions.png").is_file()
     wrong = ("--redraw", "[0,0,9,9]", "--out", tmp_path / "wrong")
-    failed = run_module("autoregressive.complete", *run, *wrong, ok=False)
+    failed = run_module("autoregressive.inpaint", *run, *wrong, ok=False)
     assert failed.returncode == 2
     assert "grid of 4 x 4" in failed.stderr.splitlines()[-1]

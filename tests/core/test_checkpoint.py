@@ -7,9 +7,10 @@ from conftest import ROOT
 from test_training_parts import CPU, network, train
 from torch import nn
 
-from core.checkpoint import Checkpointer, find_damage, inference_files
 from core.config import InputError
-from core.optim import OptimizerConfig, Stepper, build_adamw
+from core.training.checkpoint import Checkpointer, find_damage
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.weights import inference_files
 from tokenizer import VQConfig
 
 

@@ -116,7 +116,7 @@ def test_configs_are_frozen():
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tokenizer.pretrained", *flags]
+    command = [sys.executable, "-m", "tokenizer.convert", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -134,7 +134,7 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
 def test_help_explains_every_field_and_print_config_is_a_dry_run(tmp_path):
     text = run("--help").stdout
     assert "auto prefers averaged ones" in text
-    assert "python -m tokenizer.pretrained --source vq_ds16_c2i.pt" in text
+    assert "python -m tokenizer.convert --source vq_ds16_c2i.pt" in text
     shown = run("--source", "x", "--out", str(tmp_path / "out"), "--print_config")
     assert shown.returncode == 0
     assert "weights: auto" in shown.stdout

@@ -4,22 +4,20 @@ import torch
 from PIL import Image
 
 from core.config import InputError
-from core.datasets import (
+from core.data.image_list import find_images
+from core.data.loader import (
     CenterCrop,
     OrderedImages,
-    ShuffledOrder,
-    SkipLog,
-    Skipped,
     TrainingImages,
-    check_batch_size,
-    find_images,
-    local_positions,
     ordered_batches,
     training_batches,
 )
-from core.distributed import World, choose_device
-from core.randomness import random_uniform, seed_step
-from core.shards import ShardReader, ShardWriter, read_json
+from core.data.order import ShuffledOrder, check_batch_size, local_positions
+from core.data.shards import ShardReader, ShardWriter
+from core.data.skip_log import SkipLog, Skipped
+from core.distributed.world import World, choose_device
+from core.files import read_json
+from core.rng import random_uniform, seed_step
 
 CPU = choose_device("cpu")
 

@@ -9,17 +9,16 @@ import torch
 from PIL import Image
 
 from core.config import InputError
-from core.images import (
+from core.data.grids import image_grid
+from core.data.images import (
     ImageError,
     center_crop,
-    image_grid,
     images_to_pixels,
     load_image,
     pixels_to_images,
     random_crop,
-    read_npz_pictures,
-    save_npz,
 )
+from core.data.npz import read_npz_images, save_npz
 
 
 def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -141,12 +140,12 @@ def test_an_npz_is_written_as_a_stream_and_read_by_numpy(tmp_path):
     with np.load(path, allow_pickle=False) as file:
         assert np.array_equal(file["arr_0"], pixels)
         assert np.array_equal(file["arr_1"], np.arange(10))
-    batches = list(read_npz_pictures(path, batch_size=4))
+    batches = list(read_npz_images(path, batch_size=4))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert np.array_equal(np.concatenate(batches), pixels)
     (tmp_path / "text.npz").write_text("no")
     with pytest.raises(InputError, match="not an npz"):
-        list(read_npz_pictures(tmp_path / "text.npz"))
+        list(read_npz_images(tmp_path / "text.npz"))
 
 
 def test_the_grid_holds_every_picture():

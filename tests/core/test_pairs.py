@@ -5,8 +5,8 @@ from conftest import jpeg, write_tar
 from PIL import Image
 
 from core.config import InputError
-from core.images import ImageError
-from core.pairs import CaptionError, Pairs, PairsConfig
+from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
+from core.data.images import ImageError
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reason(call, index: int) -> str:
 
 
 def test_each_bad_pair_of_a_tar_has_its_reason(shard):
-    pairs = Pairs(PairsConfig(shard))
+    pairs = ImageTextPairs(ImageTextConfig(shard))
     assert len(pairs) == 6
     assert [reason(pairs.captions, i) for i in range(6)] == [
         *("", "", "no caption", "caption is not UTF-8", "empty caption", "")
@@ -46,26 +46,26 @@ def test_each_bad_pair_of_a_tar_has_its_reason(shard):
 
 
 def test_the_places_in_a_tar_are_kept_and_listed_again_when_it_changes(shard):
-    first = Pairs(PairsConfig(shard))
+    first = ImageTextPairs(ImageTextConfig(shard))
     assert (shard / ".pairs" / "00000.tar.npz").is_file()
-    assert Pairs(PairsConfig(shard)).fingerprint == first.fingerprint
+    assert ImageTextPairs(ImageTextConfig(shard)).fingerprint == first.fingerprint
     write_tar(shard / "00000.tar", {"9.jpg": jpeg(), "9.txt": b"new"})
-    again = Pairs(PairsConfig(shard))
+    again = ImageTextPairs(ImageTextConfig(shard))
     assert again.source.keys == ["00000.tar/9"]
     assert again.fingerprint != first.fingerprint
     (shard / ".pairs" / "00000.tar.npz").write_bytes(b"half")
-    assert len(Pairs(PairsConfig(shard))) == 1
+    assert len(ImageTextPairs(ImageTextConfig(shard))) == 1
 
 
 def test_pairs_are_filtered_by_score_and_aspect(shard):
-    config = PairsConfig(shard, score_field="aesthetic", min_score=5.0)
-    pairs = Pairs(config)
+    config = ImageTextConfig(shard, score_field="aesthetic", min_score=5.0)
+    pairs = ImageTextPairs(config)
     assert [reason(pairs.load, i) for i in (0, 2)] == ["", "no aesthetic"]
-    low = Pairs(PairsConfig(shard, score_field="aesthetic", min_score=7.0))
+    low = ImageTextPairs(ImageTextConfig(shard, score_field="aesthetic", min_score=7.0))
     assert reason(low.captions, 0) == "aesthetic below 7.0"
     Image.new("RGB", (100, 20)).save(shard / "wide.png")
     (shard / "00000.tar").unlink()
-    assert reason(Pairs(PairsConfig(shard, max_aspect=3)).load, 0) == "aspect beyond 3"
+    assert reason(ImageTextPairs(ImageTextConfig(shard, max_aspect=3)).load, 0) == "aspect beyond 3"
 
 
 def test_the_references_lists_are_read_line_by_line(tmp_path):
@@ -77,7 +77,9 @@ def test_the_references_lists_are_read_line_by_line(tmp_path):
     ]
     text = "\n".join(json.dumps(line) for line in lines) + "\nno json\n"
     (tmp_path / "part.jsonl").write_text(text)
-    pairs = Pairs(PairsConfig(tmp_path, captions={"long": "text.1", "short": "text.0"}))
+    pairs = ImageTextPairs(
+        ImageTextConfig(tmp_path, captions={"long": "text.1", "short": "text.0"})
+    )
     assert pairs.captions(0) == ["a long one", "short"]
     assert pairs.load(0).size == (40, 40)
     assert [reason(pairs.captions, i) for i in (1, 2)] == ["no caption", "damaged json"]
@@ -87,9 +89,9 @@ def test_the_references_lists_are_read_line_by_line(tmp_path):
 
 def test_what_holds_no_pairs_is_one_line(tmp_path):
     with pytest.raises(InputError, match="holds no pictures"):
-        Pairs(PairsConfig(tmp_path))
+        ImageTextPairs(ImageTextConfig(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
-        Pairs(PairsConfig(tmp_path / "nowhere"))
+        ImageTextPairs(ImageTextConfig(tmp_path / "nowhere"))
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(InputError, match="not an uncompressed tar"):
-        Pairs(PairsConfig(tmp_path))
+        ImageTextPairs(ImageTextConfig(tmp_path))

@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.config import InputError
-from core.datasets import SkipLog, Skipped, TrainingImages, find_images, training_batches
-from core.hardware import peak_flops
-from core.losses import linear_cross_entropy
-from core.optim import OptimizerConfig, Stepper, build_adamw
-from core.parallel import ParallelConfig, prepare
-from core.planning import check_fits, plan_model
-from core.prefetch import prefetch
+from core.data.image_list import find_images
+from core.data.loader import TrainingImages, training_batches
+from core.data.skip_log import SkipLog, Skipped
+from core.distributed.hardware import peak_flops
+from core.distributed.parallel import ParallelConfig, prepare
+from core.training.linear_cross_entropy import linear_cross_entropy
+from core.training.memory_plan import check_fits, plan_model
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.training.prefetch import prefetch
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import pytest
 from test_config import Inner
 
 from core.config import InputError
-from core.distributed import World
-from core.run import ReportConfig, Run, begin_run
+from core.distributed.world import World
+from core.training.run import ReportConfig, Run, begin_run
 
 
 def report(folder, world, first_step: int, steps: range, config: Inner) -> Run:

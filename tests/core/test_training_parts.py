@@ -9,8 +9,8 @@ from conftest import ROOT
 from torch import nn
 
 from core.config import InputError
-from core.ema import EMA
-from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
+from core.training.ema import EMA
+from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
 
 CPU = torch.device("cpu")
 

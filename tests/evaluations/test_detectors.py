@@ -9,10 +9,10 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from core.config import InputError
-from core.distributed import choose_device
-from evaluations import dinov2, inception
-from evaluations.detectors import InceptionDetector, ProxyDetector, full_float32
-from evaluations.frechet import Gaussian, frechet_distance
+from core.distributed.world import choose_device
+from evaluations.features import dinov2, inception
+from evaluations.features.extractors import InceptionExtractor, ProxyExtractor, full_float32
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 CPU = choose_device("cpu")
 
@@ -123,7 +123,7 @@ def test_a_weights_file_without_counters_is_read_and_an_unknown_one_is_pointed_o
     assert len(sha256) == 64
     assert "is not 6726825d" in caplog.text
     assert all(torch.equal(network.state_dict()[key], value) for key, value in published.items())
-    assert InceptionDetector(tmp_path / "weights.pth", CPU).metric == "unverified_inception_fd"
+    assert InceptionExtractor(tmp_path / "weights.pth", CPU).metric == "unverified_inception_fd"
     del published["fc.weight"]
     torch.save(published, tmp_path / "cut.pth")
     with pytest.raises(InputError, match=r"fc\.weight is missing"):
@@ -132,7 +132,7 @@ def test_a_weights_file_without_counters_is_read_and_an_unknown_one_is_pointed_o
 
 def test_missing_inception_weights_name_the_file_and_the_flag(tmp_path):
     with pytest.raises(InputError, match=r"--inception_weights.*--detector proxy"):
-        InceptionDetector(tmp_path / "nowhere.pth", CPU)
+        InceptionExtractor(tmp_path / "nowhere.pth", CPU)
 
 
 @pytest.mark.parametrize("module", ["reference", "generation", "sweep", "verify"])
@@ -177,8 +177,8 @@ def test_dinov2_files_of_any_picture_size_are_read_and_a_missing_one_is_named(
 
 def test_the_proxy_is_seeded_and_never_called_fid():
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    first, second = (ProxyDetector(CPU) for _ in range(2))
-    assert isinstance(first, ProxyDetector)
+    first, second = (ProxyExtractor(CPU) for _ in range(2))
+    assert isinstance(first, ProxyExtractor)
     assert first.metric == "proxy_fd"
     features = first(pixels)
     assert features.spatial is None
@@ -187,7 +187,7 @@ def test_the_proxy_is_seeded_and_never_called_fid():
 
 
 def test_the_detector_runs_in_float32_whatever_surrounds_it():
-    detector = ProxyDetector(CPU)
+    detector = ProxyExtractor(CPU)
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     plain = detector(pixels).pooled
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -208,7 +208,7 @@ def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
         pytest.skip("the CIFAR-10 pictures are not here")
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
     pixels = np.stack([np.asarray(picture) for picture in pictures])
-    detector = ProxyDetector(CPU)
+    detector = ProxyExtractor(CPU)
 
     def look(pixels: np.ndarray) -> Gaussian:
         return Gaussian.of_rows(detector(torch.from_numpy(pixels)).pooled)

@@ -7,14 +7,14 @@ from conftest import run_module
 from PIL import Image
 
 from core.config import InputError
-from core.distributed import choose_device
-from core.images import save_npz
-from core.shards import write_json
-from evaluations import generation, reference, sweep, verify
-from evaluations.detectors import ProxyDetector
-from evaluations.pictures import open_pictures
-from evaluations.reference_file import load_reference
-from evaluations.scoring import open_judge
+from core.data.npz import save_npz
+from core.distributed.world import choose_device
+from core.files import write_json
+from evaluations import reference, score, sweep, verify_adm
+from evaluations.features.extractors import ProxyExtractor
+from evaluations.image_source import open_image_source
+from evaluations.reference_stats import load_reference
+from evaluations.scorer import open_scorer
 
 COUNT, SIDE = 45, 16
 
@@ -59,7 +59,7 @@ def flags(name, value, batch_size=10):
     )
 
 
-def settings(made, kind=generation.GenerationConfig, **changes):
+def settings(made, kind=score.ScoreConfig, **changes):
     shared = {"reference": made / "r.npz", "detector": "proxy", "image_size": (SIDE, SIDE)}
     return kind(**{**shared, "num_workers": 0, "device": "cpu", "batch_size": 10, **changes})
 
@@ -77,7 +77,7 @@ def test_the_reference_says_how_it_was_made(made):
 @pytest.mark.parametrize("name", ["samples.npz", "images"])
 def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
     run = ("--reference", made / "r.npz", "--out", tmp_path)
-    done = run_module("evaluations.generation", *flags("samples", made / name), *run)
+    done = run_module("evaluations.score", *flags("samples", made / name), *run)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert abs(scores["proxy_fd"]) < 1e-6
     assert scores["proxy_precision"] == scores["proxy_recall"] == 1
@@ -94,9 +94,9 @@ def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_scores(made, tmp_path, world, processes):
     one = settings(made, samples=made / "cfg_2" / "samples.npz", out=tmp_path / "one")
-    expected = generation.evaluate(open_judge(one, "generation", world), one, world)
+    expected = score.evaluate(open_scorer(one, "generation", world), one, world)
     run_module(
-        "evaluations.generation",
+        "evaluations.score",
         *flags("samples", one.samples),
         *("--reference", made / "r.npz", "--out", tmp_path / "many"),
         processes=processes,
@@ -130,7 +130,7 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
     )
     reference.build_reference(made, world)
     config = settings(tmp_path, samples=tmp_path / "fake.npz", out=tmp_path / "out")
-    scores = generation.evaluate(open_judge(config, "generation", world), config, world)
+    scores = score.evaluate(open_scorer(config, "generation", world), config, world)
     assert scores["proxy_standard_error"] > 0
     with (config.out / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -141,31 +141,33 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
 
 def test_verify_refuses_a_detector_that_is_not_fids(made, tmp_path):
     with pytest.raises(ValueError, match="detector inception"):
-        settings(made, verify.VerifyConfig, samples=made / "samples.npz", out=tmp_path)
+        settings(made, verify_adm.VerifyConfig, samples=made / "samples.npz", out=tmp_path)
 
 
 def test_verify_prints_both_rows_and_fails_where_they_differ(
     made, tmp_path, world, monkeypatch, capsys
 ):
-    published = {name: row.value for name, row in verify.PUBLISHED.items()}
-    config = settings(made, verify.VerifyConfig, samples=made, out=tmp_path, detector="inception")
-    monkeypatch.setattr(verify, "open_judge", lambda *_: None)
-    monkeypatch.setattr(verify, "evaluate", lambda *_: published)
-    verify.verify(config, world)
+    published = {name: row.value for name, row in verify_adm.PUBLISHED.items()}
+    config = settings(
+        made, verify_adm.VerifyConfig, samples=made, out=tmp_path, detector="inception"
+    )
+    monkeypatch.setattr(verify_adm, "open_judge", lambda *_: None)
+    monkeypatch.setattr(verify_adm, "evaluate", lambda *_: published)
+    verify_adm.verify(config, world)
     assert capsys.readouterr().out.count("pass") == len(published)
     published["sfid"] += 0.1
     with pytest.raises(InputError, match=r"not the published numbers: sfid$"):
-        verify.verify(config, world)
+        verify_adm.verify(config, world)
 
 
 def test_a_reference_for_reconstruction_is_refused_for_generation(made, tmp_path):
-    detector = ProxyDetector(choose_device("cpu"))
+    detector = ProxyExtractor(choose_device("cpu"))
     with pytest.raises(InputError, match="gFID is not rFID"):
         load_reference(made / "r.npz", detector, "reconstruction")
 
 
 def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
-    detector = ProxyDetector(choose_device("cpu"))
+    detector = ProxyExtractor(choose_device("cpu"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(8, np.float32), sigma=np.eye(8))
     with pytest.raises(InputError, match="belongs to the detector"):
         load_reference(tmp_path / "other.npz", detector, "generation")
@@ -182,7 +184,7 @@ def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
 
 
 def test_published_references_in_float32_are_read_as_float64(tmp_path):
-    detector = ProxyDetector(choose_device("cpu"))
+    detector = ProxyExtractor(choose_device("cpu"))
     arrays = {"mu": np.zeros(224, np.float32), "sigma": np.eye(224)}
     np.savez(tmp_path / "adm.npz", **arrays)
     found = load_reference(tmp_path / "adm.npz", detector, "generation")
@@ -202,13 +204,13 @@ def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, wor
         ("cut", "not an npz of pictures"),
     ):
         with pytest.raises(InputError, match=message):
-            open_pictures(tmp_path / f"{name}.npz", (SIDE, SIDE))
+            open_image_source(tmp_path / f"{name}.npz", (SIDE, SIDE))
     save_npz(tmp_path / "small.npz", COUNT, [pixels[:, :8, :8]])
     config = settings(made, samples=tmp_path / "small.npz", out=tmp_path)
     with pytest.raises(InputError, match="pictures of 8 x 8, those of"):
-        generation.evaluate(open_judge(config, "generation", world), config, world)
+        score.evaluate(open_scorer(config, "generation", world), config, world)
     done = run_module(
-        "evaluations.generation",
+        "evaluations.score",
         *flags("samples", tmp_path / "objects.npz"),
         *("--reference", made / "r.npz", "--out", tmp_path),
         ok=False,

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.distributed import World, choose_device
-from evaluations.detectors import Features, ProxyDetector
+from core.distributed.world import World, choose_device
 from evaluations.evaluator import Collected, Evaluator
-from evaluations.frechet import Gaussian, frechet_distance
+from evaluations.features.extractors import Features, ProxyExtractor
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 CPU = choose_device("cpu")
 COUNT = 37  # divides by neither 2 nor 4
@@ -83,7 +83,7 @@ def test_scores_do_not_depend_on_the_order_of_the_pictures(world):
 
 
 def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
-    detector = ProxyDetector(CPU)
+    detector = ProxyExtractor(CPU)
     one, two = Evaluator(detector, CPU, 6), Evaluator(detector, CPU, 6)
     for ids in torch.arange(COUNT).split(10):
         one.update(pictures()[ids], ids)

@@ -3,7 +3,7 @@ import torch
 from torchvision.models import vgg16
 
 from core.config import InputError
-from evaluations.lpips import LPIPS
+from evaluations.metrics.lpips import LPIPS
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from core.distributed import choose_device
-from evaluations.frechet import (
+from core.distributed.world import choose_device
+from evaluations.metrics.frechet import (
     FeatureSums,
     Gaussian,
     frechet_at_infinity,
     frechet_distance,
     influence,
 )
-from evaluations.inception_score import inception_score, inception_scores
-from evaluations.neighbours import (
+from evaluations.metrics.inception_score import inception_score, inception_scores
+from evaluations.metrics.kid import kernel_distance
+from evaluations.metrics.precision_recall import (
     density_coverage,
-    kernel_distance,
     precision_recall,
     squared_distances,
 )
-from evaluations.reconstruction import psnr, ssim, ssim_reference_inflated
+from evaluations.metrics.psnr_ssim import psnr, ssim, ssim_reference_inflated
 
 CPU = choose_device("cpu")
 

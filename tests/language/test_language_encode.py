@@ -13,7 +13,7 @@ from conftest import ROOT, command, run_module
 from PIL import Image
 
 from core.config import InputError
-from core.distributed import choose_device
+from core.distributed.world import choose_device
 from language.features import FeatureDataset
 from language.t5 import load_t5
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from core.config import InputError
-from core.distributed import choose_device
+from core.distributed.world import choose_device
 from language import t5 as t5_module
 from language.t5 import load_t5
 

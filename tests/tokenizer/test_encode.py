@@ -11,8 +11,8 @@ from test_vq_model import small
 from torchvision.transforms.functional import hflip
 
 from core.config import save_config
-from core.images import center_crop, image_to_pixels, load_image, pixels_to_images
-from core.shards import ShardReader
+from core.data.images import center_crop, image_to_pixels, load_image, pixels_to_images
+from core.data.shards import ShardReader
 from tokenizer.encode import Crops
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from core.config import InputError, parse_config
-from core.distributed import World
+from core.distributed.world import World
 from tokenizer.train import TrainConfig, train
 
 STEPS = 8

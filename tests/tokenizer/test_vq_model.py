@@ -6,11 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from core.config import InputError
-from core.distributed import World, choose_device
+from core.distributed.world import World, choose_device
 from tokenizer import VQConfig, VQModel
-from tokenizer.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
 from tokenizer.losses import adaptive_weight, discriminator_loss, generator_loss
-from tokenizer.quantizer import CodebookUsage, VectorQuantizer, entropy_loss, nearest
+from tokenizer.models.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
+from tokenizer.quantizers.usage import CodebookUsage
+from tokenizer.quantizers.vector import VectorQuantizer, entropy_loss, nearest
 
 SMALL = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 16}
 

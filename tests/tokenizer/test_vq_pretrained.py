@@ -8,7 +8,7 @@ from test_vq_model import small
 
 from core.config import InputError
 from tokenizer import VQModel
-from tokenizer.pretrained import load_tokenizer
+from tokenizer.models.pretrained import load_tokenizer
 
 
 @pytest.mark.parametrize("layout", ["model", "ema first", "state_dict", "bare", "training"])
@@ -63,5 +63,5 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
 def test_the_command_converts_a_released_file(tmp_path):
     vq = small()
     torch.save({"model": vq.state_dict()}, tmp_path / "vq.pt")
-    run_module("tokenizer.pretrained", "--source", tmp_path / "vq.pt", "--out", tmp_path / "ours")
+    run_module("tokenizer.convert", "--source", tmp_path / "vq.pt", "--out", tmp_path / "ours")
     assert VQModel.from_pretrained(tmp_path / "ours").config == vq.config

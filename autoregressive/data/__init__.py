@@ -1,0 +1,1 @@
+"""Codes and captions for training."""

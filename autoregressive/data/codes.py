@@ -1,0 +1,203 @@
+"""Codes and classes for training: our shards, or the reference's one file per image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from autoregressive.data.config import DataConfig
+from core.config import InputError
+from core.data.shards import ShardReader, read_index
+from core.rng import random_uniform
+
+CROP_STREAM = 1  # tells the draws of one training position apart
+
+
+DROP_STREAM = 2
+
+
+CAPTION_STREAM = 4
+
+
+class _Source(Protocol):
+    """Codes (rows, crops, tokens) of one folder."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
+
+    @property
+    def item_shape(self) -> tuple[int, ...]: ...
+
+    def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray: ...
+
+
+class ReferenceCodes:
+    """The reference's layout: `{i}.npy`, int64 (1, crops, tokens), one file per image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+        self.size = sum(1 for path in self.folder.iterdir() if path.suffix == ".npy")
+        missing = [i for i in (0, self.size - 1) if not (self.folder / f"{i}.npy").exists()]
+        if self.size == 0 or missing:
+            raise InputError(f"{folder}: expected files 0.npy to N-1.npy, found {self.size} .npy")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Row numbers (n,) -> whatever the files hold, stacked without their first dimension."""
+        return np.stack([self._load(int(row)) for row in rows])
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """The shape of one row: (crops, tokens) of codes."""
+        return self._load(0).shape
+
+    def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Of each row (n,) the one crop (n,)."""
+        return np.stack([self._load(int(r))[i] for r, i in zip(rows, items, strict=True)])
+
+    def _load(self, row: int) -> np.ndarray:
+        path = self.folder / f"{row}.npy"
+        try:
+            return np.load(path, allow_pickle=False)[0]
+        except (OSError, ValueError, IndexError) as error:
+            raise InputError(f"{path}: missing or damaged ({error})") from error
+
+
+class CodeDataset:
+    """Every image's codes under its crops, and its class.
+
+    vocab_size, classes, grid (rows, columns) and tokenizer_sha256 come from `index.json`.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.sources: list[_Source]
+        if config.labels:
+            self._open_reference(config)
+        else:
+            self._open_ours(config.codes)
+        sizes = {len(source) for source in self.sources}
+        if sizes != {len(self.labels)}:
+            raise InputError(f"data.codes: folders of different sizes ({sizes}); they must match")
+        tokens = self.sources[0][np.array([0])].shape[-1]
+        if tokens != self.grid[0] * self.grid[1]:
+            raise InputError(f"{config.codes[0]}: {tokens} codes an image, but a grid {self.grid}")
+
+    def _open_ours(self, folders: tuple[Path, ...]) -> None:
+        indices = [read_index(folder) for folder in folders]
+        for key in ("vocab_size", "grid", "tokenizer_sha256", "classes"):
+            found = [
+                _field(index, key, folder) for index, folder in zip(indices, folders, strict=True)
+            ]
+            for value, folder in zip(found, folders, strict=True):
+                if value != found[0]:
+                    raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
+        index = indices[0]
+        self.index = index
+        self.vocab_size, self.num_classes = int(index["vocab_size"]), len(index["classes"])
+        self.grid = (int(index["grid"][0]), int(index["grid"][1]))
+        self.tokenizer_sha256 = str(index["tokenizer_sha256"])
+        self.sources = [ShardReader(folder, "codes") for folder in folders]
+        labels = [_all(ShardReader(folder, "labels")) for folder in folders]
+        if any(not np.array_equal(labels[0], other) for other in labels[1:]):
+            raise InputError("data.codes: the folders hold different images")
+        self.labels = labels[0]
+
+    def _open_reference(self, config: DataConfig) -> None:
+        self.sources = [ReferenceCodes(folder) for folder in config.codes]
+        self.labels = _all(ReferenceCodes(config.labels[0])).reshape(-1)
+        self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
+        self.tokenizer_sha256, self.index = "", {}
+        side = round(self.sources[0][np.array([0])].shape[-1] ** 0.5)
+        self.grid = (side, side)  # the reference has square images only
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def model_fields(self) -> dict[str, Any]:
+        """What the data decides of the model: fields of GPTConfig.
+
+        Raises InputError where the images had no classes.
+        """
+        if not self.num_classes:
+            raise InputError(
+                "data.codes: the images had no classes; encode a folder of class folders, or give "
+                "the features of their captions"
+            )
+        return {"condition": "class", "num_classes": self.num_classes, **self.code_fields()}
+
+    def code_fields(self) -> dict[str, Any]:
+        """The fields that the codes alone decide."""
+        names = ("vocab_size", "grid", "tokenizer_sha256")
+        return {name: getattr(self, name) for name in names}
+
+    def batch(
+        self, rows: np.ndarray, positions: np.ndarray, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (n,) of the data set -> codes (n, tokens) int64, labels (n,) int64."""
+        return self.code_batch(rows, positions, seed), torch.from_numpy(self.labels[rows])
+
+    def conditions(self, ids: np.ndarray) -> torch.Tensor:
+        """What image number ids (n,) of a sample shows: all classes in turn, (n,) int64."""
+        return torch.from_numpy(ids % self.num_classes)
+
+    def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
+        """Rows (n,) of the data set -> codes (n, tokens) int64.
+
+        Which folder and crop each sample shows depends on (seed, its position in the training
+        order) alone. Raises InputError for a code outside the vocabulary.
+        """
+        uniform = random_uniform(
+            seed, torch.tensor([CROP_STREAM]), torch.from_numpy(positions)[:, None], torch.arange(2)
+        ).numpy()
+        folders = (uniform[:, 0] * len(self.sources)).astype(np.int64)
+        codes = np.empty((len(rows), self.grid[0] * self.grid[1]), np.int64)
+        for folder, source in enumerate(self.sources):
+            here = np.flatnonzero(folders == folder)
+            if len(here):
+                chosen = (uniform[here, 1] * source.item_shape[0]).astype(np.int64)
+                codes[here] = source.pick(rows[here], chosen)
+        if codes.min() < 0 or codes.max() >= self.vocab_size:
+            raise InputError(
+                f"data.codes: code {codes.max()} is outside the vocabulary of {self.vocab_size}"
+            )
+        return torch.from_numpy(codes)
+
+
+def chosen_captions(
+    positions: np.ndarray, seed: int, variants: Sequence[str], config: DataConfig
+) -> np.ndarray:
+    """Which variant of its caption each training position (n,) shows -> (n,) int64.
+
+    Depends on (seed, position) alone. Raises InputError for a variant that there is not.
+    """
+    wanted = [config.caption, config.short_caption or config.caption]
+    for name in wanted:
+        if name not in variants:
+            raise InputError(f"data.caption: no variant {name!r}, only {', '.join(variants)}")
+    stream = torch.tensor([CAPTION_STREAM])
+    uniform = random_uniform(seed, stream, torch.from_numpy(positions)).numpy()
+    long, short = (list(variants).index(name) for name in wanted)
+    return np.where(uniform < config.short_caption_rate, short, long)
+
+
+def drop_condition(positions: np.ndarray, rate: float, seed: int) -> torch.Tensor:
+    """Which training positions (n,) see the null condition -> (n,) bool, from (seed, position)."""
+    stream = torch.tensor([DROP_STREAM])
+    return random_uniform(seed, stream, torch.from_numpy(positions)) < rate
+
+
+def _all(source: _Source) -> np.ndarray:
+    return source[np.arange(len(source))].astype(np.int64)
+
+
+def _field(index: dict[str, Any], key: str, folder: Path) -> Any:  # noqa: ANN401 - any JSON value
+    if key not in index:
+        raise InputError(f"{folder}/index.json: no {key}; is it a folder of tokenizer.encode?")
+    return index[key]

@@ -1,0 +1,1 @@
+"""Sampling codes from the transformer: engine, cache, samplers."""

@@ -1,0 +1,1 @@
+"""The transformer, its conditioning, and its weights."""

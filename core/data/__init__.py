@@ -1,0 +1,1 @@
+"""Images, image-text pairs and arrays on disk."""

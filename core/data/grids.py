@@ -1,0 +1,53 @@
+"""Image grids, with or without captions."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+CAPTION_WIDTH, CAPTION_LINES, CHARACTER = 160, 3, (6, 11)  # pixels, lines, a letter's pixels
+
+
+def image_grid(
+    pixels: np.ndarray, columns: int, captions: Sequence[str] | None = None, padding: int = 2
+) -> np.ndarray:
+    """(n, height, width, 3) uint8 -> one picture with `columns` a row on white, uint8.
+
+    With captions, each stands under its picture; small pictures are enlarged to give it room.
+    """
+    if captions:
+        pairs = zip(pixels, captions, strict=True)
+        pixels = np.stack([_captioned(picture, caption) for picture, caption in pairs])
+    count, height, width, _ = pixels.shape
+    rows = math.ceil(count / columns)
+    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
+    grid = np.full(shape, 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top = padding + (i // columns) * (height + padding)
+        left = padding + (i % columns) * (width + padding)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A picture (height, width, 3) uint8, at least CAPTION_WIDTH wide, above its caption."""
+    times = math.ceil(CAPTION_WIDTH / picture.shape[1])
+    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+    height, width, _ = picture.shape
+    lines = textwrap.wrap(caption, width // CHARACTER[0])
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1][:-3] + "..."]
+    canvas = Image.new("RGB", (width, height + CAPTION_LINES * CHARACTER[1] + 4), "white")
+    canvas.paste(Image.fromarray(picture))
+    ImageDraw.Draw(canvas).text((2, height), "\n".join(lines), fill="black", spacing=1)
+    return np.asarray(canvas)
+
+
+def side_by_side(real: torch.Tensor, fake: torch.Tensor, columns: int) -> np.ndarray:
+    """Pixels (n, height, width, 3) uint8 twice -> a grid: a row of real, its row of fake, ..."""
+    columns = min(columns, len(real))
+    rows = [part[i : i + columns] for i in range(0, len(real), columns) for part in (real, fake)]
+    return image_grid(torch.cat(rows).numpy(), columns)

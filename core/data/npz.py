@@ -1,0 +1,71 @@
+"""Images in ADM's npz layout, written and read as streams."""
+
+import contextlib
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from core.config import InputError
+
+
+def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
+    """Stream `count` pictures (n, height, width, 3) uint8 into `arr_0`; then the other arrays.
+
+    ADM's layout, readable by its evaluator; never holds more than one batch in memory.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            written = 0
+            for batch in batches:
+                if written == 0:
+                    shape = (count, *batch.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                member.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
+                written += len(batch)
+        assert written == count, f"{path}: announced {count} pictures, got {written}"
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    os.replace(aside, path)
+
+
+def npz_images_shape(path: Path) -> tuple[int, int, int, int]:
+    """(n, height, width, 3) of `arr_0`; raises InputError for anything but such uint8 pictures."""
+    with _open_npz_images(path) as (_, shape):
+        return shape
+
+
+def read_npz_images(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
+    """Batches (n, height, width, 3) uint8 of `arr_0`, streamed: the file may exceed the memory."""
+    with _open_npz_images(path) as (member, shape):
+        per_picture = math.prod(shape[1:])
+        for start in range(0, shape[0], batch_size):
+            count = min(batch_size, shape[0] - start)
+            data = member.read(count * per_picture)
+            if len(data) != count * per_picture:
+                raise InputError(f"{path}: arr_0 ends after {start} of {shape[0]} pictures")
+            yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+@contextlib.contextmanager
+def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
+    """`arr_0` after its header, and its shape."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise InputError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (n, h, w, 3)")
+            yield member, shape
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not an npz of pictures with arr_0 ({error})") from error

@@ -1,0 +1,190 @@
+"""Parallelism from outside the model, in one order.
+
+1. Activation checkpointing wraps blocks: what is recomputed is decided first.
+2. Each block is compiled, with its recomputation inside the graph. Blocks are alike, so that one
+   graph serves them all, and the collectives between them stay outside.
+3. Weights are spread over the processes: DDP copies them, FSDP2 shards them block by block, HSDP
+   shards within groups of processes and copies between the groups (a 2-D mesh).
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from core.distributed.world import Precision, World
+
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is run for training.
+
+    Args:
+        strategy: ddp holds the whole model in every process; fsdp shards weights, gradients and
+            moments over all processes (FSDP2); hsdp shards them over groups of shard_size.
+        shard_size: Processes that share one copy of the model under hsdp; 0 for those of a node.
+        compile: torch.compile each block; null for yes on CUDA and no elsewhere.
+        activation_checkpointing: none; selective keeps every second matrix product and the
+            attention, and recomputes the rest; full keeps only what enters a block.
+        timeout_minutes: A collective that takes longer ends the run with a message.
+    """
+
+    strategy: Strategy = "ddp"
+    shard_size: int = 0
+    compile: bool | None = None
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 0 or self.timeout_minutes <= 0:
+            raise ValueError("parallel: shard_size must be >= 0 and timeout_minutes > 0")
+        if self.shard_size and self.strategy != "hsdp":
+            raise ValueError("parallel.shard_size is read by strategy hsdp alone")
+
+    def compiles(self, world: World) -> bool:
+        """Whether models are compiled on this device."""
+        return world.device.type == "cuda" if self.compile is None else self.compile
+
+
+def prepare(
+    model: nn.Module,
+    config: ParallelConfig,
+    world: World,
+    precision: Precision,
+    block: type[nn.Module],
+) -> nn.Module:
+    """Make `model` ready for training; `block` is its repeated layer. Call the result.
+
+    Under FSDP2 the model's parameters become DTensors, so the optimiser is built afterwards.
+    State dicts keep their keys: the wrappers take part in none.
+    """
+    _checkpoint_activations(model, config, block)
+    if config.compiles(world):
+        compile_blocks([module for module in model.modules() if isinstance(module, block)])
+    model = shard(model, config, world, precision, block)
+    if config.strategy == "ddp" and world.size > 1:
+        # Its successor since torch 2.14 is not in the oldest torch that this runs on.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # no buffer here changes what training computes
+        )
+    return model
+
+
+def shard(
+    model: nn.Module,
+    config: ParallelConfig,
+    world: World,
+    precision: Precision,
+    block: type[nn.Module],
+) -> nn.Module:
+    """Move `model` to world.device, sharded as the strategy says; for the averaged weights too.
+
+    Master weights, gradients after their reduction and moments are float32; under bf16, what is
+    gathered and computed with is bfloat16.
+    """
+    if config.strategy == "ddp":
+        return model.to(world.device)
+    shared = config.shard_size if config.strategy == "hsdp" else world.size
+    mesh = world.mesh(shared)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # One unit per block: its weights are gathered while the block before it computes. What is
+    # left (embeddings, the last norm, the head) forms the root's unit.
+    for module in list(model.modules()):
+        if isinstance(module, block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The root's weights stay gathered until its backward pass; averaged weights have none.
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
+    return model
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile each of them, in place; blocks that are alike share their code."""
+    for block in blocks:
+        block.compile()
+    # Blocks that differ in a constant (stochastic depth) are compiled one by one.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Within it, gradients pile up where they are: no communication until the last micro-batch."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def full_state(model: nn.Module, world: World, everywhere: bool = False) -> dict[str, torch.Tensor]:
+    """The unsharded state dict on rank 0's CPU, or on every rank's; all ranks call it."""
+    state = {}
+    for key, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if world.is_main or everywhere:
+            state[key] = whole.cpu()
+    return state
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _checkpoint_activations(
+    model: nn.Module, config: ParallelConfig, block: type[nn.Module]
+) -> None:
+    if config.activation_checkpointing == "none":
+        return
+    options = {}
+    if config.activation_checkpointing == "selective":
+        options["context_fn"] = _selective_contexts
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, **options),
+        check_fn=lambda module: isinstance(module, block),
+    )
+
+
+def _selective_contexts() -> Any:  # noqa: ANN401 - a pair of context managers
+    """Keep attention and every second matrix product: the dear ones; recompute what is cheap."""
+    products = {"forward": 0, "recompute": 0}
+
+    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:  # noqa: ANN401
+        name = operation.name() if hasattr(operation, "name") else str(operation)
+        if "scaled_dot_product" in name:
+            return CheckpointPolicy.MUST_SAVE
+        if name in ("aten::mm", "aten::addmm"):
+            phase = "recompute" if context.is_recompute else "forward"
+            products[phase] += 1
+            if products[phase] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

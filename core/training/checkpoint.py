@@ -1,0 +1,310 @@
+"""Checkpoints: folders `step_0001000` that exist whole or not at all, with nothing pickled.
+
+    step_0001000/
+      config.yaml  model.safetensors  ema.safetensors     enough for inference
+      training/                                           optimisers, discriminator, step
+      checksums.json                                      sha256 of every file
+
+torch.distributed.checkpoint copies the tensors to the CPU and writes them from a thread while
+training goes on, every process its own pieces. The folder is written aside and renamed; the last k
+are kept. A damaged one is noticed by its checksums and the one before it is used.
+"""
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+
+from core.config import InputError, save_config
+from core.distributed.world import World
+from core.files import read_json, write_json
+from core.training.safetensors_storage import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    Shape,
+    lower_thread_priority,
+    read_headers,
+)
+from core.weights import check_shapes, file_sha256
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves and restores named parts: modules, and optimisers built from named parameters.
+
+    The parts `model` and `ema` are for inference; all others go to `training/`. `config` is the
+    model's configuration. Parts that are None are left out. The last `keep_last` checkpoints are
+    kept, and for good those whose step is a multiple of `keep_every` (0 for none). Parts may be
+    sharded: what one strategy and number of processes saved, any other restores.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,  # noqa: ANN401 - any config dataclass
+        world: World,
+        keep_last: int,
+        keep_every: int = 0,
+        **parts: nn.Module | torch.optim.Optimizer | None,
+    ) -> None:
+        self.folder, self.config, self.world = folder, config, world
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self._group = world.new_group()
+        # DCP says so once per checkpoint in a world of one, where it is what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # Its buffers, pinned for a GPU, are kept from one checkpoint to the next.
+        gpu = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu,
+                use_shared_memory=False,
+                use_async_staging=True,
+                use_non_blocking_copy=gpu,
+            )
+        )
+        self._copied: Future[None] | None = None
+        self._saving: Future[str] | None = None
+        self._problem = ""
+
+    def save(self, step: int, **state: int) -> None:
+        """Begin to write `step_{step}`, holding `state`; all ranks call it, and go on training.
+
+        Nothing may change the parts until wait_for_copy. A checkpoint that cannot be written is
+        warned about and leaves the one before it as it was.
+        """
+        self.wait()
+        aside = self.folder / f".step_{step:07d}.tmp"
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        tensors, buffers = {}, False
+        for part, value in self.parts.items():
+            own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
+            tensors |= {f"{part}/{name}": tensor for name, tensor in own.items()}
+            if isinstance(value, nn.Module):
+                buffers |= len(own) > len(list(value.parameters()))
+        if self.world.device.type == "cuda":  # the copy runs on a stream of its own
+            torch.cuda.current_stream().synchronize()
+        response = async_save(
+            tensors,
+            storage_writer=SafetensorsWriter(self._files(aside)),
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=self.world.size == 1,
+        )
+        assert isinstance(response, AsyncSaveResponse)
+        self._copied = response.staging_completion
+        written = response.upload_completion
+        self._saving = self._thread.submit(self._commit, written, step, aside, state)
+        if buffers:  # a forward pass changes them: BatchNorm's statistics
+            self.wait_for_copy()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the parts may change: call it before every optimizer step.
+
+        So the copy to the CPU runs beside the forward and backward pass that follow a save.
+        """
+        if self._copied is not None:
+            self._copied.result()
+            self._copied = None
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._saving is not None and not self._saving.done()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written exists, or has failed."""
+        self.wait_for_copy()
+        if self._saving is not None:
+            self._problem, self._saving = self._saving.result(), None
+
+    def finish(self) -> None:
+        """Wait for all ranks, and raise OSError where the last checkpoint could not be written."""
+        self.wait()
+        self.world.barrier()  # a launcher may kill the others as soon as one has ended
+        if self._problem:
+            raise OSError(self._problem)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        found = self.folder.glob("step_*")
+        return sorted(int(path.name.removeprefix("step_")) for path in found)
+
+    def restore_latest(self) -> dict[str, int]:
+        """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
+
+        Raises InputError where there are checkpoints and none is intact.
+        """
+        if self.world.is_main:
+            for unfinished in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        steps = self.world.broadcast(self.steps())
+        for step in reversed(steps):
+            folder = self.folder / f"step_{step:07d}"
+            found = self.world.gather(find_damage(folder, self.world.rank, self.world.size))
+            if damage := next(filter(None, found), ""):
+                if self.world.is_main:
+                    logger.warning("%s is damaged (%s); trying the one before", folder, damage)
+                continue
+            self._load(folder)
+            return read_json(folder / "training" / "state.json")
+        if steps:
+            raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start anew")
+        return {"step": 0}
+
+    def _files(self, folder: Path) -> dict[str, Path]:
+        """Where each part lies."""
+        inference = ("model", "ema")
+        return {
+            part: (folder if part in inference else folder / "training") / f"{part}.safetensors"
+            for part in self.parts
+        }
+
+    def _commit(self, written: Future[Any], step: int, aside: Path, state: dict[str, int]) -> str:
+        """In the thread of every rank: checksums, then the rename -> what went wrong, or ""."""
+        lower_thread_priority()
+        problem, sums = "", {}
+        try:
+            written.result()
+            mine = list(self._files(aside).values())[self.world.rank :: self.world.size]
+            if self.world.is_main:
+                (aside / "training").mkdir(exist_ok=True)
+                mine += [aside / "config.yaml", aside / "training" / "state.json"]
+                save_config(self.config, mine[-2])
+                write_json(mine[-1], {"step": step, **state})
+            sums = {str(path.relative_to(aside)): file_sha256(path) for path in mine}
+        except CheckpointException as error:
+            problem = str(next(iter(error.failures.values()))[0])
+        except OSError as error:
+            problem = str(error)
+        reports = self.world.gather((problem, sums), self._group)
+        problem = next((problem for problem, _ in reports if problem), "")
+        if not self.world.is_main:
+            return problem
+        try:
+            if not problem:
+                sums = {name: value for _, part in reports for name, value in part.items()}
+                (aside / "checksums.json").write_text(_canonical(sums))
+                self._publish(aside, self.folder / f"step_{step:07d}")
+                return ""
+        except OSError as error:
+            problem = str(error)
+        shutil.rmtree(aside, ignore_errors=True)
+        last = [old for old in self.steps() if old != step][-1:]
+        kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
+        problem = f"cannot save the checkpoint of step {step}: {problem}; {kept}"
+        logger.warning("%s", problem)
+        return problem
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        """Rename a whole checkpoint into its place, then remove old ones."""
+        for path in (*(path for path in aside.rglob("*.[jy]*")), aside / "training", aside):
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep_last]:
+            if not self.keep_every or old % self.keep_every:
+                shutil.rmtree(self.folder / f"step_{old:07d}")
+
+    def _load(self, folder: Path) -> None:
+        files = self._files(folder)
+        stored = {name: shape for name, (_, shape) in read_headers(files).items()}
+        tensors = {}
+        for part, value in self.parts.items():
+            prefix = f"{part}/"
+            shapes = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+            if isinstance(value, nn.Module):
+                check_shapes(value, shapes, files[part])
+                own = value.state_dict()
+            else:
+                own = _allocate_state(value, shapes, files[part])
+            tensors |= {prefix + name: tensor for name, tensor in own.items()}
+        load(
+            tensors,
+            storage_reader=SafetensorsReader(files),
+            process_group=self._group,
+            no_dist=self.world.size == 1,
+        )
+
+
+def find_damage(folder: Path, rank: int = 0, size: int = 1) -> str:
+    """What is wrong with a checkpoint folder, or "" where every file matches its checksum.
+
+    Of `size` processes, each reads its share of the files.
+    """
+    try:
+        path = folder / "checksums.json"
+        sums = read_json(path)
+        if path.read_text() != _canonical(sums):
+            return f"{path.name} has changed"
+        for name in sorted(sums)[rank::size]:
+            if file_sha256(folder / name) != sums[name]:
+                return f"{name} has changed"
+    except (InputError, OSError, AttributeError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def _canonical(sums: dict[str, str]) -> str:
+    """One text for one set of sums, so that any changed byte shows."""
+    return json.dumps(sums, indent=1, sort_keys=True) + "\n"
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before what comes next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's state as "{slot}/{parameter name}" -> tensor."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{slot}/{name}"] = value
+    return tensors
+
+
+def _allocate_state(
+    optimizer: torch.optim.Optimizer, shapes: dict[str, Shape], path: Path
+) -> dict[str, torch.Tensor]:
+    """Make room for stored slots, sharded like their parameters -> what to read into."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    stored = {key.split("/", 1)[1] for key in shapes}
+    if stored and stored != set(parameters):
+        wrong = sorted(stored ^ set(parameters))
+        raise InputError(f"{path}: state of other parameters ({wrong[0]}, ... {len(wrong)} in all)")
+    optimizer.state.clear()
+    for key, shape in shapes.items():
+        slot, name = key.split("/", 1)
+        parameter = parameters[name]
+        if shape == tuple(parameter.shape):
+            room = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            room = torch.zeros(shape, device=parameter.device)  # the count of steps
+        optimizer.state[parameter][slot] = room
+    return _optimizer_tensors(optimizer)

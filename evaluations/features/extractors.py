@@ -1,0 +1,170 @@
+"""The networks whose features are compared: the 2015 Inception, DINOv2, and what needs no weights.
+
+A Frechet distance is called FID on the 2015 Inception's weights alone. The others' distances rise
+with blur, noise and lost variety, but may not be compared with any published FID.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from core.distributed.world import World
+from evaluations.features import dinov2, inception
+
+ExtractorName = Literal["inception", "dinov2", "proxy", "random_inception"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """Which network looks at the pictures.
+
+    Args:
+        detector: inception (FID); dinov2 (FD-DINOv2); or without weights proxy or random_inception
+            (both NOT FID).
+        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
+        dinov2_weights: DINOv2's ViT-L/14: dinov2_vitl14_pretrain.pth, timm's file, or a Hub id.
+        batch_size: Pictures that the network sees at a time, on each process.
+    """
+
+    detector: ExtractorName = "inception"
+    inception_weights: Path | None = None
+    dinov2_weights: str = dinov2.HUB_ID
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, must be >= 1")
+
+    def build_detector(self, world: World) -> "Detector":
+        """The network, on this process's device; InputError where its weights are missing."""
+        if self.detector == "proxy":
+            return ProxyExtractor(world.device)
+        if self.detector == "dinov2":
+            return DinoV2Extractor(self.dinov2_weights, world.device)
+        random = self.detector == "random_inception"
+        return InceptionExtractor(self.inception_weights, world.device, random)
+
+
+class Features(NamedTuple):
+    """Pooled features (n, dim) float32, and spatial ones (n, spatial_dim) where there are any."""
+
+    pooled: torch.Tensor
+    spatial: torch.Tensor | None
+
+
+class FeatureExtractor(Protocol):
+    """Pixels (n, h, w, 3) uint8 -> Features.
+
+    `metric` is what its Frechet distance is called, `classifier` (classes, dim) turns pooled
+    features into the logits of the Inception Score, `weights_sha256` says which weights it has.
+    """
+
+    metric: str
+    dim: int
+    spatial_dim: int
+    classifier: torch.Tensor | None
+    weights_sha256: str
+
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """Look at a batch."""
+        ...
+
+
+def note_of(detector: FeatureExtractor) -> str:
+    """What every output says beside the distance of a detector that is not FID's."""
+    return "" if detector.metric == "fid" else "NOT FID"
+
+
+class ProxyExtractor:
+    """Means of three seeded random convolution layers. NOT FID."""
+
+    metric = "proxy_fd"
+    spatial_dim = 0
+    classifier: torch.Tensor | None = None
+    weights_sha256 = "seed 0"
+    widths = (32, 64, 128)
+    dim = sum(widths)
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        widths = (3, *self.widths)
+        self.kernels = [
+            torch.randn(b, a, 3, 3, generator=generator).div_((9 * a / 2) ** 0.5).to(device)
+            for a, b in zip(widths, self.widths, strict=False)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """See Detector."""
+        x = pixels.to(self.kernels[0].device).movedim(-1, 1).float() / 127.5 - 1
+        pooled = []
+        with full_float32(x.device):
+            for kernel in self.kernels:
+                x = F.relu(F.conv2d(x, kernel, stride=2, padding=1))
+                pooled.append(x.mean((2, 3)))
+        return Features(torch.cat(pooled, dim=1), None)
+
+
+class InceptionExtractor:
+    """FID's network; on other weights than FID's its distance is not called so."""
+
+    dim = 2048
+    spatial_dim = 17 * 17 * inception.SPATIAL_CHANNELS
+
+    def __init__(self, weights: Path | None, device: torch.device, random: bool = False) -> None:
+        if random:
+            network = inception.build_inception().eval().requires_grad_(False)
+            self.weights_sha256 = inception.fill_random(network)
+            self.metric = "random_inception_fd"
+        else:
+            network, self.weights_sha256 = inception.load_inception(weights)
+            published = self.weights_sha256.startswith(inception.INCEPTION_SHA256)
+            self.metric = "fid" if published else "unverified_inception_fd"
+        self.network, self.device = network.to(device), device
+        # The Inception Score leaves the bias out.
+        self.classifier: torch.Tensor | None = network.get_parameter("fc.weight")
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """See Detector."""
+        with full_float32(self.device):
+            return Features(*inception.features(self.network, pixels))
+
+
+class DinoV2Extractor:
+    """The class token of DINOv2's ViT-L/14 (Stein et al. 2023): FD-DINOv2, not FID."""
+
+    metric = "fd_dinov2"
+    dim = 1024
+    spatial_dim = 0
+    classifier: torch.Tensor | None = None
+
+    def __init__(self, weights: str, device: torch.device) -> None:
+        network, self.weights_sha256 = dinov2.load_dinov2(weights)
+        self.network, self.device = network.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """See Detector."""
+        with full_float32(self.device):
+            return Features(dinov2.features(self.network, pixels.to(self.device)), None)
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32, whatever surrounds it: in bf16 an FID is off by percents."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

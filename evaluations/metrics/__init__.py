@@ -1,0 +1,1 @@
+"""The metrics, as functions of features or images."""

@@ -1,0 +1,1 @@
+"""The VQGAN, its discriminators, and their weights."""

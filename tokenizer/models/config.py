@@ -1,0 +1,57 @@
+"""The tokenizer's configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The tokenizer's shape and its quantiser's losses.
+
+    Args:
+        base_channels: Width at full resolution.
+        channel_multipliers: Width of each level over base_channels; each level but the last halves
+            the resolution.
+        num_res_blocks: Residual blocks per encoder level; the decoder has one more.
+        z_channels: Width of the encoder's output.
+        vocab_size: Entries of the codebook.
+        codebook_dim: Width of an entry.
+        l2_normalize: Compare and decode unit vectors.
+        dropout: Dropout in the residual blocks.
+        commitment_weight: Weight of the loss that pulls the encoder to its codes.
+        entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
+    """
+
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    vocab_size: int = 16384
+    codebook_dim: int = 8
+    l2_normalize: bool = True
+    dropout: float = 0.0
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)
+        if not self.channel_multipliers or min(sizes) < 1 or self.vocab_size < 2:
+            raise ValueError("model: all sizes must be >= 1, vocab_size >= 2")
+        if self.base_channels < 1 or self.base_channels % NORM_GROUPS:
+            raise ValueError(
+                f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
+            )
+        if not 0 <= self.dropout < 1 or min(self.commitment_weight, self.entropy_weight) < 0:
+            raise ValueError("model: dropout must be in [0, 1), the weights >= 0")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code, along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from full resolution down."""
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+
+
+NORM_GROUPS = 32

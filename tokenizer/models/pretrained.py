@@ -1,0 +1,81 @@
+"""Load a tokenizer: a released file, a folder of ours, or a Hub repository; convert it to a folder.
+
+python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from core.config import InputError, load_config
+from core.weights import (
+    Weights,
+    file_sha256,
+    find_weights,
+    inference_files,
+    load_weights,
+    read_file,
+)
+from tokenizer.models.config import VQConfig
+from tokenizer.models.vq_model import VQModel
+
+
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer in eval mode, and the sha256 of the file that its weights came from."""
+
+    vq: VQModel
+    sha256: str
+
+
+def load_tokenizer(
+    source: str | Path,
+    weights: Weights = "auto",
+    **overrides: Any,  # noqa: ANN401 - any config field
+) -> LoadedTokenizer:
+    """Load a tokenizer, strictly.
+
+    source: a released `.pt`, a `.safetensors` file, a checkpoint or run folder of ours, or
+        `owner/name[/file]` on the Hub.
+    weights: "auto" takes the averaged weights where there are any.
+    overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
+    Raises InputError where the weights do not fit, are damaged, or would run code.
+    """
+    path = find_weights(source, "model.safetensors")
+    if path.is_dir():
+        config_path, path = inference_files(path, weights)
+        config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
+        tensors = read_file(path).weights("model", path)
+    else:
+        stored = read_file(path)
+        part = "ema" if weights == "auto" and "ema" in stored.parts else weights
+        tensors = stored.weights("model" if part == "auto" else part, path)
+        config = VQConfig(**{**_infer_shape(tensors, path), **overrides})
+    vq = VQModel(config)
+    load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
+    return LoadedTokenizer(vq.eval(), file_sha256(path))
+
+
+def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """The fields of VQConfig that the shapes tell."""
+    try:
+        vocab_size, codebook_dim = tensors["quantize.embedding.weight"].shape
+        base_channels = tensors["encoder.conv_in.weight"].shape[0]
+        z_channels = tensors["encoder.conv_out.weight"].shape[0]
+    except KeyError as error:
+        raise InputError(f"{path}: not a tokenizer of this project ({error} is missing)") from error
+    widths, blocks = [], 0
+    while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv1.weight") in tensors:
+        widths.append(tensors[key].shape[0])
+    while f"encoder.conv_blocks.0.res.{blocks}.conv1.weight" in tensors:
+        blocks += 1
+    return {
+        "base_channels": base_channels,
+        "channel_multipliers": tuple(width // base_channels for width in widths),
+        "num_res_blocks": blocks,
+        "z_channels": z_channels,
+        "vocab_size": vocab_size,
+        "codebook_dim": codebook_dim,
+    }

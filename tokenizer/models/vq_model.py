@@ -1,0 +1,93 @@
+"""The VQGAN tokenizer: images to a grid of codes and back.
+
+Module names follow the released files, whose keys they must match.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from core.config import InputError
+from tokenizer.models.config import VQConfig
+from tokenizer.models.layers import Decoder, Encoder
+from tokenizer.quantizers.vector import VectorQuantizer
+
+PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
+
+
+class Reconstruction(NamedTuple):
+    """Images (b, 3, H, W), codes (b, h, w) int64, and the quantiser's losses by name."""
+
+    images: torch.Tensor
+    codes: torch.Tensor
+    losses: dict[str, torch.Tensor]
+
+
+class VQModel(nn.Module):
+    """Encoder, quantiser, decoder."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = VectorQuantizer(
+            config.vocab_size,
+            config.codebook_dim,
+            config.l2_normalize,
+            config.commitment_weight,
+            config.entropy_weight,
+        )
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "VQModel":  # noqa: ANN401 - any field
+        """A new model with random weights: from_preset("VQ-16", vocab_size=4096)."""
+        if name not in PRESETS:
+            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(VQConfig(**{"channel_multipliers": PRESETS[name], **overrides}))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: Any, **options: Any) -> "VQModel":  # noqa: ANN401
+        """Load a released file, a folder of ours or a Hub repository."""
+        from tokenizer.models.pretrained import load_tokenizer
+
+        return load_tokenizer(path_or_hub_id, **options).vq
+
+    def for_inference(
+        self, device: torch.device, dtype: torch.dtype, compile: bool = False
+    ) -> "VQModel":
+        """This model ready to encode and decode: channels last, which convolutions want.
+
+        compile: fuse the norms with what follows, on CUDA; on CPUs eager is faster.
+        """
+        self.eval().requires_grad_(False)
+        self.to(device, dtype).to(memory_format=torch.channels_last)
+        if compile:
+            self.encoder.compile(dynamic=False)
+            self.decoder.compile(dynamic=False)
+        return self
+
+    def forward(self, images: torch.Tensor) -> Reconstruction:
+        """Images (b, 3, H, W) in [-1, 1] -> their reconstruction, codes and losses."""
+        quantized = self.quantize(self._project(images))
+        decoded = self.decoder(self.post_quant_conv(quantized.vectors))
+        return Reconstruction(decoded, quantized.codes, quantized.losses)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (b, 3, H, W) in [-1, 1], of any dtype -> codes (b, H / f, W / f) int64."""
+        return self.quantize(self._project(images.to(self.quant_conv.weight.dtype))).codes
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (b, h, w) int64 -> images (b, 3, h f, w f), not clamped."""
+        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
+
+    def _project(self, images: torch.Tensor) -> torch.Tensor:
+        f = self.config.downsample
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
+            raise InputError(
+                f"images {tuple(images.shape)}: expected (batch, 3, height, width), both sides "
+                f"divisible by {f}"
+            )
+        return self.quant_conv(self.encoder(images))

@@ -1,0 +1,83 @@
+"""Vector quantisation with a low-dimensional, l2-normalised codebook (LlamaGen, section 2.1)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokenizer.quantizers.base import Quantized
+
+SEARCH_ROWS = 8192  # vectors compared with the codebook at once: 512 MiB of scores at 16,384 codes
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each vector by its nearest codebook entry, with straight-through gradients."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        l2_normalize: bool,
+        commitment_weight: float,
+        entropy_weight: float,
+    ) -> None:
+        super().__init__()
+        self.l2_normalize = l2_normalize
+        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
+        self.embedding = nn.Embedding(vocab_size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
+        if l2_normalize:
+            self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
+        # Released files carry this buffer of their trainer; nothing reads it.
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def codebook(self) -> torch.Tensor:
+        """The entries (vocab_size, dim) as they are compared and decoded, float32."""
+        return self._normalized(self.embedding.weight.float())
+
+    def forward(self, z: torch.Tensor) -> Quantized:
+        """z (b, dim, h, w) -> codes, vectors that pass gradients to z, and the losses."""
+        # In float32 under any autocast: in bf16 5.6 % of the codes would be others.
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._normalized(z.float().movedim(1, -1))
+            codebook = self.codebook()
+            codes = nearest(z.flatten(0, -2), codebook).view(z.shape[:-1])
+            vectors = codebook[codes]
+            losses = {
+                "codebook": F.mse_loss(vectors, z.detach()),
+                "commitment": self.commitment_weight * F.mse_loss(z, vectors.detach()),
+            }
+            if self.entropy_weight:
+                losses["entropy"] = self.entropy_weight * entropy_loss(z.flatten(0, -2), codebook)
+            vectors = z + (vectors - z).detach()
+        return Quantized(codes, vectors.movedim(-1, 1), losses)
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (b, h, w) int64 -> vectors (b, dim, h, w), in the codebook's dtype."""
+        return self.codebook()[codes].movedim(-1, 1).to(self.embedding.weight.dtype)
+
+    def _normalized(self, vectors: torch.Tensor) -> torch.Tensor:
+        return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
+
+
+@torch.no_grad()
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """For each of (n, dim), the entry of (vocab_size, dim) at the least distance -> (n,) int64."""
+    # |v|^2 is the same for all entries of a row, so it cannot change the winner.
+    offset = codebook.square().sum(-1)
+    chunks = [
+        torch.addmm(offset, rows, codebook.T, alpha=-2).argmin(-1)
+        for rows in vectors.split(SEARCH_ROWS)
+    ]
+    return torch.cat(chunks)
+
+
+def entropy_loss(
+    vectors: torch.Tensor, codebook: torch.Tensor, temperature: float = 0.01
+) -> torch.Tensor:
+    """Mean entropy of each row's soft assignment minus the entropy of the mean assignment."""
+    logits = -torch.cdist(vectors, codebook).square() / temperature
+    log_probability = logits.log_softmax(-1)
+    probability = log_probability.exp()
+    mean = probability.mean(0)
+    sample_entropy = -(probability * log_probability).sum(-1).mean()
+    return sample_entropy + (mean * (mean + 1e-5).log()).sum()

@@ -1,0 +1,78 @@
+"""What a tokenizer's training shows: mean losses, codebook usage, fixed pictures rebuilt."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.config import InputError
+from core.data.grids import side_by_side
+from core.data.image_list import find_images
+from core.data.images import images_to_pixels, pixels_to_images
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.skip_log import SkipLog
+from core.distributed.world import World
+from evaluations.metrics.psnr_ssim import psnr
+from tokenizer.models.vq_model import VQModel
+from tokenizer.quantizers.usage import CodebookUsage
+
+
+class Totals:
+    """Sums of the losses and counts of the codes since the last report, on the device."""
+
+    def __init__(self, vocab_size: int, world: World) -> None:
+        self.world, self.vocab_size = world, vocab_size
+        self.grad_norm = torch.zeros((), device=world.device)
+        self._reset()
+
+    def add(self, losses: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
+        """Add one micro-batch."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.usage.update(codes)
+
+    def take(self) -> dict[str, float | torch.Tensor]:
+        """Means over all ranks and the codebook usage since the last call; starts afresh."""
+        metrics: dict[str, float | torch.Tensor] = {"grad_norm": self.grad_norm}
+        for name, value in self.sums.items():
+            metrics[name] = self.world.sum(value / self.counts[name]) / self.world.size
+        metrics.update(self.usage.result(self.world))
+        self._reset()
+        return metrics
+
+    def _reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.usage = CodebookUsage(self.vocab_size, self.world.device)
+
+
+def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torch.Tensor:
+    """Up to `count` pictures of a folder or list, centre-cropped: (n, height, width, 3) uint8."""
+    images = find_images(source)
+    count = min(len(images), count)
+    # Spread over the whole list, which is sorted by class.
+    chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
+    dataset = OrderedImages(images, CenterCrop(*image_size))
+    batch = next(ordered_batches(dataset, chosen, count, num_workers=0))
+    SkipLog().add(batch.skipped)
+    if batch.pixels is None:
+        raise InputError(f"{source}: none of {count} pictures can be read")
+    return batch.pixels
+
+
+@torch.no_grad()
+def reconstruct(
+    vq: VQModel, pictures: torch.Tensor, world: World
+) -> tuple[np.ndarray, dict[str, float]]:
+    """A grid of originals over reconstructions (height, width, 3) uint8, and PSNR in dB."""
+    training = vq.training
+    vq.eval()
+    rebuilt = []
+    for pixels in pictures.split(16):
+        images = pixels_to_images(pixels.to(world.device))
+        rebuilt.append(images_to_pixels(vq.decode(vq.encode(images))).cpu())
+    vq.train(training)
+    fake = torch.cat(rebuilt)
+    scores = {"validation_psnr": float(psnr(pictures, fake).mean())}
+    return side_by_side(pictures[:16], fake[:16], columns=8), scores
