@@ -8,6 +8,7 @@ stops. This is the only file that knows jsonargparse.
 
 import dataclasses
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,12 @@ def run_command(main: Callable[[], None]) -> None:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue")
+
+
+def forward(name: str) -> None:
+    """Run the command that an old name now stands for, and say so."""
+    print(f"renamed: python -m {name}", file=sys.stderr)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def fail(message: str) -> NoReturn:

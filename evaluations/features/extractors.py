@@ -40,7 +40,7 @@ class ExtractorConfig:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, must be >= 1")
 
-    def build_detector(self, world: World) -> "Detector":
+    def build_detector(self, world: World) -> "FeatureExtractor":
         """The network, on this process's device; InputError where its weights are missing."""
         if self.detector == "proxy":
             return ProxyExtractor(world.device)

@@ -125,7 +125,7 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("tokenizer.pretrained: ")
+    assert line.startswith("tokenizer.convert: ")
     assert "nothing.pt" in line
     assert not (tmp_path / "out").exists()
 

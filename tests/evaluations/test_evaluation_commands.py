@@ -151,7 +151,7 @@ def test_verify_prints_both_rows_and_fails_where_they_differ(
     config = settings(
         made, verify_adm.VerifyConfig, samples=made, out=tmp_path, detector="inception"
     )
-    monkeypatch.setattr(verify_adm, "open_judge", lambda *_: None)
+    monkeypatch.setattr(verify_adm, "open_scorer", lambda *_: None)
     monkeypatch.setattr(verify_adm, "evaluate", lambda *_: published)
     verify_adm.verify(config, world)
     assert capsys.readouterr().out.count("pass") == len(published)

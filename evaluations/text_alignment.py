@@ -1,0 +1,6 @@
+"""The old name of evaluations.clip_score, for one release."""
+
+from core.config import forward
+
+if __name__ == "__main__":
+    forward("evaluations.clip_score")

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# scripts/evaluations/generation.sh --config ...   (see launch.sh for one node and many)
-exec "$(dirname "$0")/../launch.sh" evaluations.score "$@"
