@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from autoregressive.conditioning import select
+from autoregressive.conditioning import Condition, select
 from autoregressive.data import CodeDataset, LiveConfig
 from autoregressive.decoding import Decoder
 from autoregressive.model import GPT, GPTConfig
@@ -165,23 +165,39 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
 
 
 class SampleGrid:
-    """Draws the same conditions under the same noise each time, a row per class or prompt."""
+    """Draws the same conditions under the same noise each time, a row per class or prompt.
+
+    draws: Whether there is anything to draw, the same on all ranks. Rank 0 draws, and it alone has
+    the conditions: a text encoder is loaded there, once, and let go.
+    """
 
     def __init__(
-        self, config: TrainConfig, data: Dataset, gpt_config: GPTConfig, vq: VQModel | None
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        gpt_config: GPTConfig,
+        vq: VQModel | None,
+        world: World,
     ) -> None:
         self.vq, self.config = vq, config
-        shown = np.arange(min(10, gpt_config.num_classes))
-        self.condition = data.conditions(shown)
-        if isinstance(data, CodeDataset) and config.sample_classes:
+        self.draws = bool(world.broadcast(vq is not None and config.report.sample_every > 0))
+        if isinstance(data, CodeDataset):
             wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
             if wrong:
                 raise InputError(
                     f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
                 )
-            self.condition = torch.tensor(config.sample_classes)
-        if not isinstance(data, CodeDataset) and config.sample_prompts:
-            self.condition = data.encode(list(config.sample_prompts))
+        if self.draws and world.is_main:
+            self.condition = self._conditions(data, gpt_config.num_classes)
+
+    def _conditions(self, data: Dataset, num_classes: int) -> Condition:
+        """What is asked for, else the first ten classes, or captions of the data."""
+        if isinstance(data, CodeDataset):
+            if self.config.sample_classes:
+                return torch.tensor(self.config.sample_classes)
+        elif self.config.sample_prompts:
+            return data.encode(list(self.config.sample_prompts))
+        return data.conditions(np.arange(min(10, num_classes)))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """A grid picture (height, width, 3) uint8."""

@@ -21,11 +21,11 @@ class SamplingConfig:
 
     Args:
         cfg_scale: Classifier-free guidance, logits = null + cfg_scale * (conditional - null);
-            1 for none, 0 for the usual: 2.0 under classes, 7.5 under text.
+            1 for none, null for the usual: 2.0 under classes, 7.5 under text.
         cfg_interval: The first cfg_interval + 2 codes are guided, the rest are not; -1 guides all.
         temperature: Divides the logits.
-        top_k: Only the top_k likeliest codes (and those that tie); 0 for all, -1 for the usual:
-            all under classes, 1000 under text.
+        top_k: Only the top_k likeliest codes (and those that tie); 0 for all, null for the
+            usual: all under classes, 1000 under text.
         top_p: Only the likeliest codes that together reach this probability (and those that tie
             with the last of them); 1 for all.
         greedy: Always the likeliest code.
@@ -40,10 +40,10 @@ class SamplingConfig:
             the same; what it saves depends on the model, and pays at small batches alone.
     """
 
-    cfg_scale: float = 0.0
+    cfg_scale: float | None = None
     cfg_interval: int = -1
     temperature: float = 1.0
-    top_k: int = -1
+    top_k: int | None = None
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
@@ -53,14 +53,19 @@ class SamplingConfig:
     speculative: int = 0
 
     def __post_init__(self) -> None:
-        if self.cfg_scale < 1 and self.cfg_scale != 0:
+        # Saved configurations of before spell "the usual" 0 and -1.
+        if self.cfg_scale == 0:
+            object.__setattr__(self, "cfg_scale", None)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", None)
+        if self.cfg_scale is not None and self.cfg_scale < 1:
             raise ValueError(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1: no guidance)")
         if self.cfg_interval < -1:
             raise ValueError(f"cfg_interval is {self.cfg_interval}, must be >= -1 (-1: all codes)")
         if self.cfg_start < 0 or self.cfg_power <= 0:
             raise ValueError("cfg_start must be >= 0, cfg_power > 0")
-        if self.temperature < 0 or self.top_k < -1:
-            raise ValueError("temperature must be >= 0, top_k >= -1")
+        if self.temperature < 0 or (self.top_k is not None and self.top_k < 0):
+            raise ValueError("temperature and top_k must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, must be in (0, 1]")
         if self.speculative < 0:
@@ -71,8 +76,8 @@ class SamplingConfig:
         usual_scale, usual_k = (7.5, 1000) if condition == "text" else (2.0, 0)
         return replace(
             self,
-            cfg_scale=self.cfg_scale or usual_scale,
-            top_k=usual_k if self.top_k == -1 else self.top_k,
+            cfg_scale=usual_scale if self.cfg_scale is None else self.cfg_scale,
+            top_k=usual_k if self.top_k is None else self.top_k,
         )
 
     def arguments(self, condition: str) -> dict[str, Any]:
@@ -80,7 +85,8 @@ class SamplingConfig:
         return asdict(self.resolved(condition))
 
     def guidance(self, num_codes: int) -> list[float]:
-        """The scale of guidance at each code; 1 where there is none."""
+        """The scale of guidance at each code, of resolved settings; 1 where there is none."""
+        assert self.cfg_scale is not None
         last = num_codes - 1 if self.cfg_interval == -1 else self.cfg_interval + 1
         return [
             1 + (self.cfg_scale - 1) * self._share(position / num_codes)
@@ -100,10 +106,10 @@ class SamplingConfig:
 def generate(
     gpt: GPT | Decoder,
     condition: Condition,
-    cfg_scale: float = 2.0,
+    cfg_scale: float | None = None,
     cfg_interval: int = -1,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     greedy: bool = False,
     seed: int = 0,
@@ -121,6 +127,7 @@ def generate(
     negative: A condition per image that guidance leads away from, in place of the null condition.
     known: (batch, height, width) int64, codes that are given, -1 where a code is to be drawn. A
         code is drawn from the codes before it in raster order: given codes after it are not seen.
+    cfg_scale, top_k: None for the usual of the model's condition, as SamplingConfig says.
     more: cfg_start, cfg_schedule, cfg_power, speculative; these and the other arguments are those
         of SamplingConfig. Raises ValueError for what cannot be sampled.
     """
@@ -179,6 +186,7 @@ def request_of(
 ) -> Request:
     """What a decoder is asked for; InputError for known codes that are none."""
     config = config.resolved(gpt.condition)
+    assert config.top_k is not None
     return Request(
         condition,
         negative,

@@ -155,13 +155,14 @@ def train(config: TrainConfig, world: World) -> None:
     first_step, samples = state["step"], state.get("samples", 0)
     batches = prefetch(training_batches(config, data, world, samples), world.device)
     scorer = Scorer(config, data, world)
-    pictures = SampleGrid(config, data, gpt_config, scorer.vq)
-    draws = world.broadcast(pictures.vq is not None)
+    pictures = SampleGrid(config, data, gpt_config, scorer.vq, world)
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
     interruption = Interruption(world)
+    if first_step == 0 and config.report.samples(0, config.num_steps):
+        evaluate(0, averaged, validation, pictures, run)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
@@ -198,13 +199,7 @@ def train(config: TrainConfig, world: World) -> None:
             loss_sum.zero_()
             losses = 0
         if config.report.samples(done, config.num_steps):
-            if validation:
-                loss = validation_loss(averaged, validation, config, world)
-                run.log(done, {"validation_loss": loss})
-            if draws:
-                whole = whole_gpt(averaged.gpt, world)
-                if world.is_main:
-                    run.draw(done, pictures.draw(whole))
+            evaluate(done, averaged, validation, pictures, run)
         if scorer.due(done):
             run.log(done, scorer.score(whole_gpt(averaged.gpt, world, everywhere=True)))
         stopping = interruption.requested() and done < config.num_steps
@@ -216,6 +211,23 @@ def train(config: TrainConfig, world: World) -> None:
             interruption.leave(done)
     checkpoints.finish()
     run.finish()
+
+
+def evaluate(
+    step: int,
+    objective: NextCodeLoss,
+    validation: Dataset | None,
+    pictures: SampleGrid,
+    run: Run,
+) -> None:
+    """Report the validation loss and draw the sample grid after `step` steps; all ranks call it."""
+    if validation:
+        loss = validation_loss(objective, validation, run.config, run.world)
+        run.log(step, {"validation_loss": loss})
+    if pictures.draws:
+        whole = whole_gpt(objective.gpt, run.world)
+        if run.world.is_main:
+            run.draw(step, pictures.draw(whole))
 
 
 def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:

@@ -24,11 +24,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from core.config import InputError
 
-# Large pages for large tensors on CPUs, where Linux gives them on request: a kernel that takes
-# memory anew spends its time on page faults otherwise (VQ-16 encodes an image in 0.77 s instead of
-# 1.09 in float32; a decoding step took 36 or 244 ms by the allocator's mood, now 36).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -193,3 +194,55 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "parallel.strategy fsdp fits on" in line
     assert not (tmp_path / "run").exists()
+
+
+def launched(arguments: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    """scripts/launch.sh on two processes."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / "launch.sh", "autoregressive.train", *map(str, arguments)],
+        cwd=ROOT,
+        env={**QUICK, "PATH": path, "NPROC": "2", "MAX_RESTARTS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow
+def test_the_launcher_does_not_try_a_mistake_again(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # A typo that every rank notices, and a mistake of one rank while the other waits for it.
+    (tmp_path / "file").write_text("x")
+    for run, line in (
+        (flags(codes, tmp_path / "run", "--optimizer.lr", "fast"), "optimizer.lr"),
+        (flags(codes, tmp_path / "file"), "is a file, expected the run's folder"),
+    ):
+        done = launched(run)
+        assert done.returncode == 2, done.stderr[-3000:]
+        said = [each for each in done.stderr.splitlines() if line in each]
+        assert 1 <= len(said) <= 2, done.stderr  # of one attempt
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # The first attempt meets a full disk.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        f"mark = pathlib.Path({str(tmp_path / 'attempts')!r})\n"
+        "if 'RANK' in os.environ:\n"
+        "    with mark.open('a') as file:\n"
+        "        file.write('x')\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        import core.run\n"
+        "        def full(*_): raise OSError(28, 'no space left on device')\n"
+        "        core.run.Run.start = full\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    done = launched(flags(codes, tmp_path / "run", "--num_steps", 2), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no space left on device; run the same command again" in done.stderr
+    assert (tmp_path / "attempts").read_text() == "xxxx"  # two ranks, twice
+    assert len(losses(tmp_path / "run")) == 2

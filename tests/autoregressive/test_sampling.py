@@ -2,9 +2,10 @@ import pytest
 import torch
 from test_decoder import tiny
 
-from autoregressive import generate
-from autoregressive.decoding import Decoder
+from autoregressive import generate, sampling
+from autoregressive.decoding import Decoder, Request
 from autoregressive.drawing import Drawing, filter_logits
+from autoregressive.sampling import SamplingConfig, request_of
 from core.config import InputError
 from core.randomness import random_bits
 
@@ -126,3 +127,24 @@ def test_bad_requests_are_refused():
     for wrong in ({"cfg_scale": 0.5}, {"top_p": 0.0}, {"top_k": -2}, {"cfg_interval": -2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             generate(gpt, torch.tensor([1]), **wrong)
+
+
+@pytest.mark.parametrize(("condition", "usual"), [("class", (2.0, 0)), ("text", (7.5, 1000))])
+def test_python_and_the_commands_have_one_set_of_defaults(monkeypatch, condition, usual):
+    asked = []
+
+    def request(*arguments) -> Request:
+        asked.append(request_of(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(sampling, "request_of", request)
+    gpt = tiny() if condition == "class" else tiny(condition="text", text_dim=8, max_text_tokens=4)
+    shown = torch.tensor([1]) if condition == "class" else (torch.randn(1, 4, 8), torch.tensor([4]))
+    generate(gpt, shown)
+    generate(gpt, shown, **SamplingConfig().arguments(condition))
+    # Saved configurations of before spelt it like this.
+    generate(gpt, shown, **SamplingConfig(cfg_scale=0.0, top_k=-1).arguments(condition))
+    for one in asked:
+        assert (one.scales[0], one.draw.top_k) == usual
+    assert SamplingConfig().cfg_scale is None
+    assert SamplingConfig().top_k is None
