@@ -45,6 +45,19 @@ class Plan:
         gathered = (2 * self.largest_block + self.outside_blocks) * (4 + 4)
         return self.parameters * per_parameter / shards + gathered + self.activations
 
+    def host_bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
+        """Host memory on each process besides its data; on a CPU it comes on top of the above.
+
+        The model is built on its device, shard by shard, so the start takes none. A checkpoint
+        being written is a copy of the process's weights, moments and averages; and a process that
+        samples from a sharded model gathers all its weights.
+        """
+        copied = STATE_BYTES - 4 + 4 * self.averaged  # no gradients
+        if strategy == "ddp":
+            return self.parameters * copied
+        shards = min(size, shared) if strategy == "hsdp" else size
+        return self.parameters * (copied / shards + 4)
+
 
 def plan_model(
     model: nn.Module,
@@ -113,14 +126,23 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
     print(f"memory of the device  {memory_bytes(world.device) / 2**30:,.1f} GiB")
     print(f"activations (estimate) {plan.activations / 2**30:,.2f} GiB, included below")
     sizes = sorted({1, 8, 32, 128, world.size})
-    print("GiB per process on   " + "".join(f"{size:>9}" for size in sizes))
-    for strategy in get_args(Strategy):
-        cells = []
-        for size in sizes:
-            needed = plan.bytes_per_process(strategy, size, _shared(parallel, world, size))
-            cells.append(f"{needed / 2**30:>9.1f}")
-        mark = "<- chosen" if strategy == parallel.strategy else ""
-        print(f"  {strategy:<19}" + "".join(cells), mark)
+    node = _node_size()
+    for title, count, each in (
+        ("GiB per process on", plan.bytes_per_process, lambda size: 1),
+        ("host GiB per process", plan.host_bytes_per_process, lambda size: 1),
+        ("host GiB per node", plan.host_bytes_per_process, lambda size: min(size, node)),
+    ):
+        print(f"{title:<21}" + "".join(f"{size:>9}" for size in sizes))
+        for strategy in get_args(Strategy):
+            cells = []
+            for size in sizes:
+                needed = count(strategy, size, _shared(parallel, world, size)) * each(size)
+                cells.append(f"{needed / 2**30:>9.1f}")
+            mark = "<- chosen" if strategy == parallel.strategy else ""
+            print(f"  {strategy:<19}" + "".join(cells), mark)
+    print(
+        f"host memory: at most, while a checkpoint is written and samples are drawn; {node} a node"
+    )
 
 
 def transformer_activations(
@@ -142,5 +164,9 @@ def transformer_activations(
 
 def _shared(config: ParallelConfig, world: World, size: int = 0) -> int:
     """Processes to one copy of the model under hsdp: as asked, or those of a node (else 8)."""
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    return math.gcd(config.shard_size or node, size or world.size)
+    return math.gcd(config.shard_size or _node_size(), size or world.size)
+
+
+def _node_size() -> int:
+    """Processes of a node, 8 where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
