@@ -261,6 +261,7 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         samples,
         config.batch_size,
         config.num_steps,
+        scored=config.evaluation.every > 0,
     )
 
 
