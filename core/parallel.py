@@ -112,27 +112,6 @@ def shard(
     return model.to(world.device) if config.strategy == "ddp" else model
 
 
-def _shard_blocks(
-    model: nn.Module,
-    config: ParallelConfig,
-    world: World,
-    precision: Precision,
-    block: type[nn.Module],
-) -> None:
-    shared = config.shard_size if config.strategy == "hsdp" else world.size
-    mesh = world.mesh(shared)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # One unit per block: its weights are gathered while the block before it computes. What is
-    # left (embeddings, the last norm, the head) forms the root's unit.
-    for module in list(model.modules()):
-        if isinstance(module, block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    # The root's weights stay gathered until its backward pass; averaged weights have none.
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
-
-
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """Compile each of them, in place; blocks that are alike share their code."""
     for block in blocks:
@@ -179,6 +158,27 @@ def first_row(tensor: torch.Tensor) -> int:
     _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     assert not any(offsets[1:]), "FSDP2 shards by rows"
     return offsets[0] if offsets else 0
+
+
+def _shard_blocks(
+    model: nn.Module,
+    config: ParallelConfig,
+    world: World,
+    precision: Precision,
+    block: type[nn.Module],
+) -> None:
+    shared = config.shard_size if config.strategy == "hsdp" else world.size
+    mesh = world.mesh(shared)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # One unit per block: its weights are gathered while the block before it computes. What is
+    # left (embeddings, the last norm, the head) forms the root's unit.
+    for module in list(model.modules()):
+        if isinstance(module, block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The root's weights stay gathered until its backward pass; averaged weights have none.
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
 
 
 def _checkpoint_activations(

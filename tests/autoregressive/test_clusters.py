@@ -193,3 +193,24 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "parallel.strategy fsdp fits on" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_same_weights_under_every_strategy(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # A step that changes nothing: what is saved after it are the initial weights.
+    more = ("--num_steps", 1, "--optimizer.lr", 1e-30, "--ema_decay", 0.9)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
+    for name, processes, strategy in (
+        ("ddp2", 2, ()),
+        ("fsdp2", 2, FSDP),
+        ("fsdp4", 4, FSDP),
+        ("hsdp", 4, HSDP),
+    ):
+        run = flags(codes, tmp_path / name, *more, *strategy)
+        run_module("autoregressive.train", *run, processes=processes)
+        for part in ("model", "ema"):
+            ours, theirs = (weights(tmp_path / n, 1, part) for n in (name, "one"))
+            assert ours["output.weight"].abs().max() < 1e-29  # zero at the start
+            for key in theirs.keys() - {"output.weight"}:
+                assert torch.equal(ours[key], theirs[key]), (name, part, key)
