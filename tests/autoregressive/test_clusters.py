@@ -201,12 +201,7 @@ def test_a_run_starts_from_the_same_weights_under_every_strategy(tmp_path):
     # A step that changes nothing: what is saved after it are the initial weights.
     more = ("--num_steps", 1, "--optimizer.lr", 1e-30, "--ema_decay", 0.9)
     run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
-    for name, processes, strategy in (
-        ("ddp2", 2, ()),
-        ("fsdp2", 2, FSDP),
-        ("fsdp4", 4, FSDP),
-        ("hsdp", 4, HSDP),
-    ):
+    for name, processes, strategy in (("fsdp2", 2, FSDP), ("hsdp", 4, HSDP)):
         run = flags(codes, tmp_path / name, *more, *strategy)
         run_module("autoregressive.train", *run, processes=processes)
         for part in ("model", "ema"):
