@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -37,20 +36,12 @@ class Normal:
     std: float
 
 
-class Initializable(Protocol):
-    """A module that says how its parameters and buffers are initialised."""
-
-    def initial_distribution(self, name: str) -> Constant | Normal:
-        """The distribution of one tensor, by its name in the module's state dict."""
-        ...
-
-
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Set every tensor of the state dict of `model` to its initial value; `model` may be sharded.
 
-    `model` is an Initializable with memory, not on the meta device. The weights do not depend on
-    the strategy or the number of processes.
+    `model.initial_distribution(name)` is the Constant or Normal of a tensor, by its name in the
+    state dict. The model has memory: it is not on the meta device.
     """
     for name, tensor in model.state_dict().items():
         own = local(tensor)

@@ -180,6 +180,7 @@ def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
     assert "num_steps: 12" in shown
     assert "parameters            59,712" in shown
     assert "steps per epoch       5.0" in shown
+    assert "host GiB per node" in shown
     for strategy in ("ddp", "fsdp", "hsdp"):
         assert f"\n  {strategy} " in shown
     assert not (tmp_path / "run").exists()
