@@ -17,7 +17,7 @@ from autoregressive.decoding import Decoder
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.models import decode_pixels
 from autoregressive.objective import NextCodeLoss
-from autoregressive.pretrained import load_gpt
+from autoregressive.pretrained import read_gpt
 from autoregressive.sample import score_samples
 from autoregressive.sampling import generate
 from autoregressive.text_data import Dataset, open_data
@@ -25,8 +25,8 @@ from core.checkpoint import inference_files
 from core.config import InputError, load_config
 from core.distributed import World
 from core.images import image_grid
+from core.initialization import copy_weights
 from core.prefetch import to_device
-from core.weights import load_weights
 from evaluations.scoring import JudgeConfig, open_judge
 from tokenizer.model import VQModel
 from tokenizer.pretrained import load_tokenizer
@@ -58,9 +58,12 @@ class EvaluationConfig(JudgeConfig):
 
 
 def start_from(gpt: GPT, source: str) -> None:
-    """Take over the weights of another training; InputError where they do not fit."""
-    given = load_gpt(source, grid=gpt.config.grid).gpt
-    load_weights(gpt, given.state_dict(), source)
+    """Take over the weights of another training; InputError where they do not fit.
+
+    `gpt` may be sharded: each process reads only the rows that it holds.
+    """
+    given = read_gpt(source, grid=gpt.config.grid)
+    copy_weights(gpt, given.tensors, source)
     ours, theirs = gpt.config.text_encoder, given.config.text_encoder
     if ours and theirs and ours != theirs:
         raise InputError(f"init_from {source}: trained with another text encoder")

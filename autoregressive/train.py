@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoregressive.data import CodesConfig, dropped_conditions
 from autoregressive.model import GPT, Architecture, Block, GPTConfig
@@ -34,6 +35,7 @@ from core.config import parse_config, run_command
 from core.datasets import ShuffledOrder, check_batch_size, local_positions
 from core.distributed import DeviceName, Precision, World, distributed
 from core.ema import EMA
+from core.initialization import initialize
 from core.interruption import Interruption
 from core.optim import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.parallel import ParallelConfig, no_sync, prepare, shard
@@ -128,17 +130,9 @@ def train(config: TrainConfig, world: World) -> None:
     if config.dry_run:
         return
     begin_run(config.out, world)
-    torch.manual_seed(config.seed)
-    gpt = GPT(gpt_config)
-    if config.init_from and not resumes:
-        start_from(gpt, config.init_from)
-    ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
-    objective = NextCodeLoss(gpt, config.loss_chunk)
-    parallel = prepare(objective, config.parallel, world, config.precision, Block)
-    averaged = objective
-    if ema:
-        averaged = NextCodeLoss(ema.model, config.loss_chunk)
-        shard(averaged, config.parallel, world, config.precision, Block)
+    objective, parallel = build_model(config, gpt_config, world, initialized=not resumes)
+    gpt = objective.gpt
+    ema, averaged = build_average(config, gpt, world) if config.ema_decay else (None, objective)
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     checkpoints = Checkpointer(
@@ -230,6 +224,33 @@ def evaluate(
             run.draw(step, pictures.draw(whole))
 
 
+def build_model(
+    config: TrainConfig, gpt_config: GPTConfig, world: World, initialized: bool
+) -> tuple[NextCodeLoss, nn.Module]:
+    """The decoder with its loss, spread over the processes, and what to call for training.
+
+    initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
+    """
+    with torch.device("meta"):
+        objective = NextCodeLoss(GPT(gpt_config), config.loss_chunk)
+    parallel = prepare(objective, config.parallel, world, config.precision, Block)
+    gpt = objective.gpt
+    gpt.build_rotary()
+    if initialized and config.init_from:
+        start_from(gpt, config.init_from)
+    elif initialized:
+        initialize(gpt, config.seed)
+    return objective, parallel
+
+
+def build_average(config: TrainConfig, gpt: GPT, world: World) -> tuple[EMA[GPT], NextCodeLoss]:
+    """The averaged weights, sharded like `gpt` and equal to it, and their loss."""
+    with torch.device("meta"):
+        averaged = NextCodeLoss(GPT(gpt.config), config.loss_chunk).requires_grad_(False)
+    shard(averaged, config.parallel, world, config.precision, Block)
+    return EMA(gpt, config.ema_decay, averaged.gpt), averaged
+
+
 def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
     """What the training needs, counted on a model without memory."""
     with torch.device("meta"):
@@ -252,6 +273,7 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         samples,
         config.batch_size,
         config.num_steps,
+        scored=config.evaluation.every > 0,
     )
 
 

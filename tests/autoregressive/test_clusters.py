@@ -181,6 +181,7 @@ def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
     assert "num_steps: 12" in shown
     assert "parameters            59,712" in shown
     assert "steps per epoch       5.0" in shown
+    assert "host GiB per node" in shown
     for strategy in ("ddp", "fsdp", "hsdp"):
         assert f"\n  {strategy} " in shown
     assert not (tmp_path / "run").exists()
@@ -246,3 +247,19 @@ def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
     assert "no space left on device; run the same command again" in done.stderr
     assert (tmp_path / "attempts").read_text() == "xxxx"  # two ranks, twice
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_same_weights_under_every_strategy(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # A step that changes nothing: what is saved after it are the initial weights.
+    more = ("--num_steps", 1, "--optimizer.lr", 1e-30, "--ema_decay", 0.9)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
+    for name, processes, strategy in (("fsdp2", 2, FSDP), ("hsdp", 4, HSDP)):
+        run = flags(codes, tmp_path / name, *more, *strategy)
+        run_module("autoregressive.train", *run, processes=processes)
+        for part in ("model", "ema"):
+            ours, theirs = (weights(tmp_path / n, 1, part) for n in (name, "one"))
+            assert ours["output.weight"].abs().max() < 1e-29  # zero at the start
+            for key in theirs.keys() - {"output.weight"}:
+                assert torch.equal(ours[key], theirs[key]), (name, part, key)
