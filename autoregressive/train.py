@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoregressive.data.codes import drop_condition
 from autoregressive.data.config import DataConfig
@@ -39,6 +40,7 @@ from core.distributed.world import DeviceName, Precision, World, distributed
 from core.rng import seed_step
 from core.training.checkpoint import Checkpointer
 from core.training.ema import EMA
+from core.training.initialization import initialize
 from core.training.memory_plan import (
     Plan,
     check_fits,
@@ -136,17 +138,9 @@ def train(config: TrainConfig, world: World) -> None:
     if config.dry_run:
         return
     begin_run(config.out, world)
-    torch.manual_seed(config.seed)
-    gpt = GPT(gpt_config)
-    if config.init_from and not resumes:
-        start_from(gpt, config.init_from)
-    ema = EMA(gpt, config.ema_decay) if config.ema_decay else None
-    objective = NextTokenLoss(gpt, config.loss_chunk)
-    parallel = prepare(objective, config.parallel, world, config.precision, Block)
-    averaged = objective
-    if ema:
-        averaged = NextTokenLoss(ema.model, config.loss_chunk)
-        shard(averaged, config.parallel, world, config.precision, Block)
+    objective, parallel = build_model(config, gpt_config, world, initialized=not resumes)
+    gpt = objective.gpt
+    ema, averaged = build_average(config, gpt, world) if config.ema_decay else (None, objective)
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     checkpoints = Checkpointer(
@@ -163,13 +157,14 @@ def train(config: TrainConfig, world: World) -> None:
     first_step, samples = state["step"], state.get("samples", 0)
     batches = prefetch(training_batches(config, data, world, samples), world.device)
     scorer = SampleScorer(config, data, world)
-    pictures = SampleGrid(config, data, gpt_config, scorer.vq)
-    draws = world.broadcast(pictures.vq is not None)
+    pictures = SampleGrid(config, data, gpt_config, scorer.vq, world)
     run = Run(config.out, config, config.report, world)
     run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
     loss_sum = torch.zeros((), device=world.device)
     losses = 0
     interruption = Preemption(world)
+    if first_step == 0 and config.report.samples(0, config.num_steps):
+        evaluate(0, averaged, validation, pictures, run)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step.
@@ -206,13 +201,7 @@ def train(config: TrainConfig, world: World) -> None:
             loss_sum.zero_()
             losses = 0
         if config.report.samples(done, config.num_steps):
-            if validation:
-                loss = validation_loss(averaged, validation, config, world)
-                run.log(done, {"validation_loss": loss})
-            if draws:
-                whole = unsharded_copy(averaged.gpt, world)
-                if world.is_main:
-                    run.draw(done, pictures.draw(whole))
+            evaluate(done, averaged, validation, pictures, run)
         if scorer.due(done):
             run.log(done, scorer.score(unsharded_copy(averaged.gpt, world, everywhere=True)))
         stopping = interruption.requested() and done < config.num_steps
@@ -224,6 +213,50 @@ def train(config: TrainConfig, world: World) -> None:
             interruption.leave(done)
     checkpoints.finish()
     run.finish()
+
+
+def evaluate(
+    step: int,
+    objective: NextTokenLoss,
+    validation: Dataset | None,
+    pictures: SampleGrid,
+    run: Run,
+) -> None:
+    """Report the validation loss and draw the sample grid after `step` steps; all ranks call it."""
+    if validation:
+        loss = validation_loss(objective, validation, run.config, run.world)
+        run.log(step, {"validation_loss": loss})
+    if pictures.draws:
+        whole = unsharded_copy(objective.gpt, run.world)
+        if run.world.is_main:
+            run.draw(step, pictures.draw(whole))
+
+
+def build_model(
+    config: TrainConfig, gpt_config: GPTConfig, world: World, initialized: bool
+) -> tuple[NextTokenLoss, nn.Module]:
+    """The decoder with its loss, spread over the processes, and what to call for training.
+
+    initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
+    """
+    with torch.device("meta"):
+        objective = NextTokenLoss(GPT(gpt_config), config.loss_chunk)
+    parallel = prepare(objective, config.parallel, world, config.precision, Block)
+    gpt = objective.gpt
+    gpt.build_rotary()
+    if initialized and config.init_from:
+        start_from(gpt, config.init_from)
+    elif initialized:
+        initialize(gpt, config.seed)
+    return objective, parallel
+
+
+def build_average(config: TrainConfig, gpt: GPT, world: World) -> tuple[EMA[GPT], NextTokenLoss]:
+    """The averaged weights, sharded like `gpt` and equal to it, and their loss."""
+    with torch.device("meta"):
+        averaged = NextTokenLoss(GPT(gpt.config), config.loss_chunk).requires_grad_(False)
+    shard(averaged, config.parallel, world, config.precision, Block)
+    return EMA(gpt, config.ema_decay, averaged.gpt), averaged
 
 
 def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
@@ -248,6 +281,7 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         samples,
         config.batch_size,
         config.num_steps,
+        scored=config.evaluation.every > 0,
     )
 
 

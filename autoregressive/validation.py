@@ -16,18 +16,19 @@ from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generate
-from autoregressive.models.conditioning import select
+from autoregressive.models.conditioning import Condition, select
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
-from autoregressive.models.pretrained import load_gpt
+from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.pipeline import decode_pixels
 from autoregressive.sample import score_samples
 from core.config import InputError, load_config
 from core.data.grids import image_grid
 from core.distributed.world import World
+from core.training.initialization import copy_weights
 from core.training.prefetch import to_device
-from core.weights import inference_files, load_weights
+from core.weights import inference_files
 from evaluations.scorer import MetricsConfig, open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -59,9 +60,12 @@ class EvaluationConfig(MetricsConfig):
 
 
 def start_from(gpt: GPT, source: str) -> None:
-    """Take over the weights of another training; InputError where they do not fit."""
-    given = load_gpt(source, grid=gpt.config.grid).gpt
-    load_weights(gpt, given.state_dict(), source)
+    """Take over the weights of another training; InputError where they do not fit.
+
+    `gpt` may be sharded: each process reads only the rows that it holds.
+    """
+    given = read_gpt(source, grid=gpt.config.grid)
+    copy_weights(gpt, given.tensors, source)
     ours, theirs = gpt.config.text_encoder, given.config.text_encoder
     if ours and theirs and ours != theirs:
         raise InputError(f"init_from {source}: trained with another text encoder")
@@ -166,23 +170,39 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
 
 
 class SampleGrid:
-    """Draws the same conditions under the same noise each time, a row per class or prompt."""
+    """Draws the same conditions under the same noise each time, a row per class or prompt.
+
+    draws: Whether there is anything to draw, the same on all ranks. Rank 0 draws, and it alone has
+    the conditions: a text encoder is loaded there, once, and let go.
+    """
 
     def __init__(
-        self, config: TrainConfig, data: Dataset, gpt_config: GPTConfig, vq: VQModel | None
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        gpt_config: GPTConfig,
+        vq: VQModel | None,
+        world: World,
     ) -> None:
         self.vq, self.config = vq, config
-        shown = np.arange(min(10, gpt_config.num_classes))
-        self.condition = data.conditions(shown)
-        if isinstance(data, CodeDataset) and config.sample_classes:
+        self.draws = bool(world.broadcast(vq is not None and config.report.sample_every > 0))
+        if isinstance(data, CodeDataset):
             wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
             if wrong:
                 raise InputError(
                     f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
                 )
-            self.condition = torch.tensor(config.sample_classes)
-        if not isinstance(data, CodeDataset) and config.sample_prompts:
-            self.condition = data.encode(list(config.sample_prompts))
+        if self.draws and world.is_main:
+            self.condition = self._conditions(data, gpt_config.num_classes)
+
+    def _conditions(self, data: Dataset, num_classes: int) -> Condition:
+        """What is asked for, else the first ten classes, or captions of the data."""
+        if isinstance(data, CodeDataset):
+            if self.config.sample_classes:
+                return torch.tensor(self.config.sample_classes)
+        elif self.config.sample_prompts:
+            return data.encode(list(self.config.sample_prompts))
+        return data.conditions(np.arange(min(10, num_classes)))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """A grid picture (height, width, 3) uint8."""

@@ -28,7 +28,7 @@ def probabilities(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     if config.greedy:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits / max(config.temperature, 1e-5)
-    if config.top_k > 0:
+    if config.top_k:
         least = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if config.top_p < 1:

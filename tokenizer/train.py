@@ -225,6 +225,8 @@ def train(config: TrainConfig, world: World) -> None:
     run.start(first_step, config.num_steps, "image")
     totals = Totals(config.model.vocab_size, world)
     interruption = Preemption(world)
+    if first_step == 0 and config.report.samples(0, config.num_steps) and world.is_main:
+        evaluate(0, averaged, pictures, run)
 
     for step in range(first_step, config.num_steps):
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
@@ -264,9 +266,7 @@ def train(config: TrainConfig, world: World) -> None:
                 metrics["skipped_pictures"] = skipped_pictures
             run.log(done, metrics)
         if config.report.samples(done, config.num_steps) and world.is_main:
-            grid, scores = reconstruct(averaged, pictures, world)
-            run.log(done, scores)
-            run.draw(done, grid)
+            evaluate(done, averaged, pictures, run)
         stopping = interruption.requested() and done < config.num_steps
         if stopping or config.report.saves(done, config.num_steps):
             nets.stepper.check()
@@ -279,6 +279,13 @@ def train(config: TrainConfig, world: World) -> None:
     run.finish()
     if world.is_main and skips:
         print(f"{skips.summary()}: {skips.path}")
+
+
+def evaluate(step: int, vq: VQModel, pictures: torch.Tensor, run: Run) -> None:
+    """Report the PSNR of the fixed pictures and draw them after `step` steps, on rank 0."""
+    grid, scores = reconstruct(vq, pictures, run.world)
+    run.log(step, scores)
+    run.draw(step, grid)
 
 
 def accumulate(

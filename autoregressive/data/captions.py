@@ -1,5 +1,6 @@
 """Codes and captions for training: codes of tokenizer.encode, features of language.encode."""
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from core.config import InputError
 from core.data.shards import ShardReader
 from core.distributed.world import choose_device
 from language.captions import cleaned
-from language.features import FeatureDataset
+from language.features import DTYPES, FeatureDataset
 from language.t5 import load_t5
 
 
@@ -72,7 +73,13 @@ class TextDataset:
         return self.features.batch(pairs, np.full(len(pairs), long))
 
     def encode(self, prompts: list[str]) -> Text:
-        """Prompts as the text encoder of the features sees them."""
+        """Prompts as the text encoder of the features sees them, in the features' precision.
+
+        That precision is what the training sees. The encoder is loaded for this call alone.
+        """
         device, index = choose_device("cpu"), self.features.index
-        t5 = load_t5(index["t5"], device, torch.float32, self.features.max_tokens)
-        return t5.batch(cleaned(prompts, index["clean"]))
+        t5 = load_t5(index["t5"], device, DTYPES[index["dtype"]], self.features.max_tokens)
+        found = t5.batch(cleaned(prompts, index["clean"]))
+        del t5
+        gc.collect()  # transformers' modules may refer to each other
+        return found

@@ -18,10 +18,10 @@ from core.rng import random_bits
 def generate(
     gpt: GPT | InferenceEngine,
     condition: Condition,
-    cfg_scale: float = 2.0,
+    cfg_scale: float | None = None,
     cfg_interval: int = -1,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     greedy: bool = False,
     seed: int = 0,
@@ -39,6 +39,7 @@ def generate(
     negative: A condition per image that guidance leads away from, in place of the null condition.
     known: (batch, height, width) int64, codes that are given, -1 where a code is to be drawn. A
         code is drawn from the codes before it in raster order: given codes after it are not seen.
+    cfg_scale, top_k: None for the usual of the model's condition, as SamplingConfig says.
     more: cfg_start, cfg_schedule, cfg_power, speculative; these and the other arguments are those
         of SamplingConfig. Raises ValueError for what cannot be sampled.
     """
@@ -97,6 +98,7 @@ def request_of(
 ) -> GenerationRequest:
     """What a decoder is asked for; InputError for known codes that are none."""
     config = config.resolved(gpt.condition)
+    assert config.top_k is not None
     return GenerationRequest(
         condition,
         negative,

@@ -11,11 +11,11 @@ class SamplingConfig:
 
     Args:
         cfg_scale: Classifier-free guidance, logits = null + cfg_scale * (conditional - null);
-            1 for none, 0 for the usual: 2.0 under classes, 7.5 under text.
+            1 for none, null for the usual: 2.0 under classes, 7.5 under text.
         cfg_interval: The first cfg_interval + 2 codes are guided, the rest are not; -1 guides all.
         temperature: Divides the logits.
-        top_k: Only the top_k likeliest codes (and those that tie); 0 for all, -1 for the usual:
-            all under classes, 1000 under text.
+        top_k: Only the top_k likeliest codes (and those that tie); 0 for all, null for the
+            usual: all under classes, 1000 under text.
         top_p: Only the likeliest codes that together reach this probability (and those that tie
             with the last of them); 1 for all.
         greedy: Always the likeliest code.
@@ -30,10 +30,10 @@ class SamplingConfig:
             the same; what it saves depends on the model, and pays at small batches alone.
     """
 
-    cfg_scale: float = 0.0
+    cfg_scale: float | None = None
     cfg_interval: int = -1
     temperature: float = 1.0
-    top_k: int = -1
+    top_k: int | None = None
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
@@ -43,14 +43,19 @@ class SamplingConfig:
     speculative: int = 0
 
     def __post_init__(self) -> None:
-        if self.cfg_scale < 1 and self.cfg_scale != 0:
+        # Saved configurations of before spell "the usual" 0 and -1.
+        if self.cfg_scale == 0:
+            object.__setattr__(self, "cfg_scale", None)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", None)
+        if self.cfg_scale is not None and self.cfg_scale < 1:
             raise ValueError(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1: no guidance)")
         if self.cfg_interval < -1:
             raise ValueError(f"cfg_interval is {self.cfg_interval}, must be >= -1 (-1: all codes)")
         if self.cfg_start < 0 or self.cfg_power <= 0:
             raise ValueError("cfg_start must be >= 0, cfg_power > 0")
-        if self.temperature < 0 or self.top_k < -1:
-            raise ValueError("temperature must be >= 0, top_k >= -1")
+        if self.temperature < 0 or (self.top_k is not None and self.top_k < 0):
+            raise ValueError("temperature and top_k must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, must be in (0, 1]")
         if self.speculative < 0:
@@ -61,8 +66,8 @@ class SamplingConfig:
         usual_scale, usual_k = (7.5, 1000) if condition == "text" else (2.0, 0)
         return replace(
             self,
-            cfg_scale=self.cfg_scale or usual_scale,
-            top_k=usual_k if self.top_k == -1 else self.top_k,
+            cfg_scale=usual_scale if self.cfg_scale is None else self.cfg_scale,
+            top_k=usual_k if self.top_k is None else self.top_k,
         )
 
     def arguments(self, condition: str) -> dict[str, Any]:
@@ -70,7 +75,8 @@ class SamplingConfig:
         return asdict(self.resolved(condition))
 
     def guidance(self, num_codes: int) -> list[float]:
-        """The scale of guidance at each code; 1 where there is none."""
+        """The scale of guidance at each code, of resolved settings; 1 where there is none."""
+        assert self.cfg_scale is not None
         last = num_codes - 1 if self.cfg_interval == -1 else self.cfg_interval + 1
         return [
             1 + (self.cfg_scale - 1) * self._share(position / num_codes)

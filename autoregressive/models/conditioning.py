@@ -4,8 +4,6 @@ Both embeddings turn a condition into prefix tokens (batch, C, dim), valid ones 
 the rows marked `dropped` by the null condition of classifier-free guidance.
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,8 +76,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.text_dim, self.max_tokens = text_dim, max_tokens
         self.cap_proj = CaptionProjection(text_dim, dim)
-        null = torch.randn(max_tokens, text_dim) / math.sqrt(text_dim)
-        self.register_buffer("uncond_embedding", null)
+        self.register_buffer("uncond_embedding", torch.zeros(max_tokens, text_dim))
 
     def forward(self, text: Text, dropped: torch.Tensor) -> torch.Tensor:
         """Features (batch, T, text_dim) valid first and lengths -> (batch, T, dim)."""

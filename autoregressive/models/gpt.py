@@ -4,6 +4,7 @@ Facts that the released weights depend on: packed q | k | v, 2-D rotary embeddin
 pairs, RMSNorm in float32 cast back before its weight, and code i at its own cell of the grid.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from autoregressive.models.conditioning import (
 from autoregressive.models.config import PRESETS, GPTConfig, TransformerConfig
 from autoregressive.models.rope import rotary_table, rotate
 from core.config import InputError
+from core.training.initialization import Constant, Normal, initialize
 
 
 class RMSNorm(nn.Module):
@@ -122,8 +124,9 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.build_rotary()
-        self.apply(_initialize)
-        nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
+        if not self.norm.weight.is_meta:
+            # The seed comes from torch's own generator, so that torch.manual_seed decides it.
+            initialize(self, int(torch.randint(2**62, (), device="cpu")))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GPT":  # noqa: ANN401 - any config field
@@ -158,8 +161,20 @@ class GPT(nn.Module):
             config.num_condition,
             config.rope_condition,
         )
-        # Kept as integer bits, because model.to(bfloat16) would round a float buffer.
-        self.register_buffer("rotary_bits", table.view(torch.int32), persistent=False)
+        # Kept as integer bits, because model.to(bfloat16) would round a float buffer. Computed on
+        # the CPU, so that every device has the same bits.
+        bits = table.view(torch.int32).to(self.norm.weight.device)
+        self.register_buffer("rotary_bits", bits, persistent=False)
+
+    def initial_distribution(self, name: str) -> Constant | Normal:
+        """How a tensor of the state dict is initialised; see core.initialization."""
+        if name.endswith("norm.weight"):
+            return Constant(1.0)
+        if name == "output.weight":
+            return Constant(0.0)  # the first loss is ln(vocab_size)
+        if name == "cls_embedding.uncond_embedding":
+            return Normal(1 / math.sqrt(self.config.text_dim))
+        return Normal(0.02)
 
     @property
     def rotary(self) -> torch.Tensor:
@@ -209,8 +224,3 @@ class GPT(nn.Module):
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.output(hidden).float()
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

@@ -31,6 +31,14 @@ class Loaded(NamedTuple):
     sha256: str
 
 
+class Stored(NamedTuple):
+    """A decoder as its file has it: not yet checked against its configuration."""
+
+    config: GPTConfig
+    tensors: dict[str, torch.Tensor]
+    path: Path
+
+
 def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) -> Loaded:  # noqa: ANN401
     """Load a decoder, strictly.
 
@@ -39,6 +47,20 @@ def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) ->
     weights: "auto" takes the averaged weights of our folders, and `model` of released files.
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
     Raises InputError where the weights do not fit, are damaged, or would run code.
+    """
+    config, tensors, path = read_gpt(source, weights, **overrides)
+    with torch.device("meta"):
+        gpt = GPT(config)
+    tensors = {key: value.float() for key, value in tensors.items()}
+    load_weights(gpt, tensors, path, assign=True)
+    gpt.build_rotary()
+    return Loaded(gpt.eval(), file_sha256(path))
+
+
+def read_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) -> Stored:  # noqa: ANN401
+    """The configuration and weights of a decoder, for the arguments of load_gpt.
+
+    The tensors are mapped from the file and have its dtype: all processes of a node share one copy.
     """
     path = find_weights(source, "model.safetensors")
     if path.is_dir():
@@ -50,12 +72,7 @@ def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) ->
         tensors = stored.weights("model" if weights == "auto" else weights, path)
         config = _infer_config(tensors, stored.arguments, path, overrides)
         tensors.pop("freqs_cis", None)  # some released files carry the rotary table
-    with torch.device("meta"):
-        gpt = GPT(config)
-    tensors = {key: value.float() for key, value in tensors.items()}
-    load_weights(gpt, tensors, path, assign=True)
-    gpt.build_rotary()
-    return Loaded(gpt.eval(), file_sha256(path))
+    return Stored(config, tensors, path)
 
 
 def _infer_config(
@@ -110,5 +127,5 @@ def _infer_grid(
         side = int(arguments["image_size"]) // int(arguments.get("downsample_size", 16))
     else:
         side = 16
-        warnings.warn(f"{path} does not tell its grid; taking 16 x 16 (pass grid=)", stacklevel=4)
+        warnings.warn(f"{path} does not tell its grid; taking 16 x 16 (pass grid=)", stacklevel=5)
     return side, side

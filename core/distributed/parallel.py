@@ -22,6 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -70,8 +71,9 @@ def prepare(
 ) -> nn.Module:
     """Make `model` ready for training; `block` is its repeated layer. Call the result.
 
-    Under FSDP2 the model's parameters become DTensors, so the optimiser is built afterwards.
-    State dicts keep their keys: the wrappers take part in none.
+    A model on the meta device gets memory, not values: initialise it afterwards. Under FSDP2 the
+    model's parameters become DTensors, so the optimiser is built afterwards. State dicts keep
+    their keys: the wrappers take part in none.
     """
     _checkpoint_activations(model, config, block)
     if config.compiles(world):
@@ -99,24 +101,15 @@ def shard(
 ) -> nn.Module:
     """Move `model` to world.device, sharded as the strategy says; for the averaged weights too.
 
-    Master weights, gradients after their reduction and moments are float32; under bf16, what is
-    gathered and computed with is bfloat16.
+    A model on the meta device gets memory, not values, after it was sharded: no process allocates
+    more than its shard. Master weights, gradients after their reduction and moments are float32;
+    under bf16, what is gathered and computed with is bfloat16.
     """
-    if config.strategy == "ddp":
-        return model.to(world.device)
-    shared = config.shard_size if config.strategy == "hsdp" else world.size
-    mesh = world.mesh(shared)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # One unit per block: its weights are gathered while the block before it computes. What is
-    # left (embeddings, the last norm, the head) forms the root's unit.
-    for module in list(model.modules()):
-        if isinstance(module, block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    # The root's weights stay gathered until its backward pass; averaged weights have none.
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
-    return model
+    if config.strategy != "ddp":
+        _shard_blocks(model, config, world, precision, block)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model.to_empty(device=world.device)
+    return model.to(world.device) if config.strategy == "ddp" else model
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
@@ -155,6 +148,37 @@ def full_state(model: nn.Module, world: World, everywhere: bool = False) -> dict
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """The row of the whole tensor at which this process's part of a DTensor begins; else 0."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    shape, mesh, placements = tensor.shape, tensor.device_mesh, tensor.placements
+    _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    assert not any(offsets[1:]), "FSDP2 shards by rows"
+    return offsets[0] if offsets else 0
+
+
+def _shard_blocks(
+    model: nn.Module,
+    config: ParallelConfig,
+    world: World,
+    precision: Precision,
+    block: type[nn.Module],
+) -> None:
+    shared = config.shard_size if config.strategy == "hsdp" else world.size
+    mesh = world.mesh(shared)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # One unit per block: its weights are gathered while the block before it computes. What is
+    # left (embeddings, the last norm, the head) forms the root's unit.
+    for module in list(model.modules()):
+        if isinstance(module, block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The root's weights stay gathered until its backward pass; averaged weights have none.
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
 
 
 def _checkpoint_activations(

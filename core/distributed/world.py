@@ -22,12 +22,7 @@ from torch.distributed import HashStore, PrefixStore  # pyright: ignore[reportPr
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from core.config import InputError
-
-# Large pages for large tensors on CPUs, where Linux gives them on request: a kernel that takes
-# memory anew spends its time on page faults otherwise (VQ-16 encodes an image in 0.77 s instead of
-# 1.09 in float32; a decoding step took 36 or 244 ms by the allocator's mood, now 36).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from core.config import MISTAKES, InputError, fail
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -134,6 +129,10 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
         if size > 1:
             _join(chosen, datetime.timedelta(minutes=timeout_minutes))
         yield World(rank, size, chosen)
+    except MISTAKES as error:
+        if size == 1:
+            raise
+        fail(str(error), code=2)  # at once: the others take the end of the group for a crash
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

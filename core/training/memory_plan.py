@@ -33,6 +33,7 @@ class Plan:
     activations: float  # estimated bytes of a micro-batch on one process
     steps_per_epoch: float
     num_steps: int
+    scored: bool = False  # whether every process samples, to score the samples
 
     def bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
         """Memory on each of `size` processes, `shared` of them to a copy of the model."""
@@ -45,6 +46,20 @@ class Plan:
         gathered = (2 * self.largest_block + self.outside_blocks) * (4 + 4)
         return self.parameters * per_parameter / shards + gathered + self.activations
 
+    def host_bytes(self, strategy: Strategy, size: int, shared: int, here: int = 1) -> float:
+        """Host memory for the first `here` processes; on a CPU it comes on top of the device's.
+
+        The model is built on its device, shard by shard, so the start needs none. Each process
+        copies its weights, moments and averages for a checkpoint. The first process gathers all
+        weights of a sharded model to draw samples, and every process does so to score them.
+        """
+        copied = STATE_BYTES - 4 + 4 * self.averaged  # no gradients
+        if strategy == "ddp":
+            return self.parameters * copied * here
+        shards = min(size, shared) if strategy == "hsdp" else size
+        gathering = here if self.scored else 1
+        return self.parameters * (copied / shards * here + 4 * gathering)
+
 
 def plan_model(
     model: nn.Module,
@@ -54,6 +69,7 @@ def plan_model(
     samples: int,
     batch_size: int,
     num_steps: int,
+    scored: bool = False,
 ) -> Plan:
     """The plan for a model, which may be on the meta device."""
     sizes = [
@@ -70,6 +86,7 @@ def plan_model(
         activations,
         samples / batch_size,
         num_steps,
+        scored,
     )
 
 
@@ -113,14 +130,24 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
     print(f"memory of the device  {memory_bytes(world.device) / 2**30:,.1f} GiB")
     print(f"activations (estimate) {plan.activations / 2**30:,.2f} GiB, included below")
     sizes = sorted({1, 8, 32, 128, world.size})
-    print("GiB per process on   " + "".join(f"{size:>9}" for size in sizes))
-    for strategy in get_args(Strategy):
-        cells = []
-        for size in sizes:
-            needed = plan.bytes_per_process(strategy, size, _shared(parallel, world, size))
-            cells.append(f"{needed / 2**30:>9.1f}")
-        mark = "<- chosen" if strategy == parallel.strategy else ""
-        print(f"  {strategy:<19}" + "".join(cells), mark)
+    node = _node_size()
+    for title, count in (
+        ("GiB per process on", plan.bytes_per_process),
+        ("host GiB, process 0", plan.host_bytes),
+        ("host GiB per node", lambda *of: plan.host_bytes(*of, here=min(of[1], node))),
+    ):
+        print(f"{title:<21}" + "".join(f"{size:>9}" for size in sizes))
+        for strategy in get_args(Strategy):
+            cells = []
+            for size in sizes:
+                needed = count(strategy, size, _shared(parallel, world, size))
+                cells.append(f"{needed / 2**30:>9.1f}")
+            mark = "<- chosen" if strategy == parallel.strategy else ""
+            print(f"  {strategy:<19}" + "".join(cells), mark)
+    print(
+        f"Host memory is for checkpoints and samples, with {node} processes per node; the start "
+        "needs none, because the model is built on its device shard by shard."
+    )
 
 
 def transformer_activations(
@@ -142,5 +169,9 @@ def transformer_activations(
 
 def _shared(config: ParallelConfig, world: World, size: int = 0) -> int:
     """Processes to one copy of the model under hsdp: as asked, or those of a node (else 8)."""
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    return math.gcd(config.shard_size or node, size or world.size)
+    return math.gcd(config.shard_size or _node_size(), size or world.size)
+
+
+def _node_size() -> int:
+    """Processes of a node, 8 where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))

@@ -13,28 +13,35 @@ def prefetch(
 ) -> Iterator[tuple[Any, ...]]:
     """The same batches (tuples of tensors) on `device`, `depth` of them read ahead.
 
-    An error of `batches` is raised here, in its place in the sequence.
+    Whatever `batches` raises is raised here, in its place in the sequence.
     """
-    ready: queue.Queue[tuple[Any, ...] | Exception | None] = queue.Queue(depth)
-    pin = device.type == "cuda"
+    ready: queue.Queue[tuple[Any, ...] | BaseException | None] = queue.Queue(depth)
+    pin, closed = device.type == "cuda", threading.Event()
 
     def fill() -> None:
-        if pin:  # a thread begins on the first GPU, whatever its process works on
-            torch.cuda.set_device(device)
         try:
+            if pin:  # a thread begins on the first GPU, whatever its process works on
+                torch.cuda.set_device(device)
             for batch in batches:
                 ready.put(_pinned(batch) if pin else batch)
+                if closed.is_set():
+                    return
             ready.put(None)
-        except (ValueError, OSError, RuntimeError) as error:
+        except BaseException as error:  # one that stayed here would leave the consumer waiting
             ready.put(error)
 
     # A daemon: a run that stops does not wait for a batch that nobody takes.
     threading.Thread(target=fill, name="prefetch", daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, Exception):
-            raise item
-        # Pinned memory lets the copy overlap with the step before.
-        yield to_device(item, device)
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            # Pinned memory lets the copy overlap with the step before.
+            yield to_device(item, device)
+    finally:
+        closed.set()
+        while not ready.empty():  # room for the one batch that the thread may still be putting
+            ready.get_nowait()
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors in tuples

@@ -29,7 +29,8 @@ class ReportConfig:
 
     Args:
         report_every: Metrics are read from the device and written; the only host sync of the loop.
-        sample_every: Pictures and curves are drawn, and the validation is run; 0 for never.
+        sample_every: Pictures and curves are drawn, and the validation is run, before the first
+            step too; 0 for never.
         save_every: A checkpoint is written; there is always one at the end.
         keep_last: Checkpoints to keep.
         profile_every: One step in so many is profiled for the share of collectives; 0 for none.
@@ -43,7 +44,7 @@ class ReportConfig:
     save_every: int = 5000
     keep_last: int = 2
     keep_every: int = 0
-    profile_every: int = 1000
+    profile_every: int = 0
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     project: str = "llamagen"
 
@@ -165,8 +166,7 @@ class Run:
         """Close the bar and say where everything is."""
         self.bar.close()
         if self.world.is_main:
-            if self._metrics.exists():
-                draw_curves(self._metrics, self.folder / "curves.png")
+            draw_curves(self._metrics, self.folder / "curves.png")
             print(f"{self.folder}: checkpoints/, metrics.jsonl, curves.png, samples/")
 
     @property
@@ -188,7 +188,8 @@ class Run:
         kept = []
         for line in self._metrics.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                # A run that starts afresh evaluates at step 0 afresh.
+                if step > 0 and json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # half a line, from a kill while writing
@@ -230,7 +231,9 @@ def begin_run(folder: Path, world: World) -> None:
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Plot every metric of a metrics.jsonl against the step, one panel each."""
+    """Plot every metric of a metrics.jsonl against the step, one panel each; nothing yet: none."""
+    if not metrics.exists():
+        return
     import matplotlib
 
     matplotlib.use("Agg")

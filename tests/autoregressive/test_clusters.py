@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -180,6 +181,7 @@ def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
     assert "num_steps: 12" in shown
     assert "parameters            59,712" in shown
     assert "steps per epoch       5.0" in shown
+    assert "host GiB per node" in shown
     for strategy in ("ddp", "fsdp", "hsdp"):
         assert f"\n  {strategy} " in shown
     assert not (tmp_path / "run").exists()
@@ -193,3 +195,71 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "parallel.strategy fsdp fits on" in line
     assert not (tmp_path / "run").exists()
+
+
+def launched(arguments: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    """scripts/launch.sh on two processes."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / "launch.sh", "autoregressive.train", *map(str, arguments)],
+        cwd=ROOT,
+        env={**QUICK, "PATH": path, "NPROC": "2", "MAX_RESTARTS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow
+def test_the_launcher_does_not_try_a_mistake_again(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # A typo that every rank notices, and a mistake of one rank while the other waits for it.
+    (tmp_path / "file").write_text("x")
+    for run, line in (
+        (flags(codes, tmp_path / "run", "--optimizer.lr", "fast"), "optimizer.lr"),
+        (flags(codes, tmp_path / "file"), "is a file, expected the run's folder"),
+    ):
+        done = launched(run)
+        assert done.returncode == 2, done.stderr[-3000:]
+        said = [each for each in done.stderr.splitlines() if line in each]
+        assert 1 <= len(said) <= 2, done.stderr  # of one attempt
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # The first attempt meets a full disk.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        f"mark = pathlib.Path({str(tmp_path / 'attempts')!r})\n"
+        "if 'RANK' in os.environ:\n"
+        "    with mark.open('a') as file:\n"
+        "        file.write('x')\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        import core.training.run\n"
+        "        def full(*_): raise OSError(28, 'no space left on device')\n"
+        "        core.training.run.Run.start = full\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    done = launched(flags(codes, tmp_path / "run", "--num_steps", 2), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no space left on device; run the same command again" in done.stderr
+    assert (tmp_path / "attempts").read_text() == "xxxx"  # two ranks, twice
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_same_weights_under_every_strategy(tmp_path):
+    codes = write_codes(tmp_path / "codes")
+    # A step that changes nothing: what is saved after it are the initial weights.
+    more = ("--num_steps", 1, "--optimizer.lr", 1e-30, "--ema_decay", 0.9)
+    run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
+    for name, processes, strategy in (("fsdp2", 2, FSDP), ("hsdp", 4, HSDP)):
+        run = flags(codes, tmp_path / name, *more, *strategy)
+        run_module("autoregressive.train", *run, processes=processes)
+        for part in ("model", "ema"):
+            ours, theirs = (weights(tmp_path / n, 1, part) for n in (name, "one"))
+            assert ours["output.weight"].abs().max() < 1e-29  # zero at the start
+            for key in theirs.keys() - {"output.weight"}:
+                assert torch.equal(ours[key], theirs[key]), (name, part, key)

@@ -95,7 +95,7 @@ def test_the_loss_falls_and_validation_is_reported(tmp_path):
     history = losses(tmp_path / "run")
     assert history[-1] < history[0] - 0.5
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert sum("validation_loss" in line for line in lines) == 2
+    assert [json.loads(line)["step"] for line in lines if "validation_loss" in line] == [0, 6, 12]
     assert (tmp_path / "run" / "curves.png").exists()
 
 
@@ -191,9 +191,10 @@ def test_activation_checkpointing_changes_no_loss(tmp_path):
 @pytest.mark.slow
 def test_the_first_losses_stay_what_they_were(tmp_path):
     # A refactor that changes these numbers changes every published training: it must say so.
+    # They changed once, when initial weights began to depend on (seed, name) alone.
     codes = write_codes(tmp_path / "codes")
     run_module("autoregressive.train", *flags(codes, tmp_path / "run", *DROPOUT))
     assert losses(tmp_path / "run")[:10] == pytest.approx(
-        [3.46574, 3.46394, 3.46185, 3.45588, 3.45322, 3.44283, 3.44023, 3.43234, 3.42919, 3.41919],
+        [3.46574, 3.46355, 3.4617, 3.45683, 3.45009, 3.44098, 3.44005, 3.43511, 3.42726, 3.41815],
         abs=2e-4,
     )

@@ -3,8 +3,11 @@ import torch
 from test_decoder import tiny
 
 from autoregressive import generate
-from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference import generate as generate_module
+from autoregressive.inference.engine import GenerationRequest, InferenceEngine
+from autoregressive.inference.generate import request_of
 from autoregressive.inference.sampler import TopKTopPSampler, filter_logits
+from autoregressive.inference.sampling_config import SamplingConfig
 from core.config import InputError
 from core.rng import random_bits
 
@@ -126,3 +129,24 @@ def test_bad_requests_are_refused():
     for wrong in ({"cfg_scale": 0.5}, {"top_p": 0.0}, {"top_k": -2}, {"cfg_interval": -2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             generate(gpt, torch.tensor([1]), **wrong)
+
+
+@pytest.mark.parametrize(("condition", "usual"), [("class", (2.0, 0)), ("text", (7.5, 1000))])
+def test_python_and_the_commands_have_one_set_of_defaults(monkeypatch, condition, usual):
+    asked = []
+
+    def request(*arguments) -> GenerationRequest:
+        asked.append(request_of(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(generate_module, "request_of", request)
+    gpt = tiny() if condition == "class" else tiny(condition="text", text_dim=8, max_text_tokens=4)
+    shown = torch.tensor([1]) if condition == "class" else (torch.randn(1, 4, 8), torch.tensor([4]))
+    generate(gpt, shown)
+    generate(gpt, shown, **SamplingConfig().arguments(condition))
+    # Saved configurations of before spelt it like this.
+    generate(gpt, shown, **SamplingConfig(cfg_scale=0.0, top_k=-1).arguments(condition))
+    for one in asked:
+        assert (one.scales[0], one.draw.top_k) == usual
+    assert SamplingConfig().cfg_scale is None
+    assert SamplingConfig().top_k is None

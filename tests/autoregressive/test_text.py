@@ -1,25 +1,34 @@
 """Captioned pictures to prompted ones: training, stage 2, prompts, layouts, completion."""
 
+import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, run_module, write_tar
+from conftest import jpeg, run_module, write_codes, write_features, write_tar
 from PIL import Image
 from test_decoder import captions, tiny
 from test_gpt_train import losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoregressive import generate
+from autoregressive import GPTConfig, generate
 from autoregressive.conditions import ConditionConfig, read_prompts
+from autoregressive.data import captions as captions_module
 from autoregressive.data.captions import TextDataset
 from autoregressive.data.config import DataConfig
+from autoregressive.train import TrainConfig
+from autoregressive.validation import SampleGrid
 from core.config import InputError, save_config
 from core.data.shards import ShardReader, read_index
+from core.distributed.world import World
 from core.files import write_json
+from core.training.run import ReportConfig
 from core.weights import save_tensors
+from language.features import DTYPES
+from language.t5 import T5, load_t5
 from tokenizer import VQConfig, VQModel
 
 CPU = ("--device", "cpu")
@@ -335,3 +344,42 @@ def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
     failed = run_module("autoregressive.inpaint", *run, *wrong, ok=False)
     assert failed.returncode == 2
     assert "grid of 4 x 4" in failed.stderr.splitlines()[-1]
+
+
+class Rank(World):
+    """One of two processes, for what broadcasts alone."""
+
+    def broadcast(self, value):
+        return value
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_text_encoder_of_sample_prompts_is_loaded_once_and_only_where_they_are_drawn(
+    tmp_path, tiny_t5, monkeypatch, dtype
+):
+    codes = write_codes(tmp_path / "codes", pairs_fingerprint="same")
+    more = {"pairs_fingerprint": "same", "t5": str(tiny_t5), "dtype": dtype}
+    data_config = DataConfig((codes,), features=write_features(tmp_path / "features", **more))
+    loaded = []
+
+    def load(*arguments) -> T5:
+        t5 = load_t5(*arguments)
+        assert t5.model.dtype == DTYPES[dtype]  # of the features that the training sees
+        loaded.append(weakref.ref(t5.model))
+        return t5
+
+    monkeypatch.setattr(captions_module, "load_t5", load)
+    prompts = ("a red cat", "a blue dog")
+    config = TrainConfig(tmp_path / "run", data_config, sample_prompts=prompts)
+    quiet = dataclasses.replace(config, report=ReportConfig(sample_every=0))
+    joined = TextDataset(data_config)
+    gpt_config = GPTConfig(num_layers=1, num_heads=2, dim=32, **joined.model_fields())
+    vq = VQModel(VQConfig(base_channels=32, channel_multipliers=(1, 1), vocab_size=50))
+    for wanted, shown, rank in ((config, vq, 1), (config, None, 0), (quiet, vq, 0)):
+        SampleGrid(wanted, joined, gpt_config, shown, Rank(rank, 2, torch.device("cpu")))
+    assert not loaded
+    grid = SampleGrid(config, joined, gpt_config, vq, Rank(0, 2, torch.device("cpu")))
+    assert len(loaded) == 1
+    assert loaded[0]() is None  # let go
+    features, lengths = grid.condition
+    assert (features.dtype, len(lengths)) == (DTYPES[dtype], 2)

@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +10,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
-from core.config import InputError, load_config, parse_config, save_config
+from core.config import InputError, load_config, parse_config, run_command, save_config
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,72 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
     assert line.startswith("tokenizer.convert: ")
     assert "nothing.pt" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("wrong"), 2),
+        (FileNotFoundError("no such file"), 2),
+        (PermissionError("not yours"), 2),
+        (NotADirectoryError("a file"), 2),
+        (IsADirectoryError("a folder"), 2),
+        (FileExistsError("is there"), 2),
+        (ConnectionResetError("connection reset by peer"), 1),
+        (OSError(errno.ESTALE, "stale file handle"), 1),
+        (OSError(errno.ENOSPC, "no space left on device"), 1),
+        (OSError(errno.EIO, "input/output error"), 1),
+        (OSError("loader processes die again and again"), 1),
+    ],
+)
+def test_only_what_the_user_can_put_right_has_the_exit_code_of_a_mistake(
+    monkeypatch, capsys, error, code
+):
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.delenv("PET_SIGNALS_TO_HANDLE", raising=False)
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(error) in line
+
+
+ENVIRONMENT = """
+import os
+before = dict(os.environ)
+import autoregressive.search, autoregressive.train, tokenizer.reconstruct, tokenizer.train
+assert {k: v for k, v in os.environ.items() if before.get(k) != v}.keys() <= {
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"  # set by torch and scikit-learn
+}, set(os.environ) - set(before)
+
+def main():
+    import torch
+    large = torch.empty(1 << 26)
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split(" ")[0]:
+            begin, end = (int(word, 16) for word in line.split(" ")[0].split("-"))
+            here = begin <= large.data_ptr() + (1 << 25) < end
+        if here and line.startswith("VmFlags"):
+            print("large pages" if " hg" in line else "small pages")
+
+from core.config import run_command
+run_command(main)
+"""
+
+
+def test_imports_leave_the_environment_alone_and_a_command_gets_large_pages():
+    clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    line = [sys.executable, "-c", ENVIRONMENT]
+    done = subprocess.run(line, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if sys.platform == "linux" and done.stdout:  # some containers do not tell
+        assert done.stdout == "large pages\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Parts of training on clusters that one process can show."""
 
 import os
+import queue
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -74,6 +76,36 @@ def crop(image: Image.Image, random: np.random.Generator) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+@pytest.mark.parametrize("kind", [KeyError, TypeError, AssertionError, MemoryError, SystemExit])
+def test_any_error_of_the_data_ends_the_run_with_its_traceback(kind):
+    def damaged_batches():
+        yield (torch.tensor([0]),)
+        raise kind("in the data")
+
+    ahead = prefetch(damaged_batches(), CPU)
+    next(ahead)
+    found = queue.Queue()
+
+    def consume() -> None:
+        with pytest.raises(kind, match="in the data") as caught:
+            next(ahead)
+        found.put([entry.name for entry in caught.traceback])
+
+    # In a thread, so that a consumer that waits for ever fails this test instead of stopping it.
+    threading.Thread(target=consume, daemon=True).start()
+    assert "damaged_batches" in found.get(timeout=10)
+
+
+def test_a_consumer_that_leaves_lets_the_thread_end():
+    before = set(threading.enumerate())
+    ahead = prefetch(((torch.tensor([i]),) for i in range(1000)), CPU)
+    next(ahead)
+    (thread,) = set(threading.enumerate()) - before
+    ahead.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
 class Deadly:
     """A transform that kills its loader process once, and notes it in a file."""
 
@@ -136,6 +168,8 @@ def test_what_cannot_fit_is_refused_and_a_sharded_one_offered(world):
     assert plan.steps_per_epoch == 100
     assert plan.bytes_per_process("ddp", 64, 8) == 4e11 * 20 + 1e9
     assert plan.bytes_per_process("hsdp", 64, 8) > plan.bytes_per_process("fsdp", 64, 8)
+    assert plan.host_bytes("ddp", 64, 8, here=8) == 8 * 4e11 * 16  # checkpoints of 8 processes
+    assert plan.host_bytes("fsdp", 64, 64, here=8) == 8 * 4e11 * 16 / 64 + 4e11 * 4
     with pytest.raises(InputError, match="strategy fsdp fits on"):
         check_fits(plan, ParallelConfig(), world)
 

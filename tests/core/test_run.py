@@ -64,6 +64,35 @@ def test_a_run_reports_by_its_intervals_and_at_the_end():
         ReportConfig(keep_last=0)
 
 
+def test_no_step_is_profiled_unless_asked_for(tmp_path, world):
+    two = World(0, 2, world.device)
+    run = Run(tmp_path, Inner(), ReportConfig(), two)
+    run.start(0, 2000, "image")
+    for step in range(2000):
+        run.begin_step(step)
+        assert run.profile is None
+    run.finish()
+
+
+def test_a_run_that_starts_afresh_reports_step_0_once_and_a_resumed_one_keeps_it(tmp_path, world):
+    for first, expected in ((0, [0]), (0, [0]), (3, [0])):
+        run = Run(tmp_path, Inner(), ReportConfig(), world)
+        run.start(first, 10, "image")
+        if first == 0:
+            run.log(0, {"validation_loss": 1.0})
+        run.finish()
+        assert [line["step"] for line in metrics(tmp_path)] == expected
+
+
+def test_a_picture_can_be_drawn_before_anything_is_reported(tmp_path, world, caplog):
+    run = Run(tmp_path, Inner(), ReportConfig(), world)
+    run.start(0, 10, "image")
+    run.draw(0, np.zeros((4, 4, 3), np.uint8))
+    run.finish()
+    assert (tmp_path / "samples" / "step_0000000.png").is_file()
+    assert not caplog.text
+
+
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path, world):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):

@@ -104,7 +104,10 @@ def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_pat
     for name in ("discriminator", "generator", "adaptive_weight"):
         assert [line["step"] for line in history if name in line] == [4, 5, 6, 7, 8]
     assert all(0 < line["codebook_usage"] <= 1 for line in history)
-    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    measured = [m["step"] for m in metrics(tmp_path / "run") if "validation_psnr" in m]
+    assert measured == [0, 4, 8]
+    drawn = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert drawn == ["step_0000000.png", "step_0000004.png", "step_0000008.png"]
     assert (tmp_path / "run" / "curves.png").exists()
 
 
