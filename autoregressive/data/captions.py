@@ -11,9 +11,8 @@ from autoregressive.models.conditioning import Text
 from core.config import InputError
 from core.data.shards import ShardReader
 from core.distributed.world import choose_device
-from language.captions import cleaned
 from language.features import FeatureDataset
-from language.t5 import load_t5
+from language.text_encoder import load_text_encoder
 
 
 class TextDataset:
@@ -74,5 +73,7 @@ class TextDataset:
     def encode(self, prompts: list[str]) -> Text:
         """Prompts as the text encoder of the features sees them."""
         device, index = choose_device("cpu"), self.features.index
-        t5 = load_t5(index["t5"], device, torch.float32, self.features.max_tokens)
-        return t5.batch(cleaned(prompts, index["clean"]))
+        encoder = load_text_encoder(
+            index["t5"], device, torch.float32, self.features.max_tokens, index["clean"]
+        )
+        return encoder.encode(prompts)

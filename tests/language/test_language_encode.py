@@ -15,7 +15,7 @@ from PIL import Image
 from core.config import InputError
 from core.distributed.world import choose_device
 from language.features import FeatureDataset
-from language.t5 import load_t5
+from language.text_encoder import load_text_encoder
 
 CPU = ("--device", "cpu")
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "mat", "in", "sun", "and", "run"]
@@ -48,11 +48,11 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
     assert data.index["skipped_by_reason"] == {"no caption": 1}
     assert data.index["cut"] > 0
     assert "'no caption': 1" in done.stdout
-    encoder = load_t5(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
+    encoder = load_text_encoder(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
     ids, variants = np.array([59, 0, 8]), np.array([0, 1, 1])
     texts = [(pairs / f"{i:03d}.txt").read_text() for i in ids]
     texts = [t.split(". ")[0] + "." if v else t for t, v in zip(texts, variants, strict=True)]
-    expected, lengths = encoder.batch(texts)
+    expected, lengths = encoder.encode(texts)
     found = data.batch(ids, variants)
     assert torch.equal(found[1], lengths)
     assert found[0].dtype == torch.bfloat16
