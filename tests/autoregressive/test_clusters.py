@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module, write_codes, write_features
-from test_gpt_train import flags, losses, weights
+from helpers.codes import write_codes, write_features
+from helpers.commands import command, run_module
+from helpers.paths import ROOT
+from helpers.training import flags, losses, weights
 
 from core.data.order import ShuffledOrder, local_positions
 from core.distributed.preemption import REQUEUE

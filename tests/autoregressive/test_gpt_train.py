@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, run_module, write_codes
-from safetensors.torch import load_file
+from helpers.codes import write_codes
+from helpers.commands import command, run_module
+from helpers.paths import ROOT
+from helpers.training import STEPS, flags, losses, weights
 
-MODEL = ("--model.num_layers", 2, "--model.num_heads", 2, "--model.dim", 32)
 DROPOUT = (
     "--model.token_dropout",
     0.1,
@@ -20,22 +21,6 @@ DROPOUT = (
     "--model.ffn_dropout",
     0.1,
 )
-STEPS = 12
-
-
-def flags(codes: Path, out: Path, *more: object) -> list[object]:
-    common = ("--data.codes", f"[{codes}]", "--out", out, "--device", "cpu", "--precision", "fp32")
-    run = ("--num_steps", STEPS, "--batch_size", 8, "--report.report_every", 1)
-    return [*common, *run, "--report.save_every", 2, "--optimizer.lr", 1e-3, *MODEL, *more]
-
-
-def weights(out: Path, step: int = STEPS, part: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step_{step:07d}" / f"{part}.safetensors")
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def assert_same_run(one: Path, other: Path, part: str) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import command, run_module
+from helpers.models import tiny
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
-from test_decoder import tiny
 
 from autoregressive.conditions import sample_labels
 from autoregressive.sample import SampleConfig, grid_ids

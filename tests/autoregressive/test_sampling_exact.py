@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
+from helpers.models import captions, tiny
 from scipy.stats import chi2
-from test_decoder import captions, tiny
 
 from autoregressive import generate
 from autoregressive.inference.engine import InferenceEngine, engine_of

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import command, run_module
+from helpers.paths import ROOT
 from PIL import Image
 
 from core.config import InputError

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import command, run_module
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
