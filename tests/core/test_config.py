@@ -1,4 +1,3 @@
-import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -91,11 +90,6 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
             load_config(Outer, path)
         with pytest.raises(InputError):
             parse_config(Outer, ["--config", str(path)])
-
-
-def test_configs_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Outer(Path("x")).grid = (0, 0)
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

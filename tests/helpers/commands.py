@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers.paths import ROOT
@@ -40,10 +41,10 @@ def run_module(
     return done
 
 
-def kill_when_lines(path: Path, lines: int, module: str, *flags: object) -> None:
-    """Start a command and SIGKILL it, at a random moment, once `path` has that many lines.
+def kill_when(ready: Callable[[], bool], module: str, *flags: object) -> None:
+    """Start a command and SIGKILL it, at a random moment, once `ready()` is true.
 
-    Fails if the command ends by itself first: then nothing was killed.
+    Fails if the command ends by itself first, since then nothing was killed.
     """
     process = subprocess.Popen(
         command(module, *flags),
@@ -53,11 +54,16 @@ def kill_when_lines(path: Path, lines: int, module: str, *flags: object) -> None
         stderr=subprocess.DEVNULL,
     )
     try:
-        while not (path.exists() and len(path.read_text().splitlines()) >= lines):
-            assert process.poll() is None, f"ended with {process.returncode} before line {lines}"
-            time.sleep(0.005)
-        time.sleep(random.random() * 0.05)
+        while not ready():
+            assert process.poll() is None, f"ended with {process.returncode} before the kill"
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.01)
     finally:
         process.kill()
         process.wait(timeout=60)
-    assert process.returncode == -signal.SIGKILL, "ended by itself before it was killed"
+    assert process.returncode == -signal.SIGKILL, "ended by itself before the kill"
+
+
+def has_lines(path: Path, count: int) -> bool:
+    """Whether a file exists and has at least that many lines."""
+    return path.exists() and len(path.read_text().splitlines()) >= count
