@@ -56,8 +56,9 @@ def test_images_become_scores_through_every_command(tmp_path):
     )
     run_module(
         "autoregressive.sample",
-        *("--gpt", gpt, "--tokenizer", vq, "--out", tmp_path / "samples", *cpu),
-        *("--num_images", 12, "--labels", "balanced", "--grid_columns", 6),
+        *("--gpt", gpt, "--tokenizer", vq, "--out", tmp_path / "samples", "--num_images", 12),
+        *("--compute.device", "cpu", "--compute.precision", "fp32", "--grid_columns", 6),
+        *("--conditions.labels", "balanced"),
     )
     run_module(
         "evaluations.score",

@@ -1,6 +1,5 @@
-"""Captioned pictures to prompted ones: training, stage 2, prompts, layouts, completion."""
+"""Training on captions: data, stage 2, online encoding, forced codes."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive import generate
-from autoregressive.conditions import ConditionConfig, read_prompts
 from autoregressive.data.captions import TextDataset
 from autoregressive.data.config import DataConfig
 from core.config import InputError, save_config
@@ -142,74 +140,6 @@ def test_stage_2_starts_from_stage_1_at_step_0_on_another_grid(made, stage1, tmp
     assert classes.returncode == 2
 
 
-def sample(made: Path, stage1: Path, tiny_t5: Path, out: Path, *more: object, ok: bool = True):
-    models = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5)
-    return run_module("autoregressive.sample", *models, *FP32, "--out", out, *more, ok=ok)
-
-
-@pytest.mark.slow
-def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, tiny_t5, tmp_path):
-    records = [{"tag": "one", "prompt": "a red cat"}, {"tag": "two", "prompt": "a blue dog"}]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = ("--prompts", prompts, "--images_per_prompt", 4, "--png", "true", "--batch_size", 3)
-    for layout in ("flat", "geneval", "dpg"):
-        out = tmp_path / layout
-        sample(made, stage1, tiny_t5, out, *run, "--layout", layout, "--shard_size", 4)
-    index = read_index(tmp_path / "flat")
-    assert index["prompts"] == ["a red cat", "a blue dog"]
-    assert (index["count"], index["sampling"]["cfg_scale"], index["sampling"]["top_k"]) == (
-        8,
-        7.5,
-        1000,
-    )
-    assert len(list((tmp_path / "flat" / "png").glob("*.png"))) == 8
-    second = tmp_path / "geneval" / "png" / "00001"
-    assert json.loads((second / "metadata.jsonl").read_text()) == records[1]
-    assert sorted(p.name for p in (second / "samples").iterdir())[-1] == "0003.png"
-    pictures = [tmp_path / "flat" / "png" / "000005.png", second / "samples" / "0001.png"]
-    assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
-    assert Image.open(tmp_path / "dpg" / "png" / "00001.png").size[0] > 16
-    with np.load(tmp_path / "flat" / "samples.npz", allow_pickle=False) as file:
-        assert file.files == ["arr_0"]
-    failed = run_module(
-        "evaluations.clip_score",
-        *("--samples", tmp_path / "flat", "--clip_weights", tmp_path / "clip.pt"),
-        *("--out", tmp_path / "clip", *CPU),
-        ok=False,
-    )
-    assert failed.returncode == 2
-    assert len(failed.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_negative_prompt_changes_the_picture(made, stage1, tiny_t5, tmp_path):
-    run = ("--prompt", "a red cat", "--sampling.top_k", 0)
-    sample(made, stage1, tiny_t5, tmp_path / "plain", *run)
-    sample(made, stage1, tiny_t5, tmp_path / "away", *run, "--negative_prompt", "a dog in the sun")
-    one, two = (ShardReader(tmp_path / name, "codes")[np.array([0])] for name in ("plain", "away"))
-    assert not np.array_equal(one, two)
-    none = sample(made, stage1, tiny_t5, tmp_path / "none", ok=False)
-    assert none.returncode == 2
-    assert "give --prompts or --prompt" in none.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_another_text_encoder_is_refused(made, stage1, tiny_t5, tmp_path):
-    from transformers import T5EncoderModel
-
-    model = T5EncoderModel.from_pretrained(str(tiny_t5))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5)
-    for path in tiny_t5.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    model.save_pretrained(tmp_path)
-    failed = sample(made, stage1, tmp_path, tmp_path / "out", "--prompt", "a cat", ok=False)
-    assert failed.returncode == 2
-    assert "not the text encoder" in failed.stderr.splitlines()[-1]
-
-
 @pytest.mark.slow
 def test_pairs_of_a_tar_are_encoded_while_training_and_bad_ones_counted(made, tiny_t5, tmp_path):
     members = {}
@@ -273,34 +203,6 @@ def test_a_training_step_on_captions_makes_no_square_mask():
     assert max(shape.numel() for shape in shapes.seen) < 8 * length * length
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("p.txt", "one\n\n two \n", ["one", "two"]),
-        ("p.tsv", "Prompt\tCategory\none\tx\n", ["one"]),
-        ("p.csv", 'caption\n"one, two"\n', ["one, two"]),
-        ("p.jsonl", '{"prompt": "one"}\n', ["one"]),
-    ],
-)
-def test_prompt_files_of_every_kind_are_read(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text)
-    found = read_prompts(ConditionConfig(prompts=tmp_path / name))
-    assert [prompt.text for prompt in found] == expected
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "17.txt").write_text("of a folder")
-    assert read_prompts(ConditionConfig(prompts=tmp_path / "folder"))[0].name == "17"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [("p.txt", "\n", "holds no prompt"), ("p.jsonl", "no", "JSON"), ("p.tsv", "a\nb\n", "no text")],
-)
-def test_bad_prompt_files_are_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_prompts(ConditionConfig(prompts=tmp_path / name))
-
-
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_given_codes_stay_and_the_rest_follows_from_them(condition):
     gpt = tiny(condition=condition, text_dim=12, max_text_tokens=9)
@@ -314,25 +216,3 @@ def test_given_codes_stay_and_the_rest_follows_from_them(condition):
     assert torch.equal(changed[:, :2], known[:, :2])
     with pytest.raises(InputError, match="known codes"):
         generate(gpt, given, known=known[:, :1])
-
-
-@pytest.mark.slow
-def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red cat\n" * 4)
-    run = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5, *FP32)
-    run = (
-        *run,
-        "--images",
-        made / "pairs",
-        "--num_images",
-        4,
-        "--prompts",
-        tmp_path / "prompts.txt",
-    )
-    run_module("autoregressive.inpaint", *run, "--keep_rows", 2, "--out", tmp_path / "out")
-    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 4
-    assert (tmp_path / "out" / "completions.png").is_file()
-    wrong = ("--redraw", "[0,0,9,9]", "--out", tmp_path / "wrong")
-    failed = run_module("autoregressive.inpaint", *run, *wrong, ok=False)
-    assert failed.returncode == 2
-    assert "grid of 4 x 4" in failed.stderr.splitlines()[-1]

@@ -1,8 +1,12 @@
 """Tiny models with random weights, and inputs for them."""
 
+from pathlib import Path
+
 import torch
 
 from autoregressive import GPT, GPTConfig
+from core.config import save_config
+from core.weights import save_tensors
 from tokenizer import VQConfig, VQModel
 
 TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
@@ -30,3 +34,15 @@ def small(**overrides) -> VQModel:
     """A VQ model that halves its images once, with 40 codes."""
     torch.manual_seed(0)
     return VQModel(VQConfig(**{**SMALL, "vocab_size": 40, **overrides})).eval()
+
+
+def write_models(folder: Path, gpt: GPT) -> tuple[Path, Path]:
+    """Write a GPT of 50 codes and a tokenizer as checkpoint folders -> their paths."""
+    torch.manual_seed(0)
+    shape = {"base_channels": 32, "channel_multipliers": (1, 1), "num_res_blocks": 1}
+    vq = VQModel(VQConfig(**shape, z_channels=32, vocab_size=50))
+    for name, model in (("gpt", gpt), ("vq", vq)):
+        (folder / name).mkdir()
+        save_config(model.config, folder / name / "config.yaml")
+        save_tensors(model.state_dict(), folder / name / "model.safetensors")
+    return folder / "gpt", folder / "vq"

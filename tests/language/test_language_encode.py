@@ -53,7 +53,7 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
     assert torch.equal(found[1], lengths)
     assert found[0].dtype == torch.bfloat16
     torch.testing.assert_close(found[0], expected, rtol=0.1, atol=0.1)
-    with pytest.raises(InputError, match="no caption of some"):
+    with pytest.raises(InputError, match="no caption for some"):
         data.batch(np.array([7]), np.array([0]))
 
 
