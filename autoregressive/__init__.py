@@ -1,4 +1,4 @@
-"""The decoder: predicts an image's codes one by one under a class or a caption."""
+"""The GPT: predicts an image's codes one by one, from a class or a caption."""
 
 from autoregressive.inference.generate import generate
 from autoregressive.models.config import GPTConfig

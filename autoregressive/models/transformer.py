@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+    """SwiGLU (arXiv 2002.05202): w2(SiLU(w1 x) * w3 x)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

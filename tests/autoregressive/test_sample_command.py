@@ -159,7 +159,7 @@ def test_a_search_scores_every_guidance_once_and_names_the_best(tmp_path, models
 def test_lower_precision_says_what_it_changes_and_guessing_ahead_changes_nothing(tmp_path, models):
     plain = run_module("autoregressive.sample", *models, "--out", tmp_path / "plain")
     assert "Prepacked linears; not compiled" in plain.stdout
-    ahead = ("--sampling.speculative", 4, "--out", tmp_path / "ahead")
+    ahead = ("--sampling.speculation_window", 4, "--out", tmp_path / "ahead")
     assert "codes a step" in run_module("autoregressive.sample", *models, *ahead).stdout
     assert np.array_equal(codes(tmp_path / "ahead"), codes(tmp_path / "plain"))
     low = ("--precision", "int8", "--cache_precision", "int8", "--out", tmp_path / "low")
