@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from autoregressive.models.conditioning import Condition
+from autoregressive.models.conditioning import ClassCondition, Condition, TextCondition
 from autoregressive.models.config import GPTConfig
 from core.config import InputError
 from core.distributed.world import Precision, World, dtype_of
@@ -80,9 +80,9 @@ class ClassConditions:
         self.settings = {"labels": config.labels, "classes": list(config.classes)}
         self.index = {"image_labels": self.labels.tolist()}
 
-    def __getitem__(self, ids: torch.Tensor) -> Condition:
+    def __getitem__(self, ids: torch.Tensor) -> ClassCondition:
         """The condition of images ids (n,) int64."""
-        return torch.from_numpy(self.labels)[ids]
+        return ClassCondition(torch.from_numpy(self.labels)[ids])
 
 
 def sample_labels(
@@ -137,7 +137,7 @@ class PromptConditions:
         )
         self.negative: Condition | None = None
         if config.negative_prompt:
-            self.negative = self.encoder.encode([config.negative_prompt])
+            self.negative = TextCondition(*self.encoder.encode([config.negative_prompt]))
         # Keys and values stay those of folders that older versions began.
         self.settings = {
             "prompts": [prompt.text for prompt in self.prompts],
@@ -153,9 +153,9 @@ class PromptConditions:
         """The prompt of an image."""
         return self.prompts[image // self.per_prompt]
 
-    def __getitem__(self, ids: torch.Tensor) -> Condition:
+    def __getitem__(self, ids: torch.Tensor) -> TextCondition:
         """The condition of images ids (n,) int64."""
-        return self.encoder.encode([self.prompt_of(i).text for i in ids.tolist()])
+        return TextCondition(*self.encoder.encode([self.prompt_of(i).text for i in ids.tolist()]))
 
 
 Conditions = ClassConditions | PromptConditions

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from autoregressive.conditions import ConditionConfig, open_conditions
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, repeat
+from autoregressive.models.conditioning import Condition
 from autoregressive.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
@@ -117,7 +117,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
         if batch.pixels is None:
             continue
         ids = torch.from_numpy(batch.indices)
-        away = None if conditions.negative is None else repeat(conditions.negative, len(ids))
+        away = conditions.negative and conditions.negative.repeat(len(ids))
         results = inpaint_batch(
             pipeline, batch.pixels.to(world.device), mask, conditions[ids], config, ids, away
         )

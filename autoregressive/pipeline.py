@@ -20,10 +20,15 @@ from autoregressive.conditions import ConditionConfig, load_gpt_text_encoder
 from autoregressive.inference.compute import build_engine
 from autoregressive.inference.decode_overlap import DecodeOverlap
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate, generate_rows
+from autoregressive.inference.generate import generate_rows, sample_codes
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, repeat, select
+from autoregressive.models.conditioning import (
+    ClassCondition,
+    Condition,
+    ConditionLike,
+    TextCondition,
+)
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from core.config import InputError
@@ -155,29 +160,22 @@ class ImagePipeline:
     @torch.inference_mode()
     def sample(
         self,
-        condition: Condition,
+        condition: ConditionLike,
         sampling: SamplingConfig,
         sample_ids: torch.Tensor | None = None,
-        negative: Condition | None = None,
+        negative: ConditionLike | None = None,
         forced_codes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sample one image's codes per condition -> (n, h, w) int64; see `generate`."""
-        return generate(
-            self.engine,
-            condition,
-            **sampling.arguments(self.gpt.config.condition),
-            sample_ids=sample_ids,
-            negative=negative,
-            known=forced_codes,
-        )
+        """Sample one image's codes per condition -> (n, h, w) int64; see `sample_codes`."""
+        return sample_codes(self.engine, condition, sampling, sample_ids, negative, forced_codes)
 
     @torch.inference_mode()
     def partial_grids(
         self,
-        condition: Condition,
+        condition: ConditionLike,
         sampling: SamplingConfig,
         sample_ids: torch.Tensor | None = None,
-        negative: Condition | None = None,
+        negative: ConditionLike | None = None,
     ) -> Iterator[torch.Tensor]:
         """Like `sample`, but yields the codes (n, rows so far, w) after each row, for previews.
 
@@ -231,8 +229,8 @@ class ImagePipeline:
         codes, images = [], []
         with tqdm(total=len(ids), unit="image", disable=not progress) as bar:
             for part in ids.split(batch_size):
-                rows = select(condition, part // num_images_per_prompt)
-                away = None if negative is None else repeat(negative, len(part))
+                rows = condition[part // num_images_per_prompt]
+                away = negative and negative.repeat(len(part))
                 codes.append(self.sample(rows, chosen, part, away))
                 images += map(Image.fromarray, self.decode(codes[-1]).cpu().numpy())
                 bar.update(len(part))
@@ -246,12 +244,12 @@ class ImagePipeline:
             raise InputError("give at least one prompt or class")
         if self.gpt.config.condition == "text":
             encode = self._text_encoder(text_encoder).encode
-            away = encode([negative_prompt]) if negative_prompt else None
-            return encode([str(value) for value in values]), away
+            away = TextCondition(*encode([negative_prompt])) if negative_prompt else None
+            return TextCondition(*encode([str(value) for value in values])), away
         if negative_prompt:
             raise InputError("negative_prompt needs a text model; this model is class-conditional")
         try:
-            return torch.tensor([int(value) for value in values]), None
+            return ClassCondition(torch.tensor([int(value) for value in values])), None
         except ValueError as error:
             last = self.gpt.config.num_classes - 1
             raise InputError(f"a class is a number in 0 .. {last} ({error})") from error

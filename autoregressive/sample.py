@@ -124,7 +124,7 @@ def sample(config: SampleConfig, world: World) -> None:
     # Keys and values stay those of folders that older versions began, which must continue.
     settings = {**pipeline.settings, **config.compute.settings, **conditions.settings}
     settings |= {"resize": config.resize or 0, "npz": config.npz}
-    settings |= {"sampling": config.sampling.arguments(gpt_config.condition)}
+    settings |= {"sampling": config.sampling.settings(gpt_config.condition)}
     writer = ShardWriter(config.out, conditions.count, config.shard_size, settings, world)
     finished = writer.finished() if scorer else []
     todo = writer.begin()
@@ -188,7 +188,7 @@ def write_shards(
                 written = background.submit(write_shard, config, writer, shard, arrays, conditions)
         if written:
             written.result()
-    if world.is_main and config.sampling.speculative and engine.steps_taken:
+    if world.is_main and config.sampling.speculation_window > 1 and engine.steps_taken:
         batch_count = sum(math.ceil(len(writer.items(shard)) / size) for shard in todo)
         tokens = (engine.config.num_codes - 1) * batch_count
         print(f"speculative decoding: {tokens / engine.steps_taken:.2f} codes per step")

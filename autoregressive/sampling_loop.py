@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, repeat
+from autoregressive.models.conditioning import Condition, ConditionLike
 from autoregressive.pipeline import ImagePipeline
 from core.distributed.world import World
 from evaluations.evaluator import Evaluator
@@ -26,7 +26,7 @@ class SampledBatch(NamedTuple):
 
 def sample_batches(
     pipeline: ImagePipeline,
-    conditions: Callable[[torch.Tensor], Condition],
+    conditions: Callable[[torch.Tensor], ConditionLike],
     ids: torch.Tensor,
     batch_size: int,
     sampling: SamplingConfig,
@@ -37,7 +37,7 @@ def sample_batches(
     conditions: image ids -> their conditions. negative: one row, used for every image.
     """
     for part in ids.split(batch_size):
-        away = None if negative is None else repeat(negative, len(part))
+        away = negative and negative.repeat(len(part))
         yield part, pipeline.sample(conditions(part), sampling, part, away)
 
 
@@ -66,7 +66,7 @@ def decode_batches(
 
 def score_samples(
     pipeline: ImagePipeline,
-    conditions: Callable[[torch.Tensor], Condition],
+    conditions: Callable[[torch.Tensor], ConditionLike],
     count: int,
     sampling: SamplingConfig,
     scorer: Scorer,

@@ -51,7 +51,7 @@ class TuneConfig:
         schedules: Values of sampling.cfg_schedule.
         powers: Values of sampling.cfg_power, for the schedules that have one.
         starts: Values of sampling.cfg_start.
-        intervals: Values of sampling.cfg_interval.
+        intervals: Values of sampling.cfg_interval; null guides all codes.
     """
 
     gpt: str
@@ -68,7 +68,7 @@ class TuneConfig:
     schedules: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant",)
     powers: tuple[float, ...] = (1.0,)
     starts: tuple[int, ...] = (0,)
-    intervals: tuple[int, ...] = (-1,)
+    intervals: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         if self.num_images < 2:
@@ -117,7 +117,8 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     path = config.out / "search.json"
     rows = world.broadcast(_resume(path, settings) if world.is_main else None)
     candidates = [candidate.resolved(gpt.condition) for candidate in config.candidates()]
-    todo = [c for c in candidates if not any(asdict(c).items() <= row.items() for row in rows)]
+    done = lambda settings: any(settings.items() <= row.items() for row in rows)  # noqa: E731
+    todo = [c for c in candidates if not done(c.settings(gpt.condition))]
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
@@ -140,7 +141,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
             conditions.negative,
         )
         name = f"{sampling.cfg_schedule} {sampling.cfg_power:g} {sampling.cfg_scale:g}"
-        rows.append({"run": name, **asdict(sampling), **scores})
+        rows.append({"run": name, **sampling.settings(gpt.condition), **scores})
         if world.is_main:
             write_json(path, {"settings": settings, "note": note, "rows": rows})
     if not world.is_main:
@@ -153,7 +154,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
 def print_best(rows: list[dict[str, Any]], distance: str, count: int) -> None:
     """Print the best setting as flags of autoregressive.sample."""
     best = min(rows, key=lambda row: row[distance])
-    usual = asdict(SamplingConfig())
+    usual = {**asdict(SamplingConfig()), "cfg_interval": -1}  # -1: as in the rows
     changed = {name: best[name] for name in usual if best.get(name, usual[name]) != usual[name]}
     flags = " ".join(f"--sampling.{name} {value}" for name, value in changed.items())
     print(f"best {distance} {best[distance]:.4f} ({count} images): {flags}")

@@ -15,7 +15,7 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.models.conditioning import select
+from autoregressive.models.conditioning import as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
@@ -191,11 +191,10 @@ class SampleGrid:
         assert self.vq is not None
         columns = self.config.sample_columns
         pipeline = training_pipeline(gpt, self.vq, self.config.precision)
-        count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
-        ids = torch.arange(count * columns)
+        condition = as_condition(self.condition)
+        ids = torch.arange(len(condition) * columns)
         pixels = []
         for i in ids.split(16):
-            rows = select(self.condition, i // columns)
-            codes = pipeline.sample(rows, self.config.sampling, i)
+            codes = pipeline.sample(condition[i // columns], self.config.sampling, i)
             pixels.append(pipeline.decode(codes).cpu())
         return image_grid(torch.cat(pixels).numpy(), columns)

@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from autoregressive.inference.engine import GenerationRequest, InferenceEngine
-from autoregressive.inference.generate import request_of
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import generation_request
 from autoregressive.inference.precision_check import compare
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, TextEmbedding
 from autoregressive.models.gpt import GPT
 from core.distributed.world import DeviceName, Precision
 
@@ -78,7 +77,9 @@ def build_engine(
         print(f"{engine.described}; {why}", flush=True)
     if engine.quantized and verbose:
         exact = InferenceEngine(gpt, EXACT[device.type], device=device)
-        change = compare(exact, engine, _comparison_request(exact))
+        examples = exact.cls_embedding.examples(COMPARED)
+        request = generation_request(exact, examples, SamplingConfig())
+        change = compare(exact, engine, request)
         print(
             f"precision check: compared with {exact.embedding.dtype}, the distribution of a code "
             f"changes by {change['kl']:.5f} nats (KL); the most likely code is the same for "
@@ -104,14 +105,3 @@ def _compile_or_not(
     if device.type == "mps":
         return False, "not compiled: not tested on MPS"
     return True, f"compiled for {num_steps} steps"
-
-
-def _comparison_request(engine: InferenceEngine) -> GenerationRequest:
-    """A few images of different classes, or of the null caption, to compare two engines with."""
-    config, embedding = engine.config, engine.cls_embedding
-    ids = torch.arange(COMPARED)
-    condition: Condition = ids % config.num_classes
-    if isinstance(embedding, TextEmbedding):
-        null = embedding.uncond_embedding[-1:]
-        condition = null.expand(COMPARED, 1, -1), torch.ones(COMPARED, dtype=torch.int64)
-    return request_of(config, condition, SamplingConfig(), ids)

@@ -181,7 +181,7 @@ def test_quantised_precision_reports_its_effect_and_speculative_decoding_has_non
 ):
     sample(settings(models, tmp_path / "plain"), world)
     assert "Prepacked linears; not compiled" in capsys.readouterr().out
-    ahead = SamplingConfig(speculative=4)
+    ahead = SamplingConfig(speculation_window=4)
     sample(settings(models, tmp_path / "ahead", sampling=ahead), world)
     assert "codes per step" in capsys.readouterr().out
     assert np.array_equal(codes(tmp_path / "ahead"), codes(tmp_path / "plain"))

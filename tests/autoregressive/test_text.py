@@ -208,11 +208,11 @@ def test_given_codes_stay_and_the_rest_follows_from_them(condition):
     gpt = tiny(condition=condition, text_dim=12, max_text_tokens=9)
     given = torch.tensor([1, 2]) if condition == "class" else captions([3, 5], text_dim=12)
     whole = generate(gpt, given, cfg_scale=3.0, seed=1)
-    known = whole.clone()
-    known[:, 2:] = -1
-    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, known=known), whole)
-    known[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
-    changed = generate(gpt, given, cfg_scale=3.0, seed=1, known=known)
-    assert torch.equal(changed[:, :2], known[:, :2])
-    with pytest.raises(InputError, match="known codes"):
-        generate(gpt, given, known=known[:, :1])
+    forced = whole.clone()
+    forced[:, 2:] = -1
+    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=forced), whole)
+    forced[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
+    changed = generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=forced)
+    assert torch.equal(changed[:, :2], forced[:, :2])
+    with pytest.raises(InputError, match="forced_codes"):
+        generate(gpt, given, forced_codes=forced[:, :1])
