@@ -1,4 +1,4 @@
-"""What each image of a sample shows: a class, or a prompt."""
+"""The condition of every image of a sample run: a class, or a prompt."""
 
 import csv
 import json
@@ -9,76 +9,87 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from autoregressive.models.conditioning import Text
+from autoregressive.models.conditioning import ClassCondition, Condition, TextCondition
 from autoregressive.models.config import GPTConfig
 from core.config import InputError
 from core.distributed.world import Precision, World, dtype_of
 from core.rng import random_uniform
-from language.captions import Cleaning, cleaned
-from language.t5 import T5, load_t5
+from language.captions import Cleaning
+from language.text_encoder import TextEncoder, load_text_encoder
 
-LABEL_STREAM = 3  # tells the draw of a sample's class from its other draws
-CLASS_IMAGES = 50_000  # as many as FID is published for
-PROMPT_FIELDS = ("prompt", "caption", "text")  # of a jsonl line or a table's column
+LABEL_STREAM = 3  # random stream of the class labels, independent of all other random numbers
+CLASS_IMAGES = 50_000  # number of images behind a published FID
+PROMPT_FIELDS = ("prompt", "caption", "text")  # accepted names of a jsonl field or table column
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
-    """What the images show.
+    """The classes or prompts to sample.
 
     Args:
-        num_images: How many images; 0 for 50,000 under classes, or for all prompts.
-        classes: Sample image i under classes[i % len]; empty to follow `labels`.
-        labels: random draws a class per image (as published); balanced takes them in turn.
-        prompts: For a text model: a .txt (a prompt a line), .tsv or .csv (a column prompt, caption
-            or text), .jsonl (such a field), or a folder of .txt files, one prompt each.
-        prompt: One prompt, instead of a file.
-        images_per_prompt: Images of each prompt, one after the other.
-        negative_prompt: What guidance leads away from; empty for the null caption.
-        clean_prompts: clean (as language.encode cleans captions), reference (its rules) or none.
-        t5: The text encoder: a folder or a Hub id.
-        t5_precision: bf16 or fp32.
+        classes: Image i has class classes[i % len(classes)]. Empty: follow `labels`.
+        labels: random (a random class per image, as in the published FIDs) or balanced (classes
+            in turn).
+        prompts: For a text model: a .txt (one prompt per line), a .tsv or .csv (with a column
+            named prompt, caption or text), a .jsonl (with such a field), or a folder of .txt files
+            with one prompt each.
+        prompt: A single prompt instead of a file.
+        images_per_prompt: Number of consecutive images of each prompt.
+        negative_prompt: Guidance leads away from this text; null for the null caption.
+        clean_prompts: clean (as language.encode cleans captions), reference (the published rules)
+            or none.
+        text_encoder: The T5 of the text model: a folder or a Hub id.
+        text_encoder_precision: bf16 or fp32.
     """
 
-    num_images: int = 0
     classes: tuple[int, ...] = ()
     labels: Literal["random", "balanced"] = "random"
     prompts: Path | None = None
-    prompt: str = ""
+    prompt: str | None = None
     images_per_prompt: int = 1
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     clean_prompts: Cleaning = "clean"
-    t5: str = "google/flan-t5-xl"
-    t5_precision: Precision = "bf16"
+    text_encoder: str = "google/flan-t5-xl"
+    text_encoder_precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
-        if self.num_images < 0 or self.images_per_prompt < 1:
-            raise ValueError("num_images must be >= 0, images_per_prompt >= 1")
+        if self.images_per_prompt < 1:
+            raise ValueError("images_per_prompt must be >= 1")
         if self.prompts and self.prompt:
             raise ValueError("give prompts or prompt, not both")
+        if self.prompt == "":
+            raise ValueError("prompt is empty")
 
 
-class Classes:
-    """A class per image."""
+class ClassConditions:
+    """One class per image.
+
+    count: number of images. labels: (count,) int64. negative: always None. settings, index: values
+    for settings.json and index.json.
+    """
 
     negative = None
 
-    def __init__(self, config: ConditionConfig, gpt: GPTConfig, seed: int) -> None:
+    def __init__(
+        self, config: ConditionConfig, num_images: int | None, gpt: GPTConfig, seed: int
+    ) -> None:
         if config.prompts or config.prompt or config.negative_prompt:
-            raise InputError("prompts are for a text model; this decoder is conditioned on classes")
-        self.labels = sample_labels(config, gpt.num_classes, seed)
+            raise InputError("prompts need a text model; this model is conditioned on classes")
+        self.labels = sample_labels(config, num_images, gpt.num_classes, seed)
         self.count = len(self.labels)
         self.settings = {"labels": config.labels, "classes": list(config.classes)}
         self.index = {"image_labels": self.labels.tolist()}
 
-    def batch(self, ids: torch.Tensor) -> torch.Tensor:
-        """The classes of images ids (n,) int64."""
-        return torch.from_numpy(self.labels)[ids]
+    def __getitem__(self, ids: torch.Tensor) -> ClassCondition:
+        """The condition of images ids (n,) int64."""
+        return ClassCondition(torch.from_numpy(self.labels)[ids])
 
 
-def sample_labels(config: ConditionConfig, num_classes: int, seed: int) -> np.ndarray:
-    """The class of every image, (num_images,) int64, from the seed and the image's number alone."""
-    ids = np.arange(config.num_images or CLASS_IMAGES)
+def sample_labels(
+    config: ConditionConfig, num_images: int | None, num_classes: int, seed: int
+) -> np.ndarray:
+    """Class labels (num_images,) int64; label i depends only on the seed and on i."""
+    ids = np.arange(num_images or CLASS_IMAGES)
     if config.classes:
         wrong = [label for label in config.classes if not 0 <= label < num_classes]
         if wrong:
@@ -92,82 +103,106 @@ def sample_labels(config: ConditionConfig, num_classes: int, seed: int) -> np.nd
 
 
 class Prompt(NamedTuple):
-    """A prompt, its name (for file names) and the whole record it came with, as JSON."""
+    """A prompt, its name (for file names), and the record that it came from, as JSON."""
 
     name: str
     text: str
     record: str
 
 
-class Prompts:
-    """A prompt per image: prompt i // images_per_prompt for image i."""
+class PromptConditions:
+    """One prompt per image: image i shows prompt i // per_prompt.
+
+    count: number of images. labels: always None. negative: the condition (one row) that guidance
+    leads away from, or None. settings, index: values for settings.json and index.json.
+    """
 
     labels = None
 
-    def __init__(self, config: ConditionConfig, gpt: GPTConfig, world: World) -> None:
+    def __init__(
+        self, config: ConditionConfig, num_images: int | None, gpt: GPTConfig, world: World
+    ) -> None:
+        if config.classes:
+            raise InputError("classes need a class model; this model is conditioned on text")
         self.prompts = read_prompts(config)
         self.per_prompt = config.images_per_prompt
-        whole = len(self.prompts) * self.per_prompt
-        self.count = min(config.num_images or whole, whole)
-        dtype = dtype_of(config.t5_precision)
-        self.t5: T5 = load_t5(config.t5, world.device, dtype, gpt.max_text_tokens)
-        check_encoder(gpt, self.t5, config.t5)
-        self.clean: Cleaning = config.clean_prompts
-        self.negative = self.encode([config.negative_prompt]) if config.negative_prompt else None
-        texts = [prompt.text for prompt in self.prompts]
+        total = len(self.prompts) * self.per_prompt
+        self.count = min(num_images or total, total)
+        self.encoder = load_gpt_text_encoder(
+            gpt,
+            config.text_encoder,
+            world.device,
+            dtype_of(config.text_encoder_precision),
+            config.clean_prompts,
+        )
+        self.negative: Condition | None = None
+        if config.negative_prompt:
+            self.negative = TextCondition(*self.encoder.encode([config.negative_prompt]))
+        # Keys and values stay those of folders that older versions began.
         self.settings = {
-            "prompts": texts,
+            "prompts": [prompt.text for prompt in self.prompts],
             "images_per_prompt": self.per_prompt,
-            "negative_prompt": config.negative_prompt,
+            "negative_prompt": config.negative_prompt or "",
             "clean_prompts": config.clean_prompts,
-            "t5": config.t5,
-            "t5_precision": config.t5_precision,
+            "t5": config.text_encoder,
+            "t5_precision": config.text_encoder_precision,
         }
         self.index: dict[str, Any] = {"names": [prompt.name for prompt in self.prompts]}
 
-    def of(self, image: int) -> Prompt:
+    def prompt_of(self, image: int) -> Prompt:
         """The prompt of an image."""
         return self.prompts[image // self.per_prompt]
 
-    def batch(self, ids: torch.Tensor) -> Text:
-        """The captions of images ids (n,)."""
-        return self.encode([self.of(i).text for i in ids.tolist()])
+    def __getitem__(self, ids: torch.Tensor) -> TextCondition:
+        """The condition of images ids (n,) int64."""
+        return TextCondition(*self.encoder.encode([self.prompt_of(i).text for i in ids.tolist()]))
 
-    def encode(self, texts: list[str]) -> Text:
-        """Texts, cleaned as configured -> features (n, T, dim), lengths (n,)."""
-        return self.t5.batch(cleaned(texts, self.clean))
+
+Conditions = ClassConditions | PromptConditions
 
 
 def open_conditions(
-    config: ConditionConfig, gpt: GPTConfig, seed: int, world: World
-) -> Classes | Prompts:
-    """What the images show, under a model of classes or of text."""
+    config: ConditionConfig, num_images: int | None, gpt: GPTConfig, seed: int, world: World
+) -> Conditions:
+    """The conditions of images 0 .. num_images - 1.
+
+    num_images: None for 50,000 images of a class model, or for all prompts of a text model.
+    Raises InputError for a class or prompt that the model cannot read.
+    """
     if gpt.condition == "class":
-        return Classes(config, gpt, seed)
-    return Prompts(config, gpt, world)
+        return ClassConditions(config, num_images, gpt, seed)
+    return PromptConditions(config, num_images, gpt, world)
 
 
-def check_encoder(gpt: GPTConfig, t5: T5, name: str) -> None:
-    """Raise InputError where the decoder was trained with another text encoder."""
-    if t5.dim != gpt.text_dim:
-        raise InputError(f"{name}: features of {t5.dim}, but the decoder reads {gpt.text_dim}")
-    if gpt.text_encoder and gpt.text_encoder != t5.identity:
-        raise InputError(f"{name}: not the text encoder that the decoder was trained with")
+def load_gpt_text_encoder(
+    gpt: GPTConfig, source: str, device: torch.device, dtype: torch.dtype, clean: Cleaning
+) -> TextEncoder:
+    """Load a text encoder; raises InputError if the GPT was trained with another one."""
+    encoder = load_text_encoder(source, device, dtype, gpt.max_text_tokens, clean)
+    if encoder.dim != gpt.text_dim:
+        raise InputError(
+            f"{source}: its features have {encoder.dim} dimensions, the model reads {gpt.text_dim}"
+        )
+    if gpt.text_encoder and gpt.text_encoder != encoder.identity:
+        raise InputError(f"{source}: the model was trained with another text encoder")
+    return encoder
 
 
 def read_prompts(config: ConditionConfig) -> list[Prompt]:
-    """The prompts of a file or folder, or the one that is given; blank lines are none."""
+    """Read the prompts of a file or folder, or the single prompt; blank lines are skipped."""
     if config.prompt:
         return [Prompt("prompt", config.prompt, json.dumps({"prompt": config.prompt}))]
     path = config.prompts
     if path is None:
-        raise InputError("this decoder is conditioned on text: give --prompts or --prompt")
+        raise InputError(
+            "this model is conditioned on text: give conditions.prompts or conditions.prompt"
+        )
     try:
         prompts = _read(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from error
     if not prompts:
-        raise InputError(f"{path}: holds no prompt")
+        raise InputError(f"{path}: contains no prompt")
     return prompts
 
 
@@ -176,7 +211,7 @@ def _read(path: Path) -> list[Prompt]:
         files = sorted(path.glob("*.txt"))
         return [_prompt(p.stem, {"prompt": p.read_text("utf-8").strip()}, p) for p in files]
     if not path.is_file():
-        raise InputError(f"{path}: no such file of prompts")
+        raise InputError(f"{path}: no such file or folder of prompts")
     lines = path.read_text("utf-8").splitlines()
     if path.suffix in (".tsv", ".csv"):
         table = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -192,7 +227,7 @@ def _json(line: str, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not one JSON object a line ({error})") from error
+        raise InputError(f"{path}: expected one JSON object per line ({error})") from error
     return record if isinstance(record, dict) else {}
 
 
@@ -201,5 +236,5 @@ def _prompt(name: str, record: dict[str, Any], path: Path) -> Prompt:
     text = next((plain[key] for key in PROMPT_FIELDS if plain.get(key)), None)
     if not isinstance(text, str) or not text.strip():
         fields = ", ".join(PROMPT_FIELDS)
-        raise InputError(f"{path}: record {name} has no text under {fields}")
+        raise InputError(f"{path}: record {name} has no text in any of the fields {fields}")
     return Prompt(name, text, json.dumps(record, ensure_ascii=False))

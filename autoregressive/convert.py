@@ -1,4 +1,4 @@
-"""Convert a GPT to a folder of ours.
+"""Convert a GPT to the format of this project (config.yaml and model.safetensors).
 
 python -m autoregressive.convert --source c2i_L_384.pt --grid [24,24] --out weights/gpt_l_384
 """
@@ -8,33 +8,30 @@ from pathlib import Path
 
 from autoregressive.models.pretrained import load_gpt
 from core.config import parse_config, run_command, save_config
-from core.weights import (
-    Weights,
-    save_tensors,
-)
+from core.weights import Weights, save_tensors
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a decoder to a folder of ours.
+    """Settings of autoregressive.convert.
 
     Args:
-        source: A released file, a folder of ours, or `owner/name[/file]` on the Hub.
-        out: The folder to write config.yaml and model.safetensors to.
-        weights: Which weights to take; auto prefers averaged ones in our folders.
-        grid: Rows and columns of codes where the file does not tell; [0, 0] to infer them.
+        source: A released file, a run or checkpoint folder, or `owner/name[/file]` on the Hub.
+        out: Output folder: config.yaml and model.safetensors.
+        weights: Which weights to take; auto takes the EMA weights of our runs.
+        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
     """
 
     source: str
     out: Path
     weights: Weights = "auto"
-    grid: tuple[int, int] = (0, 0)
+    grid: tuple[int, int] | None = None
 
 
 def main() -> None:
     """Entry point."""
     config = parse_config(ConvertConfig)
-    overrides = {"grid": config.grid} if config.grid != (0, 0) else {}
+    overrides = {} if config.grid is None else {"grid": config.grid}
     gpt = load_gpt(config.source, config.weights, **overrides).gpt
     config.out.mkdir(parents=True, exist_ok=True)
     save_tensors(gpt.state_dict(), config.out / "model.safetensors")

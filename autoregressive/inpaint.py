@@ -1,13 +1,12 @@
-"""Complete pictures: keep the top rows, or redraw a rectangle; under classes or prompts.
+"""Inpaint images: keep the top rows, or replace a rectangle; with classes or prompts.
 
     python -m autoregressive.inpaint --gpt runs/gpt_b --tokenizer weights/vq16 --images photos \
-        --keep_rows 8 --classes [207] --out completions
+        --keep_rows 8 --conditions.classes [207] --out inpainted
 
-A decoder draws codes in raster order, each from the codes before it. What is kept *below or right
-of* a redrawn cell is kept, but its cell was drawn without seeing it: seams there are expected.
+Inpainting follows raster order: masked tokens are conditioned on what is above and to their left
+only. Image content below and to the right of the region stays, but visible seams are expected.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,10 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.conditions import ConditionConfig, open_conditions
-from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
+from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import repeat
-from autoregressive.pipeline import PipelineConfig, decode_pixels, load_pair, make_ready
+from autoregressive.models.conditioning import Condition
+from autoregressive.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.image_list import find_images
@@ -28,118 +26,135 @@ from core.data.images import pixels_to_images, save_png
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.distributed.world import World, distributed
 from core.files import write_json
-from tokenizer.models.vq_model import VQModel
 
-HOLE = 128  # the grey level of what is redrawn, in the shown input
+MASK_GREY = 128  # grey level of masked pixels in the middle column of completions.png
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig(PipelineConfig, ConditionConfig):
-    """Which pictures, and what of them to draw anew.
+class InpaintConfig:
+    """Settings of autoregressive.inpaint.
 
     Args:
-        images: Pictures: a folder, or a list file; num_images takes the first ones.
-        out: The folder to write completions.png, png/ and index.json to.
-        keep_rows: Rows of codes to keep from the top; the rest is drawn.
-        redraw: Instead: top, left, bottom, right of the cells to redraw; [0, 0, 0, 0] for none.
+        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
+        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
+        weights: Which weights of the two checkpoints to load.
+        compute: Device and precision.
+        images: The images: a folder or a list file.
+        num_images: Use the first num_images of them; null for all.
+        out: Output folder: completions.png, png/ and index.json.
+        keep_rows: Keep this many rows of grid positions from the top and sample the others.
+        region: Instead of keep_rows: sample the grid positions in this rectangle, [top, left,
+            bottom, right]; bottom and right are exclusive.
+        conditions: The classes or prompts.
         sampling: Guidance, filters and seed.
-        batch_size: Pictures at a time.
+        batch_size: Images per batch.
     """
 
+    gpt: str
+    tokenizer: str
     images: Path
     out: Path
-    keep_rows: int = 0
-    redraw: tuple[int, int, int, int] = (0, 0, 0, 0)
+    grid: tuple[int, int] | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    num_images: int | None = None
+    keep_rows: int | None = None
+    region: tuple[int, int, int, int] | None = None
+    conditions: ConditionConfig = field(default_factory=ConditionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1 or self.keep_rows < 0:
-            raise ValueError("batch_size must be >= 1, keep_rows >= 0")
-        if bool(self.keep_rows) == any(self.redraw):
-            raise ValueError("give keep_rows or redraw, one of them")
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
+            raise ValueError("batch_size and num_images must be >= 1")
+        if (self.keep_rows is None) == (self.region is None):
+            raise ValueError("give either keep_rows or region")
 
 
 def positions_to_inpaint(config: InpaintConfig, grid: tuple[int, int]) -> torch.Tensor:
-    """Which cells are drawn anew, (rows, columns) bool."""
+    """A mask (rows, columns) bool, True at the grid positions to sample."""
     rows, columns = grid
-    top, left, bottom, right = config.redraw
-    if config.keep_rows:
-        top, left, bottom, right = config.keep_rows, 0, rows, columns
+    top, left, bottom, right = config.region or (config.keep_rows or 0, 0, rows, columns)
     if not (0 <= top < bottom <= rows and 0 <= left < right <= columns):
-        raise InputError(f"keep_rows or redraw: not a part of the grid of {rows} x {columns} codes")
-    cells = torch.zeros(rows, columns, dtype=torch.bool)
-    cells[top:bottom, left:right] = True
-    return cells
+        name = "region" if config.region else "keep_rows"
+        raise InputError(f"{name}: not inside the grid of {rows} x {columns} codes")
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
 def inpaint(config: InpaintConfig, world: World) -> None:
-    """Draw every picture's missing part and write the results."""
-    pair = load_pair(config)
-    cells = positions_to_inpaint(config, pair.gpt.config.grid)
+    """Inpaint every image and write the results."""
+    pipeline = ImagePipeline.from_pretrained(
+        config.gpt,
+        config.tokenizer,
+        gpt_weights=config.weights.gpt,
+        tokenizer_weights=config.weights.tokenizer,
+        grid=config.grid,
+    )
+    gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
+    mask = positions_to_inpaint(config, gpt_config.grid)
     images = find_images(config.images)
     count = min(config.num_images or len(images), len(images))
-    asked = dataclasses.replace(config, num_images=count)
-    shown = open_conditions(asked, pair.gpt.config, config.sampling.seed, world)
-    if shown.count < count:
-        raise InputError(f"{shown.count} prompts for {count} pictures: give one for each")
-    gpt, vq = make_ready(config, pair, math.ceil(count / config.batch_size), world)
-    config.out.mkdir(parents=True, exist_ok=True)
+    conditions = open_conditions(config.conditions, count, gpt_config, config.sampling.seed, world)
+    if conditions.count < count:
+        raise InputError(
+            f"{conditions.count} prompts for {count} images: give one prompt per image, or set "
+            "conditions.images_per_prompt"
+        )
+    batches = math.ceil(count / config.batch_size)
+    num_steps = batches * gpt_config.num_codes
+    pipeline.prepare(**config.compute.arguments(), device=world.device, num_steps=num_steps)
+    (config.out / "png").mkdir(parents=True, exist_ok=True)
     save_config(config, config.out / "config.yaml")
-    height, width = (vq.config.downsample * side for side in gpt.config.grid)
-    dataset = OrderedImages(images, CenterCrop(height, width))
-    rows, skipped = [], []
-    for batch in tqdm(ordered_batches(dataset, list(range(count)), config.batch_size, 0)):
+    dataset = OrderedImages(images, CenterCrop(*pipeline.image_size))
+    pixel_mask = mask.repeat_interleave(downsample, 0).repeat_interleave(downsample, 1)
+    triples, skipped = [], []
+    loader = ordered_batches(dataset, list(range(count)), config.batch_size, 0)
+    for batch in tqdm(loader, total=batches, unit="batch"):
         skipped += batch.skipped
         if batch.pixels is None:
             continue
         ids = torch.from_numpy(batch.indices)
-        negative = shown.negative and repeat(shown.negative, len(ids))
-        arguments = config.sampling.arguments(gpt.config.condition)
-        arguments |= {"sample_ids": ids, "negative": negative}
-        drawn = fill(gpt, vq, batch.pixels.to(world.device), cells, shown.batch(ids), arguments)
-        hole = cells.repeat_interleave(vq.config.downsample, 0)
-        hole = hole.repeat_interleave(vq.config.downsample, 1)
-        seen = batch.pixels.masked_fill(hole[None, :, :, None], HOLE)
-        for i, *triple in zip(ids.tolist(), batch.pixels, seen, drawn, strict=True):
-            save_png(triple[2].numpy(), _folder(config.out / "png") / f"{i:06d}.png")
-            rows += triple
-    if not rows:
-        raise InputError(f"{config.images}: no picture can be read")
-    save_png(image_grid(torch.stack(rows).numpy(), columns=3), config.out / "completions.png")
-    index = {"skipped": [list(item) for item in skipped], **shown.settings, **shown.index}
-    write_json(config.out / "index.json", {"count": len(rows) // 3, **index})
-    print(f"{config.out / 'completions.png'}: original, input, completion; {len(skipped)} skipped")
+        away = conditions.negative and conditions.negative.repeat(len(ids))
+        results = inpaint_batch(
+            pipeline, batch.pixels.to(world.device), mask, conditions[ids], config, ids, away
+        )
+        masked = batch.pixels.masked_fill(pixel_mask[None, :, :, None], MASK_GREY)
+        for i, *triple in zip(ids.tolist(), batch.pixels, masked, results, strict=True):
+            save_png(triple[2].numpy(), config.out / "png" / f"{i:06d}.png")
+            triples += triple
+    if not triples:
+        raise InputError(f"{config.images}: no image can be read")
+    save_png(image_grid(torch.stack(triples).numpy(), columns=3), config.out / "completions.png")
+    index = {"skipped": [list(item) for item in skipped], **conditions.settings, **conditions.index}
+    write_json(config.out / "index.json", {"count": len(triples) // 3, **index})
+    print(f"{config.out / 'completions.png'}: original, masked, inpainted; {len(skipped)} skipped")
 
 
-def _folder(path: Path) -> Path:
-    path.mkdir(exist_ok=True)
-    return path
-
-
-@torch.no_grad()
-def fill(
-    gpt: InferenceEngine,
-    vq: VQModel,
+def inpaint_batch(
+    pipeline: ImagePipeline,
     pixels: torch.Tensor,
-    cells: torch.Tensor,
-    condition: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    arguments: dict[str, object],
+    mask: torch.Tensor,
+    condition: Condition,
+    config: InpaintConfig,
+    sample_ids: torch.Tensor,
+    negative: Condition | None,
 ) -> torch.Tensor:
-    """Pixels (n, height, width, 3) uint8 with `cells` (rows, columns) drawn anew, on the CPU."""
-    codes = vq.encode(pixels_to_images(pixels))
-    known = codes.masked_fill(cells.to(codes.device), -1)
-    codes = generate(gpt, condition, known=known, **arguments)  # pyright: ignore[reportArgumentType]
-    return decode_pixels(vq, codes).cpu()
+    """Pixels (n, height, width, 3) uint8, mask (rows, columns) bool -> new pixels, on the CPU."""
+    codes = pipeline.encode(pixels_to_images(pixels))
+    forced = codes.masked_fill(mask.to(codes.device), -1)
+    codes = pipeline.sample(condition, config.sampling, sample_ids, negative, forced)
+    return pipeline.decode(codes).cpu()
 
 
 def main() -> None:
     """Entry point."""
     config = parse_config(InpaintConfig)
-    with distributed(config.device) as world:
+    with distributed(config.compute.device) as world:
         if world.size > 1:
-            raise InputError("complete runs in one process")
+            raise InputError("autoregressive.inpaint runs in a single process")
         inpaint(config, world)
 
 

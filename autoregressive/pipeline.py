@@ -1,211 +1,284 @@
-"""The decoder and the tokenizer of a sampling command, ready on this process's device."""
+"""The GPT and the tokenizer as one text- or class-to-image pipeline.
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+    pipeline = ImagePipeline.from_pretrained("runs/t2i", "runs/vq16").prepare(device="auto")
+    pipeline(["a red bird"], cfg_scale=7.5, seed=0).images[0].save("bird.png")
+
+Commands, in-training samples and benchmarks use the same object, with `sample` and `decode`.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from autoregressive.inference.engine import GenerationRequest, InferenceEngine
-from autoregressive.inference.generate import request_of
-from autoregressive.inference.precision_check import compare
+from autoregressive.conditions import ConditionConfig, load_gpt_text_encoder
+from autoregressive.inference.compute import build_engine
+from autoregressive.inference.decode_overlap import DecodeOverlap
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import generate_rows, sample_codes
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, TextEmbedding
+from autoregressive.models.conditioning import (
+    ClassCondition,
+    Condition,
+    ConditionLike,
+    TextCondition,
+)
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from core.config import InputError
 from core.data.images import images_to_pixels
-from core.distributed.world import DeviceName, Precision, World, dtype_of
+from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
 from core.weights import Weights
+from language.text_encoder import TextEncoder
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
-# Decoding steps from which compiling is worth its 10 to 40 seconds: it took a sixth (bf16) to a
-# quarter (int8) off a step on CPUs; on GPUs not measured.
-COMPILE_FROM = 5000
-# What lower precision is compared with.
-EXACT: dict[str, DecodePrecision] = {
-    "cpu": "fp32",
-    "cuda": "bf16",
-    "mps": "fp32",
-}
-COMPARED = 8  # images whose distributions are compared where precision changes them
-
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """Which models, and how they compute.
+class WeightsConfig:
+    """Which weights of a checkpoint to load.
 
     Args:
-        gpt: The decoder: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer, likewise.
-        gpt_weights: auto takes averaged weights of our runs.
-        tokenizer_weights: auto takes averaged weights where there are any.
-        grid: Rows and columns of codes where a released file does not tell; [0, 0] to infer them.
-        precision: fp32 or bf16 for the decoder; int8, or fp8 on GPUs, for its weights alone; on
-            CPUs w8a8, int8 for what they multiply too, faster from some images on. How much these
-            change the distribution is measured and printed first.
-        cache_precision: int8 or fp8 for the decoder's keys and values: half the memory; likewise.
-        tokenizer_precision: bf16 or fp32 for the tokenizer; bf16 is faster, and changes pixels by
-            a level or two.
-        compile: torch.compile the decoder, and on CUDA the tokenizer; null for yes from 5,000 steps
-            on (a step is a code of a batch), where there is a compiler. The choice is printed.
-        device: auto, cpu, cuda or mps.
+        gpt: auto takes the EMA weights of our runs.
+        tokenizer: auto takes the EMA weights if there are any.
     """
 
-    gpt: str
-    tokenizer: str
-    gpt_weights: Weights = "auto"
-    tokenizer_weights: Weights = "auto"
-    grid: tuple[int, int] = (0, 0)
-    precision: DecodePrecision = "bf16"
-    cache_precision: Literal["model", "int8", "fp8"] = "model"
-    tokenizer_precision: Precision = "fp32"
-    compile: bool | None = None
-    device: DeviceName = "auto"
+    gpt: Weights = "auto"
+    tokenizer: Weights = "auto"
 
 
-class LoadedPair(NamedTuple):
-    """Both models as loaded, and what pictures depend on, for an index.json."""
+class ImagePipelineOutput(NamedTuple):
+    """Images, and their codes (n, h, w) int64 on the pipeline's device."""
 
-    gpt: GPT
-    vq: VQModel
-    settings: dict[str, Any]
-
-
-def load_pair(config: PipelineConfig) -> LoadedPair:
-    """Load both; raises InputError where one is missing or they do not fit each other."""
-    overrides: dict[str, Any] = {} if config.grid == (0, 0) else {"grid": config.grid}
-    gpt, gpt_sha256 = load_gpt(config.gpt, config.gpt_weights, **overrides)
-    vq, vq_sha256 = load_tokenizer(config.tokenizer, config.tokenizer_weights)
-    check_pair(gpt, vq, vq_sha256, config.tokenizer)
-    settings = {
-        "gpt": config.gpt,
-        "gpt_sha256": gpt_sha256,
-        "tokenizer": config.tokenizer,
-        "tokenizer_sha256": vq_sha256,
-        "precision": [config.precision, config.cache_precision, config.tokenizer_precision],
-        "grid": list(gpt.config.grid),
-    }
-    return LoadedPair(gpt, vq, settings)
+    images: list[Image.Image]
+    codes: torch.Tensor
 
 
-def make_ready(
-    config: PipelineConfig, pair: LoadedPair, num_batches: int, world: World
-) -> tuple[InferenceEngine, VQModel]:
-    """Both on this rank's device, for that many batches here; prints how and why so.
+class ImagePipeline:
+    """A GPT and the tokenizer that decodes its codes.
 
-    Raises InputError for a precision that the device does not have.
+    gpt, vq: the two models. settings: the values that images depend on (sources, sha256 of the
+    weights, grid), for settings.json. engine: the GPT prepared for sampling, after `prepare`.
+    Sampling and decoding run in torch.inference_mode().
     """
-    compiles, why = _compiles(config, world, num_batches * pair.gpt.config.num_codes)
-    cache = None if config.cache_precision == "model" else config.cache_precision
-    decoder = InferenceEngine(pair.gpt, config.precision, cache, compiles, world.device)
-    if world.is_main:
-        print(f"{decoder.described}; {why}", flush=True)
-    if decoder.quantized:
-        exact = InferenceEngine(pair.gpt, EXACT[world.device.type], device=world.device)
-        change = compare(exact, decoder, _comparison(exact))
-        if world.is_main:
-            print(
-                f"quality: against {exact.embedding.dtype}, a code's distribution moves by "
-                f"{change['kl']:.5f} nats (KL); the likeliest code is the same for "
-                f"{change['same_likeliest']:.1%}",
-                flush=True,
+
+    def __init__(
+        self,
+        gpt: GPT,
+        vq: VQModel,
+        settings: dict[str, Any] | None = None,
+        engine: InferenceEngine | None = None,
+    ) -> None:
+        self.gpt, self.vq, self.settings = gpt, vq, settings or {}
+        self._engine = engine
+        self._text_encoders: dict[str, TextEncoder] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        gpt: str,
+        tokenizer: str,
+        *,
+        gpt_weights: Weights = "auto",
+        tokenizer_weights: Weights = "auto",
+        grid: tuple[int, int] | None = None,
+    ) -> "ImagePipeline":
+        """Load both models from run folders, checkpoint folders, released files or Hub ids.
+
+        grid: rows and columns of codes, for a released file that does not tell.
+        Raises InputError if a model is missing or the two do not fit each other.
+        """
+        overrides = {} if grid is None else {"grid": grid}
+        loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, **overrides)
+        vq, vq_sha256 = load_tokenizer(tokenizer, tokenizer_weights)
+        check_compatible(loaded, vq, vq_sha256, str(tokenizer))
+        settings = {
+            "gpt": str(gpt),
+            "gpt_sha256": gpt_sha256,
+            "tokenizer": str(tokenizer),
+            "tokenizer_sha256": vq_sha256,
+            "grid": list(loaded.config.grid),
+        }
+        return cls(loaded, vq, settings)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the decoded images, in pixels."""
+        height, width = (self.vq.config.downsample * side for side in self.gpt.config.grid)
+        return height, width
+
+    @property
+    def engine(self) -> InferenceEngine:
+        """The prepared GPT; `prepare` with its defaults is called if it was not called before."""
+        if self._engine is None:
+            self.prepare()
+        assert self._engine is not None
+        return self._engine
+
+    @functools.cached_property
+    def overlap(self) -> DecodeOverlap:
+        """The second stream of this pipeline; one for all batches, so that memory is reused."""
+        return DecodeOverlap(self.engine.device)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        precision: DecodePrecision = "bf16",
+        cache_precision: Literal["int8", "fp8"] | None = None,
+        tokenizer_precision: Precision = "fp32",
+        device: torch.device | DeviceName | None = None,
+        compile: bool | None = None,
+        num_steps: int | None = None,
+        verbose: bool = True,
+    ) -> "ImagePipeline":
+        """Put both models on the device, ready for sampling, and print how -> self.
+
+        Arguments: see ComputeConfig. device: None or "auto" for the best one. num_steps: number of
+        generation steps to come, which decides about compilation if `compile` is None.
+        Raises InputError for a precision that the device does not support.
+        """
+        if not isinstance(device, torch.device):
+            device = choose_device(device or "auto")
+        engine = build_engine(
+            self.gpt, precision, cache_precision, device, compile, num_steps, verbose
+        )
+        vq_dtype, compile_vq = (
+            dtype_of(tokenizer_precision),
+            engine.compiled and device.type == "cuda",
+        )
+        self.vq = self.vq.for_inference(device, vq_dtype, compile_vq)
+        self._engine = engine
+        self.__dict__.pop("overlap", None)
+        return self
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        condition: ConditionLike,
+        sampling: SamplingConfig,
+        sample_ids: torch.Tensor | None = None,
+        negative: ConditionLike | None = None,
+        forced_codes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sample one image's codes per condition -> (n, h, w) int64; see `sample_codes`."""
+        return sample_codes(self.engine, condition, sampling, sample_ids, negative, forced_codes)
+
+    @torch.inference_mode()
+    def partial_grids(
+        self,
+        condition: ConditionLike,
+        sampling: SamplingConfig,
+        sample_ids: torch.Tensor | None = None,
+        negative: ConditionLike | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Like `sample`, but yields the codes (n, rows so far, w) after each row, for previews.
+
+        `decode` turns a partial grid into the upper part of the images.
+        """
+        yield from generate_rows(self.engine, condition, sampling, sample_ids, negative)
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, height, width) float in [-1, 1] -> codes (n, h, w) int64."""
+        return self.vq.encode(images)
+
+    @torch.inference_mode()
+    def decode(self, codes: torch.Tensor, resize: int | None = None) -> torch.Tensor:
+        """Codes (n, h, w) int64 -> pixels (n, height, width, 3) uint8, on the tokenizer's device.
+
+        resize: side of the square to resize to (bicubic, no antialiasing) before rounding.
+        """
+        images = self.vq.decode(codes).float()
+        if resize:
+            images = F.interpolate(images, (resize, resize), mode="bicubic", antialias=False)
+        return images_to_pixels(images)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts_or_classes: str | int | Sequence[str] | Sequence[int],
+        *,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | None = None,
+        sampling: SamplingConfig | None = None,
+        text_encoder: str | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> ImagePipelineOutput:
+        """Generate images of prompts (text model) or of class numbers (class model).
+
+        cfg_scale, seed: replace these two fields of `sampling`; None keeps what it says (seed 0
+        by default). Image i depends on (seed, i), not on batch_size.
+        text_encoder: folder or Hub id of the T5; loaded on the first call with prompts.
+        """
+        values = prompts_or_classes
+        values = [values] if isinstance(values, str | int) else list(values)
+        given = {"cfg_scale": cfg_scale, "seed": seed}
+        given = {name: value for name, value in given.items() if value is not None}
+        chosen = replace(sampling or SamplingConfig(), **given)
+        condition, negative = self._encode(values, negative_prompt, text_encoder)
+        ids = torch.arange(len(values) * num_images_per_prompt)
+        codes, images = [], []
+        with tqdm(total=len(ids), unit="image", disable=not progress) as bar:
+            for part in ids.split(batch_size):
+                rows = condition[part // num_images_per_prompt]
+                away = negative and negative.repeat(len(part))
+                codes.append(self.sample(rows, chosen, part, away))
+                images += map(Image.fromarray, self.decode(codes[-1]).cpu().numpy())
+                bar.update(len(part))
+        return ImagePipelineOutput(images, torch.cat(codes))
+
+    def _encode(
+        self, values: Sequence[str | int], negative_prompt: str | None, text_encoder: str | None
+    ) -> tuple[Condition, Condition | None]:
+        """The condition of each value, and the negative one (a single row) if there is one."""
+        if not values:
+            raise InputError("give at least one prompt or class")
+        if self.gpt.config.condition == "text":
+            encode = self._text_encoder(text_encoder).encode
+            away = TextCondition(*encode([negative_prompt])) if negative_prompt else None
+            return TextCondition(*encode([str(value) for value in values])), away
+        if negative_prompt:
+            raise InputError("negative_prompt needs a text model; this model is class-conditional")
+        try:
+            return ClassCondition(torch.tensor([int(value) for value in values])), None
+        except ValueError as error:
+            last = self.gpt.config.num_classes - 1
+            raise InputError(f"a class is a number in 0 .. {last} ({error})") from error
+
+    def _text_encoder(self, source: str | None) -> TextEncoder:
+        """The text encoder, loaded once and kept."""
+        usual = ConditionConfig()
+        source = source or usual.text_encoder
+        if source not in self._text_encoders:
+            self._text_encoders[source] = load_gpt_text_encoder(
+                self.gpt.config,
+                source,
+                self.engine.device,
+                dtype_of(usual.text_encoder_precision),
+                usual.clean_prompts,
             )
-    precision = dtype_of(config.tokenizer_precision)
-    fused = compiles and world.device.type == "cuda"
-    return decoder, pair.vq.for_inference(world.device, precision, fused)
+        return self._text_encoders[source]
 
 
-def _compiles(config: PipelineConfig, world: World, steps: int) -> tuple[bool, str]:
-    """Whether to compile, and why."""
-    if config.compile is not None:
-        return config.compile, f"compile {config.compile}, as asked"
-    if steps < COMPILE_FROM:
-        return False, f"not compiled: {steps} steps are done before a compiler is"
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if world.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-        return False, "not compiled: no C++ compiler found"
-    if world.device.type == "mps":
-        return False, "not compiled: on MPS this is not tried"
-    return True, f"for {steps} steps"
-
-
-def _comparison(decoder: InferenceEngine) -> GenerationRequest:
-    """What is drawn to compare two decoders: a few images under classes, or no caption."""
-    config, embedding = decoder.config, decoder.cls_embedding
-    ids = torch.arange(COMPARED)
-    condition: Condition = ids % config.num_classes
-    if isinstance(embedding, TextEmbedding):
-        null = embedding.uncond_embedding[-1:]
-        condition = null.expand(COMPARED, 1, -1), torch.ones(COMPARED, dtype=torch.int64)
-    return request_of(config, condition, SamplingConfig(), ids)
-
-
-def check_pair(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
-    """Raise InputError where the decoder was not trained on this tokenizer's codes."""
+def check_compatible(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
+    """Raise InputError if the GPT was not trained on this tokenizer's codes."""
     if gpt.config.vocab_size != vq.config.vocab_size:
         raise InputError(
-            f"{name}: a codebook of {vq.config.vocab_size}, but the decoder knows "
-            f"{gpt.config.vocab_size} codes"
+            f"{name}: its codebook has {vq.config.vocab_size} entries, but the GPT has a "
+            f"vocabulary of {gpt.config.vocab_size} codes"
         )
     expected = gpt.config.tokenizer_sha256
     if expected and expected != tokenizer_sha256:
         raise InputError(
-            f"{name}: its weights (sha256 {tokenizer_sha256[:12]}) are not those of the tokenizer "
-            f"that the decoder was trained with ({expected[:12]})"
+            f"{name}: its weights (sha256 {tokenizer_sha256[:12]}) differ from the tokenizer that "
+            f"the GPT was trained with ({expected[:12]})"
         )
-
-
-@torch.no_grad()
-def decode_pixels(vq: VQModel, codes: torch.Tensor, resize: int = 0) -> torch.Tensor:
-    """Codes (n, h, w) int64 -> pixels (n, height, width, 3) uint8, on the tokenizer's device."""
-    images = vq.decode(codes).float()
-    if resize:
-        images = F.interpolate(images, (resize, resize), mode="bicubic", antialias=False)
-    return images_to_pixels(images)
-
-
-class DecodeOverlap:
-    """A second CUDA stream: what is drawn next is enqueued before the last codes are decoded.
-
-    The decoder waits for memory and the tokenizer for arithmetic, so that side by side they take
-    less time. On other devices everything stays in order.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def one_behind(
-        self, drawn: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(ids, codes) as they come, each after the next one's work is enqueued."""
-        if self.stream is None:
-            yield from drawn
-            return
-        waiting = None
-        for ids, codes in drawn:
-            event = torch.cuda.Event()
-            event.record()
-            if waiting:
-                yield self._ready(*waiting)
-            waiting = ids, codes, event
-        if waiting:
-            yield self._ready(*waiting)
-
-    def _ready(
-        self, ids: torch.Tensor, codes: torch.Tensor, event: torch.cuda.Event
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.stream is not None
-        self.stream.wait_event(event)
-        codes.record_stream(self.stream)
-        return ids, codes
-
-    def working(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it, work goes to the second stream."""
-        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()

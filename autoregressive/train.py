@@ -20,8 +20,9 @@ from autoregressive.data.codes import drop_condition
 from autoregressive.data.config import DataConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.config import GPTConfig, TransformerConfig
-from autoregressive.models.gpt import GPT, Block
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import Block, TransformerConfig
 from autoregressive.objectives.next_token import NextTokenLoss, unsharded_copy
 from autoregressive.validation import (
     EvaluationConfig,
@@ -51,6 +52,7 @@ from core.training.memory_plan import (
 from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.training.prefetch import prefetch
 from core.training.run import ReportConfig, Run, begin_run
+from evaluations.scorer import MetricsConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class TrainConfig:
         optimizer: AdamW and its schedule.
         parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
         report: How often to report, sample and save.
-        evaluation: Scores of samples, and how often.
+        evaluation: How often samples are scored, and how many.
+        metrics: The reference of these scores, and how to compare with it.
         num_steps: Optimizer steps.
         batch_size: Samples per optimizer step, over all processes and accumulation steps.
         gradient_accumulation: Micro-batches per optimizer step.
@@ -99,6 +102,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     num_steps: int = 1501200
     batch_size: int = 256
     gradient_accumulation: int = 1
@@ -122,6 +126,8 @@ class TrainConfig:
             )
         if not 0 <= self.condition_dropout < 1 or not 0 <= self.ema_decay < 1:
             raise ValueError("condition_dropout and ema_decay must be in [0, 1)")
+        if self.evaluation.every and self.metrics.reference is None:
+            raise ValueError("evaluation.every needs metrics.reference")
 
 
 def train(config: TrainConfig, world: World) -> None:

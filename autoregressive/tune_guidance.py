@@ -1,11 +1,12 @@
-"""Search for the guidance that gives the best score: every schedule, on the same 10,000 images.
+"""Find the guidance with the best score: every schedule is scored on the same 10,000 images.
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
-        --judge.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
+        --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
         --scales [1.5,2.0,2.5] --schedules [constant,cosine] --powers [1.0,2.75]
 
-Writes search.csv, search.json and search.png, and prints the flags of the best. What has been
-scored is not scored again. Distances at 10,000 samples compare settings; papers print 50,000.
+Writes search.csv, search.json and search.png, and prints the flags of the best setting. Run it
+again with more values: settings that were scored before are not scored again. Distances at 10,000
+samples are for comparing settings; published ones use 50,000.
 """
 
 import dataclasses
@@ -14,55 +15,68 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from autoregressive.conditions import ConditionConfig, open_conditions
+from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.pipeline import PipelineConfig, load_pair, make_ready
-from autoregressive.sample import score_samples
+from autoregressive.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling_loop import score_samples
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed.world import World, distributed
 from core.files import read_json, write_json
 from evaluations.features.extractors import note_of
-from evaluations.report import plot_trade, write_csv
+from evaluations.report import write_comparison
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(PipelineConfig, ConditionConfig):
-    """Which settings to try, each with each.
+class TuneConfig:
+    """Settings of autoregressive.tune_guidance; all combinations of the five lists are scored.
 
     Args:
-        out: The folder to write to.
-        num_images: Images to score a setting by.
-        judge: The reference, and how to compare with it.
-        sampling: What all settings share.
+        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
+        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
+        weights: Which weights of the two checkpoints to load.
+        compute: Device and precision.
+        out: Output folder.
+        num_images: Images per setting.
+        conditions: The classes or prompts, the same for every setting.
+        metrics: The reference, and how to compare with it.
+        sampling: What all settings have in common.
         scales: Values of sampling.cfg_scale.
         schedules: Values of sampling.cfg_schedule.
-        powers: Values of sampling.cfg_power, for schedules that have one.
+        powers: Values of sampling.cfg_power, for the schedules that have one.
         starts: Values of sampling.cfg_start.
-        intervals: Values of sampling.cfg_interval.
+        intervals: Values of sampling.cfg_interval; null guides all codes.
     """
 
+    gpt: str
+    tokenizer: str
     out: Path
+    grid: tuple[int, int] | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int = 10_000
-    judge: MetricsConfig = field(default_factory=MetricsConfig)
+    conditions: ConditionConfig = field(default_factory=ConditionConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scales: tuple[float, ...] = (1.5, 1.75, 2.0, 2.25, 2.5)
     schedules: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant",)
     powers: tuple[float, ...] = (1.0,)
     starts: tuple[int, ...] = (0,)
-    intervals: tuple[int, ...] = (-1,)
+    intervals: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.num_images < 2:
+            raise ValueError("num_images must be >= 2")
         self.candidates()
 
     def candidates(self) -> list[SamplingConfig]:
-        """Every setting, once; raises ValueError for one that there is not."""
+        """Every combination, once; raises ValueError for an invalid one."""
         axes = self.schedules, self.powers, self.starts, self.intervals, self.scales
         found = {}
         for schedule, power, start, interval, scale in itertools.product(*axes):
@@ -76,71 +90,92 @@ class TuneConfig(PipelineConfig, ConditionConfig):
             )
             found[candidate] = None
         if not found:
-            raise ValueError("scales, schedules, powers, starts, intervals: give one or more each")
+            raise ValueError(
+                "scales, schedules, powers, starts, intervals: each needs at least one value"
+            )
         return list(found)
 
 
 def tune_guidance(config: TuneConfig, world: World) -> None:
-    """Score every candidate that has not been, then write the table, the plot and the best."""
-    pair = load_pair(config)
-    gpt = pair.gpt.config
-    shown = open_conditions(config, gpt, config.sampling.seed, world)
-    judge = open_scorer(config.judge, "generation", world)
-    height, width = (pair.vq.config.downsample * side for side in gpt.grid)
-    check_size((height, width), Path(config.gpt), judge.reference)
-    settings = {**pair.settings, **shown.settings, "images": shown.count}
-    settings |= {"reference": judge.reference.sha256, "distance": judge.distance}
+    """Score the candidates that have no score yet, then write the table, the plot and the best."""
+    pipeline = ImagePipeline.from_pretrained(
+        config.gpt,
+        config.tokenizer,
+        gpt_weights=config.weights.gpt,
+        tokenizer_weights=config.weights.tokenizer,
+        grid=config.grid,
+    )
+    gpt = pipeline.gpt.config
+    conditions = open_conditions(
+        config.conditions, config.num_images, gpt, config.sampling.seed, world
+    )
+    scorer = open_scorer(config.metrics, "generation", world)
+    check_size(pipeline.image_size, Path(config.gpt), scorer.reference)
+    settings = {**pipeline.settings, **config.compute.settings, **conditions.settings}
+    settings |= {"images": conditions.count, "distance": scorer.distance}
+    settings |= {"reference": scorer.reference.sha256}
     path = config.out / "search.json"
     rows = world.broadcast(_resume(path, settings) if world.is_main else None)
     candidates = [candidate.resolved(gpt.condition) for candidate in config.candidates()]
-    todo = [c for c in candidates if not any(asdict(c).items() <= row.items() for row in rows)]
+    done = lambda settings: any(settings.items() <= row.items() for row in rows)  # noqa: E731
+    todo = [c for c in candidates if not done(c.settings(gpt.condition))]
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
-    batches = math.ceil(shown.count / judge.batch_size / world.size) * len(todo)
-    decoder, vq = make_ready(config, pair, batches, world)
+    batches = math.ceil(conditions.count / scorer.batch_size / world.size) * len(todo)
+    pipeline.prepare(
+        **config.compute.arguments(),
+        device=world.device,
+        num_steps=batches * gpt.num_codes,
+        verbose=world.is_main,
+    )
+    note = note_of(scorer.detector)
     for sampling in tqdm(todo, unit="setting", disable=not world.is_main):
         scores = score_samples(
-            decoder,
-            vq,
-            lambda ids: shown.batch(torch.from_numpy(ids)),
-            shown.count,
+            pipeline,
+            conditions.__getitem__,
+            conditions.count,
             sampling,
-            judge,
+            scorer,
             world,
+            conditions.negative,
         )
         name = f"{sampling.cfg_schedule} {sampling.cfg_power:g} {sampling.cfg_scale:g}"
-        rows.append({"run": name, **asdict(sampling), **scores})
+        rows.append({"run": name, **sampling.settings(gpt.condition), **scores})
         if world.is_main:
-            note = note_of(judge.detector)
             write_json(path, {"settings": settings, "note": note, "rows": rows})
     if not world.is_main:
         return
-    write_csv(rows, config.out / "search.csv")
-    wanted = ("inception_score", "recall")
-    x = next((name for end in wanted for name in rows[0] if name.endswith(end)), "cfg_scale")
-    plot_trade(rows, x, judge.distance, note_of(judge.detector), config.out / "search.png")
-    best = min(rows, key=lambda row: row[judge.distance])
-    changed = {k: v for k, v in best.items() if v != getattr(SamplingConfig(), k, v)}
+    plot = write_comparison(rows, scorer.distance, "cfg_scale", note, config.out, "search")
+    print_best(rows, scorer.distance, conditions.count)
+    print(plot)
+
+
+def print_best(rows: list[dict[str, Any]], distance: str, count: int) -> None:
+    """Print the best setting as flags of autoregressive.sample."""
+    best = min(rows, key=lambda row: row[distance])
+    usual = {**asdict(SamplingConfig()), "cfg_interval": -1}  # -1: as in the rows
+    changed = {name: best[name] for name in usual if best.get(name, usual[name]) != usual[name]}
     flags = " ".join(f"--sampling.{name} {value}" for name, value in changed.items())
-    print(f"best {judge.distance} {best[judge.distance]:.4f} ({shown.count} images): {flags}")
-    print(config.out / "search.png")
+    print(f"best {distance} {best[distance]:.4f} ({count} images): {flags}")
 
 
-def _resume(path: Path, settings: dict) -> list[dict]:
-    """What an earlier search under the same settings has scored."""
+def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier search with the same settings."""
     if not path.exists():
         return []
     found = read_json(path)
     if found["settings"] != json.loads(json.dumps(settings)):
-        raise InputError(f"{path}: of other models, images or reference; choose another folder")
+        raise InputError(
+            f"{path}: made with other models, images or reference; choose another folder"
+        )
     return found["rows"]
 
 
 def main() -> None:
     """Entry point."""
     config = parse_config(TuneConfig)
-    with distributed(config.device) as world:
+    with distributed(config.compute.device) as world:
         tune_guidance(config, world)
 
 

@@ -1,4 +1,4 @@
-"""What a decoder's training starts from and shows: validation, sample grids, scores of samples."""
+"""Evaluation during training: validation loss, sample grids, scores of samples; initial weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
-from autoregressive.models.conditioning import Condition, select
+from autoregressive.models.conditioning import Condition, as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.pipeline import decode_pixels
-from autoregressive.sample import score_samples
+from autoregressive.pipeline import ImagePipeline
+from autoregressive.sampling_loop import score_samples
 from core.config import InputError, load_config
 from core.data.grids import image_grid
-from core.distributed.world import World
+from core.distributed.world import Precision, World
 from core.training.initialization import copy_weights
 from core.training.prefetch import to_device
 from core.weights import inference_files
-from evaluations.scorer import MetricsConfig, open_scorer
+from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
@@ -40,23 +39,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(MetricsConfig):
-    """Scores of samples, while training; they need a reference.
+class EvaluationConfig:
+    """Scores of samples during training; they need metrics.reference.
 
     Args:
-        every: Optimizer steps from one evaluation to the next; 0 for none.
-        num_images: Images to sample for it, of all classes in turn.
+        every: Optimizer steps between two evaluations; null for none.
+        num_images: Images to sample per evaluation, of all classes in turn.
     """
 
-    every: int = 0
+    every: int | None = None
     num_images: int = 5000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every < 0 or self.num_images < 2:
-            raise ValueError("evaluation: every must be >= 0, num_images >= 2")
-        if self.every and self.reference is None:
-            raise ValueError("evaluation.every needs evaluation.reference")
+        if (self.every is not None and self.every < 1) or self.num_images < 2:
+            raise ValueError("evaluation: every must be >= 1 or null, num_images >= 2")
 
 
 def start_from(gpt: GPT, source: str) -> None:
@@ -68,11 +64,11 @@ def start_from(gpt: GPT, source: str) -> None:
     copy_weights(gpt, given.tensors, source)
     ours, theirs = gpt.config.text_encoder, given.config.text_encoder
     if ours and theirs and ours != theirs:
-        raise InputError(f"init_from {source}: trained with another text encoder")
+        raise InputError(f"init_from {source}: was trained with another text encoder")
 
 
 def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
-    """Whether there is a run to resume; raises InputError for one on other codes: that is none."""
+    """Whether `out` has a run to resume; raises InputError if that run used other codes."""
     if not list((out / "checkpoints").glob("step_*/checksums.json")):
         return False
     found = load_config(GPTConfig, inference_files(out, "model")[0])
@@ -81,13 +77,13 @@ def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
         if ours != theirs:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
-                f"resumed. To start from its weights: --init_from {out} and another --out"
+                f"resumed. To start from its weights, give --init_from {out} and another --out"
             )
     return True
 
 
 def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) -> Dataset | None:
-    """The validation data; raises InputError where it does not fit the training data."""
+    """The validation data; raises InputError if it does not fit the training data."""
     if not config.validation:
         return None
     given = dataclasses.replace(
@@ -102,7 +98,7 @@ def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) ->
         ours = getattr(gpt_config, name)
         if ours != theirs:
             raise InputError(
-                f"validation {config.validation[0]}: {name} is {theirs}, in data it is {ours}"
+                f"validation {config.validation[0]}: {name} is {theirs}, in data {ours}"
             )
     return validation
 
@@ -111,13 +107,13 @@ def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) ->
 def validation_loss(
     objective: NextTokenLoss, validation: Dataset, config: TrainConfig, world: World
 ) -> torch.Tensor:
-    """Mean cross-entropy per code over the same samples on any number of processes, a scalar."""
+    """Mean cross-entropy in nats per code, a scalar; the same for any number of processes."""
     count = min(len(validation), config.validation_samples or len(validation))
     size = max(1, config.batch_size // (world.size * config.gradient_accumulation))
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     training = objective.training
     objective.eval()
-    # Every rank makes the same number of calls, as FSDP2 needs; one without samples counts nothing.
+    # FSDP2 needs the same number of calls on every rank; a call without samples has weight 0.
     for start in range(0, count, size * world.size):
         rows = np.arange(start, min(start + size * world.size, count))[world.rank :: world.size]
         shown = rows if len(rows) else np.array([0])
@@ -131,34 +127,40 @@ def validation_loss(
 
 
 class SampleScorer:
-    """Scores samples every so often; `vq` is the codes' tokenizer, where it still stands."""
+    """Scores samples during training. vq: the tokenizer of the codes, or None if it is missing."""
 
     def __init__(self, config: TrainConfig, data: Dataset, world: World) -> None:
         self.config, self.data, self.world = config, data, world
         self.vq = find_tokenizer(data, world)
-        self.judge = None
+        self.scorer = None
         if config.evaluation.every:
-            self.judge = open_scorer(config.evaluation, "generation", world)
+            self.scorer = open_scorer(config.metrics, "generation", world)
             if self.vq is None:
                 raise InputError(
-                    f"evaluation: the tokenizer {data.index.get('tokenizer')} is gone or changed"
+                    f"evaluation: tokenizer {data.index.get('tokenizer')} is missing or has changed"
                 )
 
     def due(self, step: int) -> bool:
         """Whether to score after `step` steps."""
-        return self.judge is not None and step % self.config.evaluation.every == 0
+        every = self.config.evaluation.every
+        return every is not None and step % every == 0
 
     def score(self, gpt: GPT) -> dict[str, float]:
-        """Scores by name (empty off rank 0); all ranks call it."""
-        assert self.judge is not None and self.vq is not None
+        """Scores by name (empty except on rank 0); all ranks call it."""
+        assert self.scorer is not None and self.vq is not None
         count, sampling = self.config.evaluation.num_images, self.config.sampling
-        conditions = self.data.conditions
-        decoder = InferenceEngine(gpt, self.config.precision)
-        return score_samples(decoder, self.vq, conditions, count, sampling, self.judge, self.world)
+        pipeline = training_pipeline(gpt, self.vq, self.config.precision)
+        conditions = lambda ids: self.data.conditions(ids.numpy())  # noqa: E731
+        return score_samples(pipeline, conditions, count, sampling, self.scorer, self.world)
+
+
+def training_pipeline(gpt: GPT, vq: VQModel, precision: Precision) -> ImagePipeline:
+    """A pipeline of a GPT in training, on the device and in the precision of the training."""
+    return ImagePipeline(gpt, vq, engine=InferenceEngine(gpt, precision))
 
 
 def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
-    """The tokenizer that made the codes, where it still stands: it decodes the sample grids."""
+    """The tokenizer that made the codes, to decode samples; None if missing or changed."""
     path = data.index.get("tokenizer", "")
     if not path or not Path(path).exists():
         return None
@@ -199,22 +201,20 @@ class SampleGrid:
         """What is asked for, else the first ten classes, or captions of the data."""
         if isinstance(data, CodeDataset):
             if self.config.sample_classes:
-                return torch.tensor(self.config.sample_classes)
+                return as_condition(torch.tensor(self.config.sample_classes))
         elif self.config.sample_prompts:
-            return data.encode(list(self.config.sample_prompts))
-        return data.conditions(np.arange(min(10, num_classes)))
+            return as_condition(data.encode(list(self.config.sample_prompts)))
+        return as_condition(data.conditions(np.arange(min(10, num_classes))))
 
     def draw(self, gpt: GPT) -> np.ndarray:
-        """A grid picture (height, width, 3) uint8."""
+        """An image grid (height, width, 3) uint8."""
         assert self.vq is not None
-        columns, decoder = self.config.sample_columns, InferenceEngine(gpt, self.config.precision)
-        count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
-        ids = torch.arange(count * columns)
+        columns = self.config.sample_columns
+        pipeline = training_pipeline(gpt, self.vq, self.config.precision)
+        condition = self.condition
+        ids = torch.arange(len(condition) * columns)
         pixels = []
         for i in ids.split(16):
-            rows = select(self.condition, i // columns)
-            codes = generate(
-                decoder, rows, **self.config.sampling.arguments(gpt.config.condition), sample_ids=i
-            )
-            pixels.append(decode_pixels(self.vq, codes).cpu())
+            codes = pipeline.sample(condition[i // columns], self.config.sampling, i)
+            pixels.append(pipeline.decode(codes).cpu())
         return image_grid(torch.cat(pixels).numpy(), columns)

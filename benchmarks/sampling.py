@@ -1,16 +1,17 @@
-"""How fast images are sampled, beside the device's floor and a plain implementation.
+"""Sampling speed, next to the device's lower bound and to a plain implementation.
 
 python -m benchmarks.sampling --precisions '[bf16,int8]' --batches '[1,8]' --against naive
 
-The floor is the time to read the weights once and the valid keys and values once per code, or to
-multiply them where that takes longer, at the bandwidth and speed measured at the start. The last
-line is JSON.
+The lower bound ("floor") is, per code, the time to read the weights and the stored keys and values
+once, or to multiply by them if that takes longer, at the bandwidth and speed measured at the start.
+The last line of the output is JSON.
 
-On a CPU the clock is that of the process, and two figures count: the least time of every step over
-the runs, which other processes disturb least, and the median run. The plain implementation runs in
-processes of its own, one a precision, and without large pages, as its users run it. Its large
-intermediate tensors then cost little in some runs and most of the time in others (in bf16 at batch
-8 a step takes 75 or 320 ms), as the allocator keeps memory or asks the system for it anew.
+On a CPU, times are CPU time of the process. Two figures are printed: the mean over the steps of
+each step's least time over all runs, which other processes disturb least, and the median run. The
+plain implementation runs in one separate process per precision, without large pages, as its users
+run it. There, its large intermediate tensors cost little in some runs and most of the time in
+others (in bf16 at batch 8 a step takes 75 or 320 ms), depending on whether the allocator keeps the
+memory or returns it to the system.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from typing import Literal
 
 import torch
 
-from autoregressive.inference.engine import InferenceEngine, guided_codes
+from autoregressive.inference.engine import InferenceEngine, num_guided_codes
 from autoregressive.inference.generate import generate_steps
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
@@ -38,7 +39,7 @@ from core.config import parse_config, run_command
 from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
 from tokenizer.models.vq_model import VQModel
 
-LAUNCH = 1.5e-6  # seconds a kernel costs inside a CUDA graph
+LAUNCH = 1.5e-6  # seconds per kernel inside a CUDA graph
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1, "fp8": 1}
 
 
@@ -47,18 +48,18 @@ class BenchmarkConfig:
     """What to measure.
 
     Args:
-        sizes: Presets of the decoder, with random weights.
+        sizes: Model presets, with random weights.
         grids: Rows and columns of codes.
-        batches: Images at a time.
-        precisions: fp32, bf16, int8, w8a8, fp8.
+        batches: Batch sizes.
+        precisions: Precisions of the engine: fp32, bf16, int8, w8a8, fp8.
         sampling: Guidance and filters.
-        against: naive also times the reference's algorithm, in fp32 and bf16.
-        naive_codes: Of how many codes; each takes it the same time. 0 for all.
-        compile: Without the compiler, with it, or both.
-        intervals: Values of sampling.cfg_interval to time ours with.
-        tokenizer: Also time the VQ-16 tokenizer, plainly and as sampling runs it.
-        repeats: Runs of each; what is compared takes turns.
-        threads: Of a CPU.
+        against: naive: also time the reference's algorithm, in fp32 and bf16.
+        naive_codes: Number of codes to time it for (each takes the same time); null: all.
+        compile: Time the engine without torch.compile, with it, or both.
+        intervals: Values of sampling.cfg_interval to time the engine with.
+        tokenizer: Also time the VQ-16 tokenizer, plainly and as the sampling commands run it.
+        repeats: Number of runs of each; everything that is compared takes turns.
+        threads: CPU threads.
         device: auto, cpu, cuda or mps.
     """
 
@@ -68,22 +69,22 @@ class BenchmarkConfig:
     precisions: tuple[DecodePrecision, ...] = ("bf16",)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(top_k=2000))
     against: Literal["none", "naive"] = "none"
-    naive_codes: int = 32
+    naive_codes: int | None = 32
     compile: tuple[bool, ...] = (False,)
-    intervals: tuple[int, ...] = (-1,)
+    intervals: tuple[int | None, ...] = (None,)
     tokenizer: bool = False
     repeats: int = 5
     threads: int = 1
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads, *self.batches) < 1 or self.naive_codes < 0:
-            raise ValueError("repeats, threads and batches must be >= 1, naive_codes >= 0")
+        if min(self.repeats, self.threads, self.naive_codes or 1, *self.batches) < 1:
+            raise ValueError("repeats, threads, batches and naive_codes must be >= 1")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device and what it can do: bytes read a second, operations a second by precision."""
+    """A device, its bandwidth in bytes per second, and operations per second by precision."""
 
     device: torch.device
     bandwidth: float
@@ -91,7 +92,7 @@ class Device:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of the process on a CPU, of the wall on a GPU once it has nothing to do."""
+    """Seconds: CPU time of the process; on a GPU wall time, after waiting for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -99,14 +100,14 @@ def clock(device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one run takes."""
+    """Seconds that one run takes."""
     started = clock(device)
     run()
     return clock(device) - started
 
 
 def measure_device(device: torch.device) -> Device:
-    """Read a gigabyte, and multiply square matrices; the best of a few."""
+    """Read a gigabyte and multiply square matrices; the best of five each."""
     data = torch.ones(2**28, device=device)
     size = 8192 if device.type == "cuda" else 1024
     speed = {}
@@ -119,7 +120,7 @@ def measure_device(device: torch.device) -> Device:
 
 
 def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device: Device) -> float:
-    """Seconds a batch must take: weights read or multiplied, then keys and values."""
+    """Least seconds for a batch: reading or multiplying weights, then keys and values."""
     config = gpt.config
     kv_dim = config.kv_heads * config.head_dim
     matrices = config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
@@ -127,7 +128,7 @@ def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device
     weights = config.num_layers * matrices + head
     speed = device.speed["fp32" if precision == "fp32" else "bf16"]
     width = 4 if precision == "fp32" else 2
-    guided = guided_codes(sampling.guidance(config.num_codes))
+    guided = num_guided_codes(sampling.cfg_scales(config.num_codes))
     total = 0.0
     for position in range(config.num_codes):
         rows = 2 * batch if position < guided else batch
@@ -142,7 +143,7 @@ def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device
 
 
 def step_times(steps: Iterator[object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of the first `count` steps; on a GPU their mean, as they run ahead."""
+    """Seconds of each of the first `count` steps; on a GPU, where steps run ahead, their mean."""
     times = [clock(device)]
     for _ in itertools.islice(steps, count):
         times.append(clock(device) if device.type != "cuda" else 0.0)
@@ -153,7 +154,7 @@ def step_times(steps: Iterator[object], count: int, device: torch.device) -> lis
 
 @functools.lru_cache(maxsize=1)
 def random_gpt(size: str, grid: tuple[int, int], precision: Precision, device: torch.device) -> GPT:
-    """A decoder with random weights; its own start has a head of zeros, which makes ties."""
+    """A GPT with random weights; its initial head of zeros would make all codes tie."""
     gpt = GPT.from_preset(size, grid=grid).eval()
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     return gpt.to(device, dtype_of(precision))
@@ -167,7 +168,7 @@ def naive_times(
     batch: int,
     device: torch.device,
 ) -> list[float]:
-    """Seconds of each step of the plain implementation, in a process of its own."""
+    """Seconds of each step of the plain implementation; called in a separate process."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     torch.set_num_threads(config.threads)
     gpt = random_gpt(size, grid, precision, device)
@@ -185,11 +186,11 @@ def measure_size(
     device: Device,
     plain: dict[Precision, Executor],
 ) -> list[dict]:
-    """Times of one model for every batch and precision, with those of the plain one."""
+    """Times of one model for every batch size and precision, next to the plain ones."""
     gpt = random_gpt(size, grid, "fp32", device.device)
     num_codes = gpt.config.num_codes
     sampling = config.sampling.resolved("class")
-    decoders = {
+    engines = {
         (name, compiled): InferenceEngine(gpt, name, compile=compiled)
         for name in config.precisions
         for compiled in config.compile
@@ -197,31 +198,31 @@ def measure_size(
     rows = []
     for batch in config.batches:
         labels = torch.arange(batch, device=device.device) % gpt.config.num_classes
-        runs: dict[tuple[str, str, bool, int], Callable[[], list[float]]] = {}
+        runs: dict[tuple[str, str, bool, int | None], Callable[[], list[float]]] = {}
         for name, pool in plain.items():
-            runs["naive", name, False, -1] = functools.partial(
-                lambda pool, *asked: pool.submit(naive_times, *asked).result(),
+            runs["naive", name, False, None] = functools.partial(
+                lambda pool, *arguments: pool.submit(naive_times, *arguments).result(),
                 *(pool, config, size, grid, name, batch, device.device),
             )
-        for (key, decoder), interval in itertools.product(decoders.items(), config.intervals):
+        for (key, engine), interval in itertools.product(engines.items(), config.intervals):
             runs[("ours", *key, interval)] = functools.partial(
-                lambda *asked: step_times(generate_steps(*asked), num_codes, device.device),
-                decoder,
+                lambda *arguments: step_times(generate_steps(*arguments), num_codes, device.device),
+                engine,
                 labels,
                 replace(sampling, cfg_interval=interval),
             )
         for run in runs.values():
             run()  # compiles, captures the graphs
-        taken: dict[tuple, list[list[float]]] = {key: [] for key in runs}
+        times: dict[tuple, list[list[float]]] = {key: [] for key in runs}
         for _ in range(config.repeats):
             for key, run in runs.items():
-                taken[key].append(run())
-        least = {key: statistics.mean(map(min, zip(*t, strict=True))) for key, t in taken.items()}
-        median = {key: statistics.median(map(statistics.mean, t)) for key, t in taken.items()}
-        for key in taken:
+                times[key].append(run())
+        least = {key: statistics.mean(map(min, zip(*t, strict=True))) for key, t in times.items()}
+        median = {key: statistics.median(map(statistics.mean, t)) for key, t in times.items()}
+        for key in times:
             method, name, compiled, interval = key
-            drawn = replace(sampling, cfg_interval=interval)
-            fastest = floor(gpt, batch, name, drawn, device) / num_codes
+            guided = replace(sampling, cfg_interval=interval)
+            fastest = floor(gpt, batch, name, guided, device) / num_codes
             row = {
                 "method": method,
                 "precision": name,
@@ -239,7 +240,7 @@ def measure_size(
                 launches = LAUNCH * (7 * gpt.config.num_layers + 6)
                 row["fraction_of_launch_aware_floor"] = (fastest + launches) / least[key]
             for against in plain if method == "ours" else ():
-                other = ("naive", against, False, -1)
+                other = ("naive", against, False, None)
                 row[f"times_naive_{against}"] = least[other] / least[key]
                 row[f"median_times_naive_{against}"] = median[other] / median[key]
             rows.append(row)
@@ -247,7 +248,7 @@ def measure_size(
 
 
 def measure_tokenizer(config: BenchmarkConfig, device: Device) -> list[dict]:
-    """Decoding and encoding at 256 pixels, one image, in float32 and as sampling runs it."""
+    """Decode and encode one image of 256 pixels, in float32 and as sampling commands do."""
     plain, fast = VQModel.from_preset("VQ-16").eval(), VQModel.from_preset("VQ-16").eval()
     plain, fast = plain.to(device.device), fast.for_inference(device.device, torch.bfloat16)
     images = torch.rand(1, 3, 256, 256, device=device.device) * 2 - 1
@@ -288,16 +289,16 @@ def measure(config: BenchmarkConfig) -> None:
         for size, grid in itertools.product(config.sizes, config.grids):
             for row in measure_size(config, size, grid, device, plain):
                 results.append({"size": size, **row})
-                print(" ".join(_shown(*item) for item in results[-1].items()), flush=True)
+                print(" ".join(_format(*item) for item in results[-1].items()), flush=True)
     if config.tokenizer:
         for row in measure_tokenizer(config, device):
             results.append(row)
-            print(" ".join(_shown(key, value) for key, value in row.items()), flush=True)
+            print(" ".join(_format(key, value) for key, value in row.items()), flush=True)
     settings = asdict(replace(config, device=device.device.type))
     print(json.dumps({"results": results, "bandwidth": device.bandwidth, "settings": settings}))
 
 
-def _shown(name: str, value: object) -> str:
+def _format(name: str, value: object) -> str:
     return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 

@@ -1,11 +1,11 @@
 """Images scored as they are sampled, against files between every two stages.
 
 python -m benchmarks.streaming --gpt runs/demo/gpt --tokenizer runs/demo/tokenizer \
-    --judge.reference runs/demo/real.npz --judge.detector proxy
+    --metrics.reference runs/demo/real.npz --metrics.detector proxy
 
-The other ways: `files` draws with our sampler, writes a png an image in the loop, reads them all
-back into an npz and scores that; `naive` does the same with the reference's sampling loop. All in
-one process, models loaded, on the same images; seconds of the process on a CPU.
+Compared with two ways that use files: `files` samples with our engine, writes one png per image,
+packs them into an npz and scores it; `naive` does the same with the published sampling loop. All
+run in one process with loaded models, on the same images; on a CPU, process time is measured.
 """
 
 import json
@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
+from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.pipeline import PipelineConfig, decode_pixels, load_pair, make_ready
-from autoregressive.sample import score_samples
+from autoregressive.pipeline import ImagePipeline
+from autoregressive.sampling_loop import score_samples
 from benchmarks import reference_sampler
 from benchmarks.sampling import seconds
 from core.config import parse_config, run_command
@@ -32,42 +31,47 @@ from core.distributed.world import World, distributed
 from evaluations.evaluator import collect
 from evaluations.image_source import open_image_source
 from evaluations.scorer import MetricsConfig, Scorer, open_scorer, score
-from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingConfig(PipelineConfig):
-    """What to sample and score, for a decoder under classes.
+class StreamingConfig:
+    """Settings of benchmarks.streaming, for a class model.
 
     Args:
-        num_images: How many images, of all classes in turn.
-        judge: The reference, and how to compare with it; its batch size is the sampler's too.
+        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
+        compute: Device and precision.
+        num_images: Number of images, of all classes in turn.
+        metrics: The reference; its batch size is also that of sampling.
         sampling: Guidance, filters and seed.
-        threads: Of a CPU.
+        threads: CPU threads.
     """
 
+    gpt: str
+    tokenizer: str
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int = 2000
-    judge: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     threads: int = 1
 
 
 def by_files(
     draw: Callable[[torch.Tensor], torch.Tensor],
-    vq: VQModel,
+    pipeline: ImagePipeline,
     count: int,
-    judge: Scorer,
+    scorer: Scorer,
     world: World,
 ) -> dict[str, float]:
-    """Pictures to png files, those to an npz, that to scores."""
+    """Images to png files, png files to an npz, the npz to scores."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for ids in torch.arange(count).split(judge.batch_size):
-            for i, picture in zip(ids.tolist(), decode_pixels(vq, draw(ids)).cpu(), strict=True):
-                save_png(picture.numpy(), folder / f"{i:06d}.png")
-        save_npz(folder / "samples.npz", count, _read(folder, count, judge.batch_size))
-        pictures = open_image_source(folder / "samples.npz", (0, 0))
-        return score(judge, collect(judge.detector, pictures, world, judge.batch_size)).values
+        for ids in torch.arange(count).split(scorer.batch_size):
+            for i, image in zip(ids.tolist(), pipeline.decode(draw(ids)).cpu(), strict=True):
+                save_png(image.numpy(), folder / f"{i:06d}.png")
+        save_npz(folder / "samples.npz", count, _read(folder, count, scorer.batch_size))
+        images = open_image_source(folder / "samples.npz", (0, 0))
+        return score(scorer, collect(scorer.detector, images, world, scorer.batch_size)).values
 
 
 def _read(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
@@ -78,36 +82,36 @@ def _read(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
 def measure(config: StreamingConfig, world: World) -> None:
     """Print the seconds of each way and the ratios, as JSON on the last line."""
     torch.set_num_threads(config.threads)
-    pair = load_pair(config)
-    gpt, classes = pair.gpt.to(world.device), pair.gpt.config.num_classes
-    judge = open_scorer(config.judge, "generation", world)
-    decoder, vq = make_ready(config, pair, 1, world)
+    pipeline = ImagePipeline.from_pretrained(config.gpt, config.tokenizer)
+    classes = pipeline.gpt.config.num_classes
+    scorer = open_scorer(config.metrics, "generation", world)
+    pipeline.prepare(**config.compute.arguments(), device=world.device)
+    gpt = pipeline.gpt.to(world.device)
     sampling = config.sampling.resolved("class")
 
     def ours(ids: torch.Tensor) -> torch.Tensor:
-        return generate(decoder, ids % classes, **vars(sampling), sample_ids=ids)
+        return pipeline.sample(ids % classes, sampling, ids)
 
     def reference(ids: torch.Tensor) -> torch.Tensor:
         return reference_sampler.generate(gpt, (ids % classes).to(world.device), sampling)
 
-    def stream(decoder: InferenceEngine, count: int) -> dict[str, float]:
-        labels = lambda ids: torch.from_numpy(ids % classes)  # noqa: E731
-        return score_samples(decoder, vq, labels, count, sampling, judge, world)
+    def stream(count: int) -> dict[str, float]:
+        return score_samples(pipeline, lambda ids: ids % classes, count, sampling, scorer, world)
 
     ways: dict[str, Callable[[int], dict[str, float]]] = {
-        "streaming": lambda count: stream(decoder, count),
-        "files": lambda count: by_files(ours, vq, count, judge, world),
-        "naive": lambda count: by_files(reference, vq, count, judge, world),
+        "streaming": stream,
+        "files": lambda count: by_files(ours, pipeline, count, scorer, world),
+        "naive": lambda count: by_files(reference, pipeline, count, scorer, world),
     }
     taken, distances = {}, {}
     for name, way in ways.items():
-        way(2 * judge.batch_size)  # warms up
+        way(2 * scorer.batch_size)  # warms up
         taken[name] = seconds(
             lambda way=way, name=name: distances.update({name: way(config.num_images)}),
             world.device,
         )
-        distance = distances[name][judge.distance]
-        print(f"{name:<10} {taken[name]:8.2f} s  {judge.distance} {distance:.6f}")
+        distance = distances[name][scorer.distance]
+        print(f"{name:<10} {taken[name]:8.2f} s  {scorer.distance} {distance:.6f}")
     ratios = {f"{name}_over_streaming": taken[name] / taken["streaming"] for name in taken}
     print(json.dumps({"images": config.num_images, "seconds": taken, **ratios}))
 
@@ -115,7 +119,7 @@ def measure(config: StreamingConfig, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(StreamingConfig)
-    with distributed(config.device) as world:
+    with distributed(config.compute.device) as world:
         measure(config, world)
 
 

@@ -121,6 +121,21 @@ def write_class_report(
     _save(figure, out / "classes.png")
 
 
+def write_comparison(
+    rows: Sequence[dict[str, Any]], distance: str, x: str, note: str, out: Path, name: str
+) -> Path:
+    """Write NAME.csv and NAME.png, the distance of every run against its variety -> the plot.
+
+    The horizontal axis is the Inception Score if there is one (the usual plot), else recall, else
+    the column `x`.
+    """
+    write_csv(rows, out / f"{name}.csv")
+    for end in ("recall", "inception_score"):
+        x = next((column for column in rows[0] if column.endswith(end)), x)
+    plot_trade(rows, x, distance, note, out / f"{name}.png")
+    return out / f"{name}.png"
+
+
 def plot_trade(rows: Sequence[dict[str, Any]], x: str, y: str, note: str, path: Path) -> None:
     """Score `y` against score `x`, a point per run, joined in the order of the sweep."""
     figure, axis = _figure()

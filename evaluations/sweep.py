@@ -14,7 +14,7 @@ from core.data.shards import read_index
 from core.distributed.world import World, distributed
 from core.files import write_json
 from evaluations.features.extractors import note_of
-from evaluations.report import plot_trade, write_csv
+from evaluations.report import write_comparison
 from evaluations.score import ScoreConfig, ScoringConfig, evaluate
 from evaluations.scorer import open_scorer
 
@@ -46,16 +46,11 @@ def sweep(config: SweepConfig, world: World) -> None:
         rows.append({"run": run.name, **sampling, **evaluate(judge, one, world)})
     if not world.is_main:
         return
-    write_csv(rows, config.out / "sweep.csv")
     note = note_of(judge.detector)
     write_json(
         config.out / "sweep.json", {"note": note, "rows": rows, "settings": config_values(config)}
     )
-    # Inception Score where the detector has one (the usual plot), else recall.
-    wanted = ("inception_score", "recall")
-    x = next((name for end in wanted for name in rows[0] if name.endswith(end)), judge.distance)
-    plot_trade(rows, x, judge.distance, note, config.out / "sweep.png")
-    print(config.out / "sweep.png")
+    print(write_comparison(rows, judge.distance, judge.distance, note, config.out, "sweep"))
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Cleaning captions by the rules of DeepFloyd IF and PixArt, which the released weights were fed.
+"""Caption cleaning by the rules of DeepFloyd IF and PixArt, used to train the released weights.
 
     clean_caption("A&nbsp;DOG @bob https://x.com/1 #12 (free download)")   # "a dog"
 
-The rules take what is no description: markup, addresses, file names, long numbers, advertising,
-repeated punctuation; and lower the case. Theirs also delete Chinese characters; ours do not.
+The rules remove what does not describe an image (markup, addresses, file names, long numbers,
+advertising, repeated punctuation) and convert to lower case. The published rules also delete
+Chinese characters; ours keep them.
 """
 
 import html
@@ -21,7 +22,7 @@ _SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 # CJK strokes, Katakana extensions, enclosed and compatibility forms, ideographs.
 _IDEOGRAPHS = ((r"[\u31c0-\u4dbf\u4dc0-\u9fff]+", ""),)
 
-# Each rule is a pattern and what takes its place, in the order in which they apply.
+# Each rule is a pattern and its replacement. The rules are applied in this order.
 _BEFORE_MARKUP = (
     (r"<person>", "person"),
     (
@@ -45,7 +46,7 @@ _BEFORE_REPAIR = (
     (r"&quot;?", ""),
     (r"&amp", ""),
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # network addresses
-    (r"\d:\d\d\s+$", ""),  # the number of an article
+    (r"\d:\d\d\s+$", ""),  # an article number
     (r"\\n", " "),
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
@@ -57,7 +58,7 @@ _BEFORE_REPAIR = (
     (r"\s+\.\s+", " "),
 )
 _AFTER_REPAIR = (
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # codes of goods
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # product codes
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     (r"\b\d+[a-zA-Z]+\d+\b", ""),
     (r"(worldwide\s+)?(free\s+)?shipping", ""),
@@ -78,14 +79,14 @@ _AFTER_REPAIR = (
 
 
 def clean_caption(text: str, reference: bool = False) -> str:
-    """A caption without what describes no picture, in lower case; may come out empty.
+    """Remove everything that does not describe the image, in lower case; may return "".
 
-    reference: also delete Chinese characters and what is near them, as the reference does (Kana
-        and Hangul letters stay even there).
+    reference: also delete Chinese characters and the characters around them, as the published
+        code does (it keeps Kana and Hangul).
     """
-    # Twice, as the reference: what one pass leaves may be what another takes.
     if not reference:
-        text = ftfy.fix_text(text)  # the rules mend text after lowering it, when most is too late
+        text = ftfy.fix_text(text)  # the rules repair encodings only after lower(): mostly too late
+    # Twice, as in the published code: the first pass can produce text that a rule matches.
     return _clean(_clean(text, reference), reference)
 
 
@@ -107,14 +108,14 @@ def _replace(text: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 class _Text(html.parser.HTMLParser):
-    """Collects what stands between tags."""
+    """Collects the text between tags."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.found: list[str] = []
 
     def handle_data(self, data: str) -> None:
-        """Take text, but no script's."""
+        """Keep text, except inside script and style elements."""
         if self.cdata_elem is None:
             self.found.append(data)
 
@@ -130,18 +131,18 @@ Cleaning = Literal["clean", "reference", "none"]
 
 
 def all_captions(pairs: ImageTextPairs, index: int, clean: Cleaning) -> list[str]:
-    """Every variant of a pair's caption, as it is encoded; raises CaptionError for empty ones."""
+    """Every variant of an image's caption, cleaned; raises CaptionError if one is empty."""
     captions = pairs.captions(index)
     if pairs.config.first_sentence:
         captions = [*captions, first_sentence(captions[0])]
-    captions = cleaned(captions, clean)
+    captions = clean_captions(captions, clean)
     if not all(captions):
         raise CaptionError("empty caption")
     return captions
 
 
-def cleaned(captions: list[str], clean: Cleaning) -> list[str]:
-    """Captions after clean_caption, or by the reference's rules, or as they are."""
+def clean_captions(captions: list[str], clean: Cleaning) -> list[str]:
+    """Captions cleaned by clean_caption, by the reference's rules, or unchanged."""
     if clean == "none":
         return captions
     return [clean_caption(caption, clean == "reference") for caption in captions]

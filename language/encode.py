@@ -1,4 +1,4 @@
-"""Turn captions into feature shards, once, for training; run it again and it continues.
+"""Encode captions into feature shards for training. Run it again to continue after a stop.
 
 python -m language.encode --t5 google/flan-t5-xl --pairs.source laion-coco --out features/laion
 torchrun --nproc-per-node 8 -m language.encode ...
@@ -18,25 +18,25 @@ from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
 from core.data.shards import ShardWriter
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, World, distributed
-from language.captions import Cleaning, all_captions
+from language.captions import Cleaning
 from language.features import DTYPES, ReferenceFeatures
-from language.t5 import T5, load_t5
+from language.text_encoder import TextEncoder, load_text_encoder
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Which captions, by which encoder, and where the features go.
+    """Settings of language.encode.
 
     Args:
-        t5: The text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5).
-        reference_features: Instead of encoding, the reference's folder with one .npy per caption,
-            for pairs of the reference's jsonl folders: packed into shards as it is.
-        out: The folder to write features_*.npy, lengths_*.npy, ids_*.npy and index.json to.
-        pairs: The pictures with captions, and their variants.
-        max_tokens: Longer captions are cut, and counted.
-        clean: clean (captions in any script stay), reference (the reference's rules), or none.
-        shard_size: Pairs a shard: what a killed run loses at most, on each process.
-        precision: Of the encoder and of the features; T5 overflows in fp16 at some sizes.
+        t5: Text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5).
+        reference_features: Instead of encoding, pack the reference's folder of one .npy per
+            caption into shards. For image-text pairs in the reference's jsonl folders.
+        out: Output folder: features_*.npy, lengths_*.npy, ids_*.npy and index.json.
+        pairs: Images with captions, and the variants of each caption.
+        max_tokens: Longer captions are cut and counted.
+        clean: clean (keeps captions in any script), reference (the published rules), or none.
+        shard_size: Pairs per shard; a killed run loses at most one shard per process.
+        precision: Precision of the encoder and of the features. Some T5 sizes overflow in fp16.
         device: auto, cpu, cuda or mps.
     """
 
@@ -54,21 +54,23 @@ class EncodeConfig:
         if min(self.max_tokens, self.shard_size) < 1:
             raise ValueError("max_tokens and shard_size must be >= 1")
         if self.reference_features and len(self.pairs.variants) > 1:
-            raise ValueError("reference_features hold one variant of each caption")
+            raise ValueError("reference_features contain one variant of each caption")
 
 
 def encode(config: EncodeConfig, world: World) -> None:
-    """Encode all captions, this rank's shards on this rank, then write the index."""
+    """Encode all captions, each rank its own shards, then write index.json."""
     pairs = ImageTextPairs(config.pairs)
-    t5 = (
+    encoder = (
         ReferenceFeatures(config.reference_features, config.max_tokens)
         if config.reference_features
-        else load_t5(config.t5, world.device, DTYPES[config.precision], config.max_tokens)
+        else load_text_encoder(
+            config.t5, world.device, DTYPES[config.precision], config.max_tokens, config.clean
+        )
     )
     settings = {
         "t5": config.t5,
-        "t5_identity": t5.identity,
-        "dim": t5.dim,
+        "t5_identity": encoder.identity,
+        "dim": encoder.dim,
         "max_tokens": config.max_tokens,
         "dtype": config.precision,
         "clean": config.clean,
@@ -83,7 +85,7 @@ def encode(config: EncodeConfig, world: World) -> None:
     total = sum(len(writer.items(shard)) for shard in todo)
     with tqdm(total=total, unit="pair", disable=not world.is_main) as bar:
         for shard in todo:
-            write_shard(config, writer, shard, pairs, t5)
+            write_shard(config, writer, shard, pairs, encoder)
             bar.update(len(writer.items(shard)))
     finish(writer, world)
 
@@ -93,37 +95,37 @@ def write_shard(
     writer: ShardWriter,
     shard: int,
     pairs: ImageTextPairs,
-    t5: T5 | ReferenceFeatures,
+    encoder: TextEncoder | ReferenceFeatures,
 ) -> None:
-    """Encode and write one shard: the pairs with captions, and the names of the others."""
+    """Encode and write one shard; its marker names the pairs without a usable caption."""
     ids, captions, found, skipped = [], [], [], []
-    t5.cut = 0
+    encoder.cut = 0
     for i in writer.items(shard):
         try:
-            if isinstance(t5, ReferenceFeatures):
-                found.append(t5.read(pairs.name(i)))
+            if isinstance(encoder, ReferenceFeatures):
+                found.append(encoder.read(pairs.name(i)))
             else:
-                captions += all_captions(pairs, i, config.clean)
+                captions += encoder.captions(pairs, i)
             ids.append(i)
         except CaptionError as error:
             skipped.append(Skipped(pairs.name(i), str(error)))
-    if isinstance(t5, T5):
-        # On the CPU at once: features of a whole shard need not fit on the device.
-        found = [part.cpu() for part in t5.encode(captions)]
+    if isinstance(encoder, TextEncoder):
+        # To the CPU immediately: the features of a whole shard may not fit on the device.
+        found = [part.cpu() for part in encoder.encode_each(captions)]
     lengths = np.array([len(part) for part in found], np.int32)
-    features = torch.cat([*found, torch.empty(0, t5.dim)]).to(DTYPES[config.precision])
+    features = torch.cat([*found, torch.empty(0, encoder.dim)]).to(DTYPES[config.precision])
     arrays = {
         "ids": np.array(ids, np.int64),
         "lengths": lengths.reshape(len(ids), len(config.pairs.variants)),
     }
-    # numpy has no bfloat16: the bits are stored.
+    # numpy has no bfloat16, so the bits are stored as int16.
     ragged = {"features": features.view(torch.int16).numpy()}
     named = [list(item) for item in skipped]
-    writer.write(shard, arrays, ragged, skipped=named, cut=t5.cut)
+    writer.write(shard, arrays, ragged, skipped=named, cut=encoder.cut)
 
 
 def finish(writer: ShardWriter, world: World) -> None:
-    """Write index.json and, where pairs were left out, skipped.txt; say what came out."""
+    """Write index.json and, if pairs were skipped, skipped.txt; print a summary."""
     world.barrier()
     markers = writer.markers()
     skipped = [Skipped(*item) for marker in markers for item in marker["skipped"]]

@@ -1,4 +1,4 @@
-"""Text features on disk: of language.encode; and the reference's one file per caption."""
+"""Text features on disk: folders of language.encode, or the reference's one file per caption."""
 
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FeatureDataset:
-    """Features of captions, memory-mapped.
+    """A memory-mapped folder of language.encode.
 
-    ids: the pairs that have captions, (n,) int64 ascending. variants: names of the captions of
-    each. dim: their width, max_tokens: the most tokens of one. index: what index.json says.
+    ids: numbers of the images that have captions, (n,) int64, ascending. variants: names of the
+    captions of an image. dim: width of the features. max_tokens: longest caption. index: the
+    content of index.json.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.index: dict[str, Any] = read_index(self.folder)
         if "variants" not in self.index:
-            raise InputError(f"{folder}/index.json: no variants; is it of language.encode?")
+            raise InputError(
+                f"{folder}/index.json: no variants; was it written by language.encode?"
+            )
         self.dim, self.max_tokens = int(self.index["dim"]), int(self.index["max_tokens"])
         self.variants = tuple(self.index["variants"])
         self.ids = self._all("ids")
@@ -52,13 +55,13 @@ class FeatureDataset:
         return len(self.ids)
 
     def batch(self, ids: np.ndarray, variants: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs (n,), variant numbers (n,) -> features (n, T, dim) padded last, lengths (n,).
+        """Image numbers (n,), variants (n,) -> features (n, T, dim), lengths (n,) int64.
 
-        Raises InputError for a pair without a caption.
+        Raises InputError for an image without a caption.
         """
         rows = np.searchsorted(self.ids, ids)
         if len(ids) and (rows.max() >= len(self.ids) or (self.ids[rows] != ids).any()):
-            raise InputError(f"{self.folder}: no caption of some of the pairs asked for")
+            raise InputError(f"{self.folder}: no caption for some of the requested images")
         dtype = DTYPES[self.index["dtype"]]
         found = []
         for row, variant in zip(rows.tolist(), variants.tolist(), strict=True):
@@ -71,7 +74,7 @@ class FeatureDataset:
 class ReferenceFeatures:
     """The reference's layout: FOLDER/{jsonl stem}/{line:09d}.npy, float (1, tokens, dim).
 
-    dim, identity (unknown: "") and cut are those of language.t5.T5.
+    dim, identity ("": unknown) and cut: see language.t5.T5.
     """
 
     identity = ""
@@ -80,11 +83,11 @@ class ReferenceFeatures:
         self.folder, self.max_tokens, self.cut = Path(folder), max_tokens, 0
         first = next(self.folder.rglob("*.npy"), None)
         if first is None:
-            raise InputError(f"{folder}: holds no .npy features")
+            raise InputError(f"{folder}: contains no .npy features")
         self.dim = self._load(first).shape[1]
 
     def read(self, key: str) -> torch.Tensor:
-        """Features (tokens, dim) float32 of a pair; raises CaptionError where there are none."""
+        """Features (tokens, dim) float32 of an image; raises CaptionError if there are none."""
         path = self.folder / f"{key}.npy"
         if not path.is_file():
             raise CaptionError("no features")

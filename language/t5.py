@@ -1,4 +1,4 @@
-"""T5 text encoders through transformers: captions to features of their valid tokens."""
+"""T5 text encoders (through transformers): one feature vector per token of a caption."""
 
 import hashlib
 from pathlib import Path
@@ -14,10 +14,11 @@ TOKENS_PER_BATCH = 1024  # padded tokens that the encoder sees at a time
 
 
 class T5:
-    """A frozen encoder.
+    """A frozen T5 encoder.
 
-    dim: width of its features. identity: tells it from others, whatever dtype it is loaded in.
-    cut: how many captions were longer than `max_tokens` so far, and lost their end.
+    dim: width of the features. identity: a hash that tells this encoder from others, independent
+    of the dtype that it is loaded in. cut: how many captions so far were longer than `max_tokens`
+    and were shortened.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int) -> None:  # noqa: ANN401
@@ -27,9 +28,9 @@ class T5:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[torch.Tensor]:
-        """Captions -> features (valid tokens, dim) of each, the end-of-sentence token included.
+        """Captions -> features (valid tokens, dim) of each, including the end-of-sentence token.
 
-        Captions of like length share a batch, so that little padding is computed.
+        Captions of similar length share a batch, which keeps padding small.
         """
         if not captions:
             return []
@@ -45,14 +46,10 @@ class T5:
             start += size
         return found
 
-    def batch(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> features (n, T, dim) with the padding last, lengths (n,) int64."""
-        return pad(self.encode(captions))
-
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) > self.max_tokens:
             self.cut += 1
-            ids = [*ids[: self.max_tokens - 1], ids[-1]]  # the end-of-sentence token stays
+            ids = [*ids[: self.max_tokens - 1], ids[-1]]  # keep the end-of-sentence token
         return ids
 
     def _forward(self, tokens: list[list[int]]) -> list[torch.Tensor]:
@@ -68,7 +65,7 @@ class T5:
 
 
 def pad(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (tokens, dim) of several captions -> (n, T, dim) with zeros last, lengths (n,)."""
+    """Features (tokens, dim) of n captions -> (n, T, dim) padded with zeros, lengths (n,) int64."""
     lengths = torch.tensor([len(part) for part in features])
     longest = int(lengths.max())
     return torch.stack([F.pad(f, (0, 0, 0, longest - len(f))) for f in features]), lengths
@@ -77,15 +74,15 @@ def pad(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 def load_t5(
     source: str | Path, device: torch.device, dtype: torch.dtype, max_tokens: int = 120
 ) -> T5:
-    """The encoder half of a T5 and its tokenizer, from a folder or the Hub.
+    """Load the encoder half of a T5 and its tokenizer from a folder or the Hub.
 
-    Raises InputError where it is not to be had.
+    Raises InputError if they cannot be loaded.
     """
     from transformers import AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
 
     if not Path(source).is_dir():
-        fetch(str(source), "config.json")  # a missing one is noticed here, in one line
+        fetch(str(source), "config.json")  # reports a missing repository in one line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -99,7 +96,7 @@ def load_t5(
 
 
 def _identity(model: Any) -> str:  # noqa: ANN401 - a transformers model
-    """A hash of some of its weights in bf16, so that no 5 GB are read for it."""
+    """A hash of the norms and the first block in bf16: hashing all weights would read 5 GB."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 1 or ".block.0." in name:

@@ -54,11 +54,11 @@ def main() -> None:
         *("--data.codes", f"[{out / 'codes'}]", "--data.features", out / "features"),
         *("--out", gpt),
     )
-    models = ("--gpt", gpt, "--tokenizer", tokenizer, "--t5", out / "t5")
+    models = ("--gpt", gpt, "--tokenizer", tokenizer, "--conditions.text_encoder", out / "t5")
     stage(
         "autoregressive.sample",
         "sample.yaml",
-        *(*models, "--prompts", out / "held_out.txt", "--out", out / "samples"),
+        *(*models, "--conditions.prompts", out / "held_out.txt", "--out", out / "samples"),
     )
     print_table(out, held_out, time.monotonic() - started)
     if options.prompt:
@@ -66,7 +66,8 @@ def main() -> None:
         shutil.rmtree(typed, ignore_errors=True)
         typed.mkdir()
         (typed / "prompts.txt").write_text("\n".join(options.prompt) + "\n", "utf-8")
-        asked = ("--prompts", typed / "prompts.txt", "--images_per_prompt", 4)
+        asked = ("--conditions.prompts", typed / "prompts.txt")
+        asked += ("--conditions.images_per_prompt", 4)
         stage("autoregressive.sample", "sample.yaml", *models, *asked, "--out", typed / "samples")
 
 

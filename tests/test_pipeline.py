@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_module
+from helpers.commands import run_module
 from PIL import Image
 
 
@@ -48,16 +48,17 @@ def test_images_become_scores_through_every_command(tmp_path):
     run_module("evaluations.reference", "--images", tmp_path / "train", "--out", reference, *proxy)
     run_module(
         "autoregressive.train",
-        *("--evaluation.every", 3, "--evaluation.reference", reference),
-        *("--evaluation.detector", "proxy", "--evaluation.num_images", 5),
+        *("--evaluation.every", 3, "--metrics.reference", reference),
+        *("--metrics.detector", "proxy", "--evaluation.num_images", 5),
         *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'val'}]"),
         *("--out", gpt, "--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32),
         *("--num_steps", 6, "--batch_size", 8, "--sample_columns", 3, "--ema_decay", 0.9, *cpu),
     )
     run_module(
         "autoregressive.sample",
-        *("--gpt", gpt, "--tokenizer", vq, "--out", tmp_path / "samples", *cpu),
-        *("--num_images", 12, "--labels", "balanced", "--grid_columns", 6),
+        *("--gpt", gpt, "--tokenizer", vq, "--out", tmp_path / "samples", "--num_images", 12),
+        *("--compute.device", "cpu", "--compute.precision", "fp32", "--grid_columns", 6),
+        *("--conditions.labels", "balanced"),
     )
     run_module(
         "evaluations.score",

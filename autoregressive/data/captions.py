@@ -8,13 +8,11 @@ import torch
 
 from autoregressive.data.codes import CodeDataset, chosen_captions
 from autoregressive.data.config import DataConfig
-from autoregressive.models.conditioning import Text
 from core.config import InputError
 from core.data.shards import ShardReader
 from core.distributed.world import choose_device
-from language.captions import cleaned
 from language.features import DTYPES, FeatureDataset
-from language.t5 import load_t5
+from language.text_encoder import load_text_encoder
 
 
 class TextDataset:
@@ -57,7 +55,7 @@ class TextDataset:
 
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, Text]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Rows (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
         Which caption a sample shows depends on (seed, its position in the training order) alone.
@@ -66,20 +64,22 @@ class TextDataset:
         variants = chosen_captions(positions, seed, self.features.variants, self.config)
         return codes, self.features.batch(self.pairs[rows], variants)
 
-    def conditions(self, ids: np.ndarray) -> Text:
+    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What image number ids (n,) of a sample shows: the captions in turn."""
         pairs = self.pairs[ids % len(self.pairs)]
         long = self.features.variants.index(self.config.caption)
         return self.features.batch(pairs, np.full(len(pairs), long))
 
-    def encode(self, prompts: list[str]) -> Text:
-        """Prompts as the text encoder of the features sees them, in the features' precision.
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts with the text encoder of the features, in the features' own precision.
 
-        That precision is what the training sees. The encoder is loaded for this call alone.
+        The encoder is loaded for this call only, and freed after it.
         """
         device, index = choose_device("cpu"), self.features.index
-        t5 = load_t5(index["t5"], device, DTYPES[index["dtype"]], self.features.max_tokens)
-        found = t5.batch(cleaned(prompts, index["clean"]))
-        del t5
+        encoder = load_text_encoder(
+            index["t5"], device, DTYPES[index["dtype"]], self.features.max_tokens, index["clean"]
+        )
+        encoded = encoder.encode(prompts)
+        del encoder
         gc.collect()  # transformers' modules may refer to each other
-        return found
+        return encoded

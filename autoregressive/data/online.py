@@ -9,14 +9,12 @@ import torch
 
 from autoregressive.data.codes import chosen_captions
 from autoregressive.data.config import DataConfig
-from autoregressive.models.conditioning import Text
 from core.config import InputError
 from core.data.image_text import CaptionError, ImageTextPairs
 from core.data.images import ImageError, image_to_pixels, pixels_to_images, random_crop
 from core.data.skip_log import SkipLog, Skipped
 from core.distributed.world import World
-from language.captions import all_captions, cleaned
-from language.t5 import load_t5
+from language.text_encoder import load_text_encoder
 from tokenizer.models.pretrained import load_tokenizer
 
 TRIES = 100  # bad pairs in a row before a data set is given up
@@ -32,7 +30,9 @@ class OnlineDataset:
         self.config, self.pairs, self.device = config, ImageTextPairs(live.pairs), world.device
         self.vq, self.sha256 = load_tokenizer(live.tokenizer)
         self.vq.for_inference(world.device, torch.float32)
-        self.t5 = load_t5(live.t5, world.device, torch.bfloat16, live.max_tokens)
+        self.encoder = load_text_encoder(
+            live.t5, world.device, torch.bfloat16, live.max_tokens, live.clean
+        )
         self.skips = SkipLog(out / f"skipped_rank{world.rank}.txt")
         self.threads = ThreadPoolExecutor(live.num_workers)
         self.index = {"tokenizer": live.tokenizer, "tokenizer_sha256": self.sha256}
@@ -48,9 +48,9 @@ class OnlineDataset:
             raise InputError(f"data.live.image_size must be divisible by {downsample}")
         return {
             "condition": "text",
-            "text_dim": self.t5.dim,
+            "text_dim": self.encoder.dim,
             "max_text_tokens": live.max_tokens,
-            "text_encoder": self.t5.identity,
+            "text_encoder": self.encoder.identity,
             "vocab_size": self.vq.config.vocab_size,
             "grid": tuple(side // downsample for side in live.image_size),
             "tokenizer_sha256": self.sha256,
@@ -59,7 +59,7 @@ class OnlineDataset:
     @torch.no_grad()
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, Text]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
         Crop, flip and caption depend on (seed, the position in the training order) alone.
@@ -72,7 +72,7 @@ class OnlineDataset:
             self.skips.add(skipped)
         pixels = torch.from_numpy(np.stack([pixels for pixels, _, _ in found]))
         codes = self.vq.encode(pixels_to_images(pixels.to(self.device)))
-        return codes.flatten(1), self.t5.batch([caption for _, caption, _ in found])
+        return codes.flatten(1), self.encoder.encode_cleaned([caption for _, caption, _ in found])
 
     def _sample(
         self, row: int, position: int, variant: int, seed: int
@@ -82,7 +82,7 @@ class OnlineDataset:
         live = self.config.live
         while True:
             try:
-                captions = all_captions(self.pairs, row, live.clean)
+                captions = self.encoder.captions(self.pairs, row)
                 image = self.pairs.load(row)
                 crop = random_crop(image, *live.image_size, random, live.crop_scale)
                 return image_to_pixels(crop), captions[variant], skipped
@@ -96,12 +96,12 @@ class OnlineDataset:
                 )
             row = int(random.integers(len(self.pairs)))
 
-    def conditions(self, ids: np.ndarray) -> Text:
+    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What image number ids (n,) of a sample shows: the captions in turn."""
         long = self.config.live.pairs.variants.index(self.config.caption)
         rows = (ids % len(self.pairs)).tolist()
-        return self.t5.batch([self._sample(row, row, long, 0)[1] for row in rows])
+        return self.encoder.encode_cleaned([self._sample(row, row, long, 0)[1] for row in rows])
 
-    def encode(self, prompts: list[str]) -> Text:
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as the captions are encoded."""
-        return self.t5.batch(cleaned(prompts, self.config.live.clean))
+        return self.encoder.encode(prompts)

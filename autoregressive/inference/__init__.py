@@ -1,1 +1,1 @@
-"""Sampling codes from the transformer: engine, cache, samplers."""
+"""Sampling codes: inference engine, key-value caches, samplers."""

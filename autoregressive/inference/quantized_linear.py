@@ -1,6 +1,7 @@
-"""The linear layers of decoding: a few rows times a weight that is read once per code.
+"""The linear layers of the inference engine: a few rows times a weight matrix.
 
-Their speed is that of reading the weight, so what matters is its size and its layout in memory.
+At small batches their time is the time to read the weights from memory, so what matters is the
+size of a weight and its memory layout.
 """
 
 import itertools
@@ -18,9 +19,10 @@ QUANTIZED = {"int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, precision: str | None) -> nn.Module:
-    """A weight (outputs, inputs) -> the module (..., inputs) -> (..., outputs) for its device.
+    """The linear layer without bias of a weight (outputs, inputs), on the weight's device.
 
-    dtype: that of the activations, and of the weight where `precision` does not quantise it.
+    dtype: dtype of the activations, and of the weight if `precision` does not quantise it.
+    Raises InputError for a precision that the device does not support.
     """
     weight = weight.detach()
     if precision in QUANTIZED:
@@ -33,28 +35,17 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, precision: str | None) -> nn.
         raise InputError(f"precision: {precision} needs {needs[precision]}")
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return Prepacked(weight.to(dtype))
-    return Dense(weight.to(dtype))
-
-
-class Dense(nn.Module):
-    """As it is."""
-
-    weight: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) -> (..., outputs)."""
-        return F.linear(x, self.weight)
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return linear
 
 
 class Packed(nn.Module):
-    """A weight in a layout of oneDNN, which no compiler may look into.
+    """Base class for weights in an opaque memory layout of oneDNN.
 
-    Compiled code multiplies by it through an operator that takes its number, so that one graph
-    serves all layers.
+    torch.compile cannot trace such a tensor. Compiled code instead calls a custom operator with
+    the layer's number as a tensor, so that all layers share one compiled graph.
     """
 
     number: torch.Tensor
@@ -74,7 +65,7 @@ class Packed(nn.Module):
         return self.product(rows)
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """What `multiply` computes."""
+        """The matrix product of `multiply`, eagerly."""
         raise NotImplementedError
 
 
@@ -95,11 +86,12 @@ def _(rows: torch.Tensor, number: torch.Tensor, outputs: int, dtype: torch.dtype
 
 
 class Prepacked(Packed):
-    """In blocks: at a few rows about twice as fast on CPUs."""
+    """Weights in oneDNN's blocked layout: about twice as fast on CPUs for a few rows."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(len(weight), weight.dtype)
-        # The layout for two rows is within the noise of the best one for any number of them.
+        # The layout made for two rows is as fast as the best one for any number of rows, within
+        # the noise.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +104,10 @@ class Prepacked(Packed):
 
 
 def quantize(numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers (..., n) -> codes in `dtype`, scales (...,) float32: numbers ~ codes scales."""
+    """Symmetric quantisation along the last axis: numbers (..., n) ~ codes * scales[..., None].
+
+    Returns codes (..., n) in `dtype` (int8 or an 8-bit float) and scales (...,) float32.
+    """
     limits = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
     numbers = numbers.float()
     scales = (numbers.abs().amax(dim=-1) / limits.max).clamp_(min=1e-12)
@@ -121,7 +116,10 @@ def quantize(numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 class WeightOnly(nn.Module):
-    """Quantised per output channel, widened on the way into the product (fused when compiled)."""
+    """8-bit weights with a scale per output channel, converted to the activations' dtype.
+
+    A compiler fuses the conversion into the product.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -138,11 +136,12 @@ class WeightOnly(nn.Module):
 
 
 class Int8Prepacked(Packed):
-    """Int8 weights times activations of one or two bytes, in oneDNN's 8-bit product.
+    """Int8 weights times activations of one or two bytes, with oneDNN's 8-bit matrix product.
 
-    With two, a row is s (high + low / 256), high and low in [-128, 127], s its own scale: two rows
-    instead of one, while the weight, which takes the time at small batches, is read once; only the
-    weight loses precision. With one, s high is all of it. Rows do not depend on one another.
+    Each row of activations has its own scale s, so rows do not depend on each other. With two
+    bytes, a row is s * (high + low / 256), high and low in [-128, 127]: the product has two rows
+    instead of one, but reads the weight, which takes the time at small batches, only once; only
+    the weights lose precision. With one byte, a row is s * high.
     """
 
     def __init__(self, weight: torch.Tensor, activation_bytes: Literal[1, 2]) -> None:
@@ -156,7 +155,7 @@ class Int8Prepacked(Packed):
         """(..., inputs) -> (..., outputs)."""
         rows = x.flatten(0, -2)
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / 127
-        # Each byte has its zero at 128; the rest makes truncation round.
+        # 128 is the zero point of each byte; the added half step makes truncation round.
         if self.activation_bytes == 1:
             product = self.multiply((rows * (1 / scale) + 128.5).to(torch.uint8))
         else:

@@ -1,1 +1,1 @@
-"""The transformer, its conditioning, and its weights."""
+"""The transformer, its condition embeddings, and its weights."""

@@ -1,46 +1,48 @@
+import dataclasses
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import kill_when, run_module
+from helpers.models import tiny, write_models
 from PIL import Image
-from safetensors.torch import save_file
-from test_decoder import tiny
 
-from autoregressive.conditions import sample_labels
-from autoregressive.sample import SampleConfig, grid_ids
-from core.config import save_config
+from autoregressive.conditions import ConditionConfig, sample_labels
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.sample import SampleConfig, image_grid_ids, sample
+from autoregressive.tune_guidance import TuneConfig, tune_guidance
+from core.config import InputError, parse_config
 from core.data.npz import save_npz
 from core.data.shards import ShardReader
-from tokenizer import VQConfig, VQModel
+from evaluations.reference import ReferenceConfig, build_reference
+from evaluations.score import ScoreConfig, evaluate
+from evaluations.scorer import MetricsConfig, open_scorer
+
+COMPUTE = ComputeConfig(precision="fp32", device="cpu")
+BALANCED = ConditionConfig(labels="balanced")
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> list[object]:
-    """A small decoder and tokenizer on disk -> the flags that name them."""
-    torch.manual_seed(0)
-    vq = VQModel(
-        VQConfig(
-            base_channels=32,
-            channel_multipliers=(1, 1),
-            num_res_blocks=1,
-            z_channels=32,
-            vocab_size=50,
-        )
-    )
-    gpt = tiny(vocab_size=50)
-    for name, model in (("vq", vq), ("gpt", gpt)):
-        (tmp_path / name).mkdir()
-        save_config(model.config, tmp_path / name / "config.yaml")
-        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
-    flags = ("--gpt", tmp_path / "gpt", "--tokenizer", tmp_path / "vq", "--precision", "fp32")
-    return [*flags, "--device", "cpu", "--num_images", 30, "--shard_size", 4, "--batch_size", 3]
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """A small GPT and tokenizer on disk -> the two fields that name them."""
+    gpt, vq = write_models(tmp_path_factory.mktemp("models"), tiny(vocab_size=50))
+    return {"gpt": str(gpt), "tokenizer": str(vq)}
+
+
+def settings(models: dict[str, str], out: Path, **changes: object) -> SampleConfig:
+    run = {"compute": COMPUTE, "num_images": 30, "shard_size": 4, "batch_size": 3}
+    return SampleConfig(**{**models, "out": out, **run, **changes})
+
+
+def flags(config: SampleConfig) -> list[object]:
+    """The command line that parses into `config`."""
+    run = ("--gpt", config.gpt, "--tokenizer", config.tokenizer, "--out", config.out)
+    sizes = ("--num_images", 30, "--shard_size", 4, "--batch_size", config.batch_size)
+    found = [*run, *sizes, "--compute.precision", "fp32", "--compute.device", "cpu"]
+    assert parse_config(SampleConfig, list(map(str, found))) == config
+    return found
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -53,49 +55,60 @@ def codes(out: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
-    run_module("autoregressive.sample", *models, "--out", tmp_path / "one")
-    more = ("--batch_size", 8, "--out", tmp_path / "two")
-    run_module("autoregressive.sample", *models, *more, processes=2)
-    killed = [*models, "--out", tmp_path / "killed"]
-    process = subprocess.Popen(
-        command("autoregressive.sample", *killed),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    first = (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns
-    run_module("autoregressive.sample", *killed)
-    assert (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns == first
+def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models, world):
+    sample(settings(models, tmp_path / "one"), world)
+    two = settings(models, tmp_path / "two", batch_size=8)
+    run_module("autoregressive.sample", *flags(two), processes=2)
+    killed = settings(models, tmp_path / "killed")
+    second_shard = killed.out / "shard_00001.json"
+    kill_when(second_shard.exists, "autoregressive.sample", *flags(killed))
+    assert not (killed.out / "index.json").exists()
+    first = (killed.out / "pixels_00000.npy").stat().st_mtime_ns
+    sample(killed, world)
+    assert (killed.out / "pixels_00000.npy").stat().st_mtime_ns == first
     one = arrays(tmp_path / "one")
     assert one["arr_0"].shape == (30, 8, 8, 3)
     assert one["arr_0"].dtype == np.uint8
-    for name, array in arrays(tmp_path / "killed").items():
+    for name, array in arrays(killed.out).items():
         assert np.array_equal(array, one[name]), name
-    assert np.array_equal(codes(tmp_path / "two"), codes(tmp_path / "one"))
-    # Another batch size may round a pixel the other way in the tokenizer's convolutions.
-    assert np.abs(arrays(tmp_path / "two")["arr_0"].astype(int) - one["arr_0"]).max() <= 1
+    assert np.array_equal(codes(two.out), codes(tmp_path / "one"))
+    # Another batch size may round a pixel differently in the tokenizer's convolutions.
+    assert np.abs(arrays(two.out)["arr_0"].astype(int) - one["arr_0"]).max() <= 1
 
 
-@pytest.mark.slow
-def test_the_index_holds_labels_and_every_setting(tmp_path, models):
-    more = ("--labels", "balanced", "--png", "true", "--resize", 16, "--out", tmp_path / "out")
-    run_module("autoregressive.sample", *models, *more, "--sampling.top_k", 7)
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
+def test_the_index_holds_labels_and_every_setting(tmp_path, models, world):
+    out = tmp_path / "out"
+    more = {"conditions": BALANCED, "png": True, "resize": 16, "sampling": SamplingConfig(top_k=7)}
+    sample(settings(models, out, **more), world)
+    index = json.loads((out / "index.json").read_text())
     assert index["image_labels"] == [i % 5 for i in range(30)]
     assert index["count"] == 30
     assert index["sampling"]["top_k"] == 7
     assert len(index["gpt_sha256"]) == len(index["tokenizer_sha256"]) == 64
-    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 30
-    first = np.asarray(Image.open(tmp_path / "out" / "png" / "000000.png"))
-    assert np.array_equal(first, arrays(tmp_path / "out")["arr_0"][0])
+    assert len(list((out / "png").glob("*.png"))) == 30
+    first = np.asarray(Image.open(out / "png" / "000000.png"))
+    assert np.array_equal(first, arrays(out)["arr_0"][0])
     assert first.shape == (16, 16, 3)
-    assert (tmp_path / "out" / "samples.png").exists()
+    assert (out / "samples.png").exists()
+
+
+def test_settings_json_has_the_keys_and_values_of_folders_that_older_versions_began(
+    tmp_path, models, world
+):
+    sample(settings(models, tmp_path, num_images=4), world)
+    found = json.loads((tmp_path / "settings.json").read_text())
+    del found["gpt_sha256"], found["tokenizer_sha256"], found["sampling"]
+    assert found == {
+        **models,
+        "precision": ["fp32", "model", "fp32"],
+        "grid": [4, 4],
+        "resize": 0,
+        "npz": True,
+        "labels": "random",
+        "classes": [],
+        "items": 4,
+        "shard_size": 4,
+    }
 
 
 def scores(folder: Path) -> dict[str, float]:
@@ -103,100 +116,113 @@ def scores(folder: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith("proxy") or k == "n"}
 
 
-LOOK = ("--detector", "proxy", "--batch_size", 7, "--device", "cpu")
-
-
 @pytest.fixture
-def judge(tmp_path: Path) -> tuple[object, ...]:
-    """A reference of random pictures -> the flags that name it."""
+def metrics(tmp_path, world) -> MetricsConfig:
+    """A reference of random images."""
     real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     save_npz(tmp_path / "real.npz", 40, [real])
-    made = ("--images", tmp_path / "real.npz", "--out", tmp_path / "reference.npz")
-    run_module("evaluations.reference", *made, *LOOK)
-    flags = ("--judge.reference", tmp_path / "reference.npz", "--judge.detector", "proxy")
-    return (*flags, "--judge.batch_size", 7)
+    path = tmp_path / "reference.npz"
+    made = ReferenceConfig(images=tmp_path / "real.npz", out=path, detector="proxy", device="cpu")
+    build_reference(made, world)
+    return MetricsConfig(reference=path, detector="proxy", batch_size=7)
 
 
-@pytest.mark.slow
-def test_images_scored_as_they_are_sampled_equal_those_of_the_npz(tmp_path, models, judge):
-    """And no picture is written but the grid; a second run scores the codes of the first."""
-    stream = tmp_path / "stream"
-    run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
-    written = {path.name for path in stream.rglob("*") if path.suffix in (".png", ".npz")}
+def test_images_scored_while_they_are_sampled_get_the_scores_of_the_npz(
+    tmp_path, models, metrics, world
+):
+    """Nothing is written but the image grid; a second run scores the codes of the first."""
+    stream = settings(models, tmp_path / "stream", npz=False, metrics=metrics)
+    sample(stream, world)
+    written = {path.name for path in stream.out.rglob("*") if path.suffix in (".png", ".npz")}
     assert written == {"samples.png"}
-    assert not list(stream.glob("pixels*"))
-    run_module("autoregressive.sample", *models, "--out", tmp_path / "file")
-    run = ("--samples", tmp_path / "file", "--reference", tmp_path / "reference.npz")
-    run_module("evaluations.score", *run, *LOOK, "--out", tmp_path / "scored")
+    assert not list(stream.out.glob("pixels*"))
+    sample(settings(models, tmp_path / "file"), world)
+    of_file = ScoreConfig(
+        **vars(metrics), samples=tmp_path / "file", out=tmp_path / "scored", device="cpu"
+    )
+    evaluate(open_scorer(metrics, "generation", world), of_file, world)
     expected = scores(tmp_path / "scored")
-    assert scores(stream) == expected
+    assert scores(stream.out) == expected
     assert expected["n"] == 30
-    (stream / "shard_00001.json").unlink()
-    run_module("autoregressive.sample", *models, "--out", stream, "--npz", "false", *judge)
-    assert scores(stream) == expected
+    (stream.out / "shard_00001.json").unlink()
+    sample(stream, world)
+    assert scores(stream.out) == expected
 
 
-@pytest.mark.slow
-def test_a_search_scores_every_guidance_once_and_names_the_best(tmp_path, models, judge):
-    flags = [*models[:6], "--device", "cpu", "--num_images", 12, *judge, "--out", tmp_path / "out"]
-    flags += ["--schedules", "[constant,cosine]", "--powers", "[1,2]"]
-    run_module("autoregressive.tune_guidance", *flags, "--scales", "[1.5]")
-    first = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
+def test_a_search_scores_every_guidance_once_and_names_the_best(
+    tmp_path, models, metrics, world, capsys
+):
+    config = TuneConfig(
+        **models,
+        out=tmp_path / "out",
+        compute=COMPUTE,
+        num_images=12,
+        metrics=metrics,
+        schedules=("constant", "cosine"),
+        powers=(1.0, 2.0),
+        scales=(1.5,),
+    )
+    tune_guidance(config, world)
+    first = json.loads((config.out / "search.json").read_text())["rows"]
     assert [row["run"] for row in first] == ["constant 1 1.5", "cosine 1 1.5", "cosine 2 1.5"]
-    said = run_module("autoregressive.tune_guidance", *flags, "--scales", "[1.5,3]").stdout
-    rows = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
+    tune_guidance(dataclasses.replace(config, scales=(1.5, 3.0)), world)
+    rows = json.loads((config.out / "search.json").read_text())["rows"]
     assert rows[:3] == first
     assert len(rows) == 6
     best = min(rows, key=lambda row: row["proxy_fd"])
-    assert f"--sampling.cfg_scale {best['cfg_scale']}" in said
-    assert (tmp_path / "out" / "search.png").exists()
-    other = run_module("autoregressive.tune_guidance", *flags, "--labels", "balanced", ok=False)
-    assert other.returncode == 2
-    assert "choose another folder" in other.stderr
+    assert f"--sampling.cfg_scale {best['cfg_scale']}" in capsys.readouterr().out
+    assert (config.out / "search.png").exists()
+    with pytest.raises(InputError, match="choose another folder"):
+        tune_guidance(dataclasses.replace(config, conditions=BALANCED), world)
 
 
-@pytest.mark.slow
-def test_lower_precision_says_what_it_changes_and_guessing_ahead_changes_nothing(tmp_path, models):
-    plain = run_module("autoregressive.sample", *models, "--out", tmp_path / "plain")
-    assert "Prepacked linears; not compiled" in plain.stdout
-    ahead = ("--sampling.speculative", 4, "--out", tmp_path / "ahead")
-    assert "codes a step" in run_module("autoregressive.sample", *models, *ahead).stdout
+def test_quantised_precision_reports_its_effect_and_speculative_decoding_has_none(
+    tmp_path, models, world, capsys
+):
+    sample(settings(models, tmp_path / "plain"), world)
+    assert "Prepacked linears; not compiled" in capsys.readouterr().out
+    ahead = SamplingConfig(speculation_window=4)
+    sample(settings(models, tmp_path / "ahead", sampling=ahead), world)
+    assert "codes per step" in capsys.readouterr().out
     assert np.array_equal(codes(tmp_path / "ahead"), codes(tmp_path / "plain"))
-    low = ("--precision", "int8", "--cache_precision", "int8", "--out", tmp_path / "low")
-    assert "nats (KL)" in run_module("autoregressive.sample", *models, *low).stdout
-    settings = json.loads((tmp_path / "low" / "index.json").read_text())
-    assert settings["precision"] == ["int8", "int8", "fp32"]
-    failed = run_module("autoregressive.sample", *models, "--precision", "fp8", *low[2:], ok=False)
-    assert failed.returncode == 2
+    low = ComputeConfig(precision="int8", cache_precision="int8", device="cpu")
+    sample(settings(models, tmp_path / "low", compute=low), world)
+    assert "nats (KL)" in capsys.readouterr().out
+    index = json.loads((tmp_path / "low" / "index.json").read_text())
+    assert index["precision"] == ["int8", "int8", "fp32"]
+    fp8 = dataclasses.replace(COMPUTE, precision="fp8")
+    with pytest.raises(InputError):
+        sample(settings(models, tmp_path / "fp8", compute=fp8), world)
 
 
-@pytest.mark.slow
-def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models):
-    run_module("autoregressive.sample", *models, "--out", tmp_path / "out")
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, models, world):
+    sample(settings(models, tmp_path / "out", num_images=4), world)
+    other_seed = {"sampling": SamplingConfig(seed=1), "num_images": 4}
     wrong = [
-        (["--out", tmp_path / "out", "--sampling.seed", 1], "other settings (sampling)"),
-        (["--out", tmp_path / "new", "--classes", "[7]"], "7 is not in 0 .. 4"),
-        (["--out", tmp_path / "new", "--sampling.cfg_scale", 0.5], "cfg_scale"),
-        (["--out", tmp_path / "new", "--tokenizer", tmp_path / "gpt"], "config.yaml"),
+        (settings(models, tmp_path / "out", **other_seed), r"other settings \(sampling\)"),
+        (settings(models, tmp_path / "new", conditions=ConditionConfig(classes=(7,))), "0 .. 4"),
+        (settings(models, tmp_path / "new", conditions=ConditionConfig(prompt="a")), "text model"),
+        (settings({**models, "tokenizer": models["gpt"]}, tmp_path / "new"), "config.yaml"),
     ]
-    for more, message in wrong:
-        failed = run_module("autoregressive.sample", *models, *more, ok=False)
-        assert failed.returncode == 2
-        assert message in failed.stderr.splitlines()[-1]
+    for config, message in wrong:
+        with pytest.raises(InputError, match=message):
+            sample(config, world)
         assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="cfg_scale"):
+        words = [*flags(settings(models, tmp_path)), "--sampling.cfg_scale", 0.5]
+        parse_config(SampleConfig, list(map(str, words)))
 
 
-def test_labels_are_drawn_by_image_number():
-    config = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=5000)
-    labels = sample_labels(config, 10, seed=0)
+def test_labels_depend_on_the_image_number():
+    config = ConditionConfig()
+    labels = sample_labels(config, 5000, 10, seed=0)
     assert np.bincount(labels, minlength=10).min() > 400
-    fewer = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=50)
-    assert np.array_equal(sample_labels(fewer, 10, seed=0), labels[:50])
-    chosen = SampleConfig(gpt="gpt", tokenizer="vq", out=Path("out"), num_images=5, classes=(3, 1))
-    assert sample_labels(chosen, 10, seed=0).tolist() == [3, 1, 3, 1, 3]
+    assert np.array_equal(sample_labels(config, 50, 10, seed=0), labels[:50])
+    chosen = ConditionConfig(classes=(3, 1))
+    assert sample_labels(chosen, 5, 10, seed=0).tolist() == [3, 1, 3, 1, 3]
 
 
-def test_the_grid_has_a_row_per_class():
+def test_the_image_grid_has_a_row_per_class():
     labels = np.arange(100) % 4
-    assert labels[grid_ids(labels, rows=3, columns=5)].tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert grid_ids(np.arange(6), rows=2, columns=2).tolist() == [0, 1, 2, 3]
+    assert labels[image_grid_ids(labels, rows=3, columns=5)].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert image_grid_ids(np.arange(6), rows=2, columns=2).tolist() == [0, 1, 2, 3]

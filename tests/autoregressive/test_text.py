@@ -1,21 +1,21 @@
-"""Captioned pictures to prompted ones: training, stage 2, prompts, layouts, completion."""
+"""Training on captions: data, stage 2, online encoding, forced codes."""
 
 import dataclasses
-import json
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, run_module, write_codes, write_features, write_tar
+from helpers.codes import write_codes, write_features
+from helpers.commands import run_module
+from helpers.images import jpeg, write_tar
+from helpers.models import captions, tiny
+from helpers.training import losses
 from PIL import Image
-from test_decoder import captions, tiny
-from test_gpt_train import losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive import GPTConfig, generate
-from autoregressive.conditions import ConditionConfig, read_prompts
 from autoregressive.data import captions as captions_module
 from autoregressive.data.captions import TextDataset
 from autoregressive.data.config import DataConfig
@@ -28,7 +28,7 @@ from core.files import write_json
 from core.training.run import ReportConfig
 from core.weights import save_tensors
 from language.features import DTYPES
-from language.t5 import T5, load_t5
+from language.text_encoder import TextEncoder, load_text_encoder
 from tokenizer import VQConfig, VQModel
 
 CPU = ("--device", "cpu")
@@ -150,74 +150,6 @@ def test_stage_2_starts_from_stage_1_at_step_0_on_another_grid(made, stage1, tmp
     assert classes.returncode == 2
 
 
-def sample(made: Path, stage1: Path, tiny_t5: Path, out: Path, *more: object, ok: bool = True):
-    models = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5)
-    return run_module("autoregressive.sample", *models, *FP32, "--out", out, *more, ok=ok)
-
-
-@pytest.mark.slow
-def test_prompts_become_pictures_in_the_folders_that_scorers_read(made, stage1, tiny_t5, tmp_path):
-    records = [{"tag": "one", "prompt": "a red cat"}, {"tag": "two", "prompt": "a blue dog"}]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = ("--prompts", prompts, "--images_per_prompt", 4, "--png", "true", "--batch_size", 3)
-    for layout in ("flat", "geneval", "dpg"):
-        out = tmp_path / layout
-        sample(made, stage1, tiny_t5, out, *run, "--layout", layout, "--shard_size", 4)
-    index = read_index(tmp_path / "flat")
-    assert index["prompts"] == ["a red cat", "a blue dog"]
-    assert (index["count"], index["sampling"]["cfg_scale"], index["sampling"]["top_k"]) == (
-        8,
-        7.5,
-        1000,
-    )
-    assert len(list((tmp_path / "flat" / "png").glob("*.png"))) == 8
-    second = tmp_path / "geneval" / "png" / "00001"
-    assert json.loads((second / "metadata.jsonl").read_text()) == records[1]
-    assert sorted(p.name for p in (second / "samples").iterdir())[-1] == "0003.png"
-    pictures = [tmp_path / "flat" / "png" / "000005.png", second / "samples" / "0001.png"]
-    assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
-    assert Image.open(tmp_path / "dpg" / "png" / "00001.png").size[0] > 16
-    with np.load(tmp_path / "flat" / "samples.npz", allow_pickle=False) as file:
-        assert file.files == ["arr_0"]
-    failed = run_module(
-        "evaluations.clip_score",
-        *("--samples", tmp_path / "flat", "--clip_weights", tmp_path / "clip.pt"),
-        *("--out", tmp_path / "clip", *CPU),
-        ok=False,
-    )
-    assert failed.returncode == 2
-    assert len(failed.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_negative_prompt_changes_the_picture(made, stage1, tiny_t5, tmp_path):
-    run = ("--prompt", "a red cat", "--sampling.top_k", 0)
-    sample(made, stage1, tiny_t5, tmp_path / "plain", *run)
-    sample(made, stage1, tiny_t5, tmp_path / "away", *run, "--negative_prompt", "a dog in the sun")
-    one, two = (ShardReader(tmp_path / name, "codes")[np.array([0])] for name in ("plain", "away"))
-    assert not np.array_equal(one, two)
-    none = sample(made, stage1, tiny_t5, tmp_path / "none", ok=False)
-    assert none.returncode == 2
-    assert "give --prompts or --prompt" in none.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_another_text_encoder_is_refused(made, stage1, tiny_t5, tmp_path):
-    from transformers import T5EncoderModel
-
-    model = T5EncoderModel.from_pretrained(str(tiny_t5))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5)
-    for path in tiny_t5.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    model.save_pretrained(tmp_path)
-    failed = sample(made, stage1, tmp_path, tmp_path / "out", "--prompt", "a cat", ok=False)
-    assert failed.returncode == 2
-    assert "not the text encoder" in failed.stderr.splitlines()[-1]
-
-
 @pytest.mark.slow
 def test_pairs_of_a_tar_are_encoded_while_training_and_bad_ones_counted(made, tiny_t5, tmp_path):
     members = {}
@@ -281,69 +213,19 @@ def test_a_training_step_on_captions_makes_no_square_mask():
     assert max(shape.numel() for shape in shapes.seen) < 8 * length * length
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("p.txt", "one\n\n two \n", ["one", "two"]),
-        ("p.tsv", "Prompt\tCategory\none\tx\n", ["one"]),
-        ("p.csv", 'caption\n"one, two"\n', ["one, two"]),
-        ("p.jsonl", '{"prompt": "one"}\n', ["one"]),
-    ],
-)
-def test_prompt_files_of_every_kind_are_read(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text)
-    found = read_prompts(ConditionConfig(prompts=tmp_path / name))
-    assert [prompt.text for prompt in found] == expected
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "17.txt").write_text("of a folder")
-    assert read_prompts(ConditionConfig(prompts=tmp_path / "folder"))[0].name == "17"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [("p.txt", "\n", "holds no prompt"), ("p.jsonl", "no", "JSON"), ("p.tsv", "a\nb\n", "no text")],
-)
-def test_bad_prompt_files_are_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_prompts(ConditionConfig(prompts=tmp_path / name))
-
-
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_given_codes_stay_and_the_rest_follows_from_them(condition):
     gpt = tiny(condition=condition, text_dim=12, max_text_tokens=9)
     given = torch.tensor([1, 2]) if condition == "class" else captions([3, 5], text_dim=12)
     whole = generate(gpt, given, cfg_scale=3.0, seed=1)
-    known = whole.clone()
-    known[:, 2:] = -1
-    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, known=known), whole)
-    known[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
-    changed = generate(gpt, given, cfg_scale=3.0, seed=1, known=known)
-    assert torch.equal(changed[:, :2], known[:, :2])
-    with pytest.raises(InputError, match="known codes"):
-        generate(gpt, given, known=known[:, :1])
-
-
-@pytest.mark.slow
-def test_pictures_are_completed_by_a_command(made, stage1, tiny_t5, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red cat\n" * 4)
-    run = ("--gpt", stage1, "--tokenizer", made / "vq", "--t5", tiny_t5, *FP32)
-    run = (
-        *run,
-        "--images",
-        made / "pairs",
-        "--num_images",
-        4,
-        "--prompts",
-        tmp_path / "prompts.txt",
-    )
-    run_module("autoregressive.inpaint", *run, "--keep_rows", 2, "--out", tmp_path / "out")
-    assert len(list((tmp_path / "out" / "png").glob("*.png"))) == 4
-    assert (tmp_path / "out" / "completions.png").is_file()
-    wrong = ("--redraw", "[0,0,9,9]", "--out", tmp_path / "wrong")
-    failed = run_module("autoregressive.inpaint", *run, *wrong, ok=False)
-    assert failed.returncode == 2
-    assert "grid of 4 x 4" in failed.stderr.splitlines()[-1]
+    forced = whole.clone()
+    forced[:, 2:] = -1
+    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=forced), whole)
+    forced[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
+    changed = generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=forced)
+    assert torch.equal(changed[:, :2], forced[:, :2])
+    with pytest.raises(InputError, match="forced_codes"):
+        generate(gpt, given, forced_codes=forced[:, :1])
 
 
 class Rank(World):
@@ -362,13 +244,13 @@ def test_the_text_encoder_of_sample_prompts_is_loaded_once_and_only_where_they_a
     data_config = DataConfig((codes,), features=write_features(tmp_path / "features", **more))
     loaded = []
 
-    def load(*arguments) -> T5:
-        t5 = load_t5(*arguments)
-        assert t5.model.dtype == DTYPES[dtype]  # of the features that the training sees
-        loaded.append(weakref.ref(t5.model))
-        return t5
+    def load(*arguments) -> TextEncoder:
+        encoder = load_text_encoder(*arguments)
+        assert encoder.t5.model.dtype == DTYPES[dtype]  # of the features that the training sees
+        loaded.append(weakref.ref(encoder.t5.model))
+        return encoder
 
-    monkeypatch.setattr(captions_module, "load_t5", load)
+    monkeypatch.setattr(captions_module, "load_text_encoder", load)
     prompts = ("a red cat", "a blue dog")
     config = TrainConfig(tmp_path / "run", data_config, sample_prompts=prompts)
     quiet = dataclasses.replace(config, report=ReportConfig(sample_every=0))
@@ -381,5 +263,4 @@ def test_the_text_encoder_of_sample_prompts_is_loaded_once_and_only_where_they_a
     grid = SampleGrid(config, joined, gpt_config, vq, Rank(0, 2, torch.device("cpu")))
     assert len(loaded) == 1
     assert loaded[0]() is None  # let go
-    features, lengths = grid.condition
-    assert (features.dtype, len(lengths)) == (DTYPES[dtype], 2)
+    assert (grid.condition.features.dtype, len(grid.condition)) == (DTYPES[dtype], 2)

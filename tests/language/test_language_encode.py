@@ -1,21 +1,17 @@
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import kill_when, run_module
 from PIL import Image
 
 from core.config import InputError
 from core.distributed.world import choose_device
 from language.features import FeatureDataset
-from language.t5 import load_t5
+from language.text_encoder import load_text_encoder
 
 CPU = ("--device", "cpu")
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "mat", "in", "sun", "and", "run"]
@@ -48,16 +44,16 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
     assert data.index["skipped_by_reason"] == {"no caption": 1}
     assert data.index["cut"] > 0
     assert "'no caption': 1" in done.stdout
-    encoder = load_t5(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
+    encoder = load_text_encoder(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
     ids, variants = np.array([59, 0, 8]), np.array([0, 1, 1])
     texts = [(pairs / f"{i:03d}.txt").read_text() for i in ids]
     texts = [t.split(". ")[0] + "." if v else t for t, v in zip(texts, variants, strict=True)]
-    expected, lengths = encoder.batch(texts)
+    expected, lengths = encoder.encode(texts)
     found = data.batch(ids, variants)
     assert torch.equal(found[1], lengths)
     assert found[0].dtype == torch.bfloat16
     torch.testing.assert_close(found[0], expected, rtol=0.1, atol=0.1)
-    with pytest.raises(InputError, match="no caption of some"):
+    with pytest.raises(InputError, match="no caption for some"):
         data.batch(np.array([7]), np.array([0]))
 
 
@@ -65,17 +61,8 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
 def test_a_killed_run_ends_with_the_same_shards_bit_for_bit(tmp_path, tiny_t5, pairs):
     run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "whole"))
     killed = flags(tiny_t5, pairs, tmp_path / "killed")
-    process = subprocess.Popen(
-        command("language.encode", *killed),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    second_shard = tmp_path / "killed" / "shard_00001.json"
+    kill_when(second_shard.exists, "language.encode", *killed)
     assert not (tmp_path / "killed" / "index.json").exists()
     run_module("language.encode", *killed, processes=2)
     for path in sorted((tmp_path / "whole").glob("*_*.npy")):

@@ -4,7 +4,7 @@ import torch
 from core.config import InputError
 from core.distributed.world import choose_device
 from language import t5 as t5_module
-from language.t5 import load_t5
+from language.t5 import load_t5, pad
 
 CPU = choose_device("cpu")
 CAPTIONS = ["a cat", "a red cat on a blue mat in the sun", "dog", "the dog and the cat run"]
@@ -35,7 +35,7 @@ def test_batching_by_length_changes_nothing(encoder, monkeypatch):
         monkeypatch.setattr(t5_module, "TOKENS_PER_BATCH", tokens)
         for one, many in zip(alone, encoder.encode(CAPTIONS), strict=True):
             torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
-    features, lengths = encoder.batch(CAPTIONS)
+    features, lengths = pad(encoder.encode(CAPTIONS))
     assert features.shape == (4, lengths.max(), encoder.dim)
     assert not features[2, lengths[2] :].any()
 

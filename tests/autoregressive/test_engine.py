@@ -3,41 +3,28 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.models import captions, tiny
 from torch.nn import functional as F
 
-from autoregressive import GPT, GPTConfig, generate
+from autoregressive import GPT, generate
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
 from autoregressive.inference.precision_check import next_code_logits
-from autoregressive.models.config import PRESETS
+from autoregressive.models.conditioning import as_condition
+from autoregressive.models.transformer import PRESETS
 from core.config import InputError
-
-TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
-
-
-def tiny(seed: int = 0, **overrides) -> GPT:
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**{**TINY, "grid": (4, 4), **overrides})).eval()
-    torch.nn.init.normal_(gpt.output.weight, std=0.5)
-    return gpt
-
-
-def captions(lengths: list[int], text_dim: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(len(lengths), max(lengths), text_dim, generator=generator)
-    for i, length in enumerate(lengths):
-        features[i, length:] = 0
-    return features, torch.tensor(lengths)
 
 
 def cached_logits(gpt: GPT, codes: torch.Tensor, condition, scale: float = 1.0) -> torch.Tensor:
-    """The logits of every step of a decoder that is made to choose `codes`."""
+    """The logits of every step of an engine whose sampler picks `codes`."""
 
-    def force(logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def force(
+        logits: torch.Tensor, sample_bits: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
         return codes.gather(1, position)[:, 0]
 
     batch, count = codes.shape
-    noise = torch.zeros(batch, 1, dtype=torch.int64)
-    request = GenerationRequest(condition, None, [scale] * count, noise, force)
+    bits = torch.zeros(batch, 1, dtype=torch.int64)
+    request = GenerationRequest(as_condition(condition), None, [scale] * count, bits, force)
     return next_code_logits(InferenceEngine(gpt), request, count, force)
 
 
@@ -74,7 +61,7 @@ def test_every_preset_has_the_published_number_of_parameters():
 
 @pytest.mark.slow
 def test_class_model_equals_the_reference(goldens):
-    from fill import fill_
+    from helpers.fill import fill_
 
     golden = np.load(goldens / "gpt_b_c2i_256.npz")
     gpt = fill_(GPT.from_preset("GPT-B")).eval()
@@ -88,7 +75,7 @@ def test_class_model_equals_the_reference(goldens):
 
 @pytest.mark.slow
 def test_text_model_equals_the_reference(goldens):
-    from fill import fill_
+    from helpers.fill import fill_
 
     golden = np.load(goldens / "gpt_4layer_t2i_256.npz")
     gpt = fill_(GPT.from_preset("GPT-XL", num_layers=4, condition="text")).eval()
