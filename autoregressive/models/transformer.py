@@ -53,6 +53,8 @@ class TransformerConfig:
         ffn_dropout: Dropout rate on the FFN's output.
         drop_path: Stochastic depth rate; grows linearly over the blocks from 0 to this value. The
             paper sets residual_dropout and ffn_dropout to 0 when it is used.
+        qk_norm: RMSNorm over head_dim on queries and keys, before the rotation (Henry et al.,
+            arXiv 2010.04245; Dehghani et al., arXiv 2302.05442): stabilises large models.
     """
 
     num_layers: int = 12
@@ -67,6 +69,7 @@ class TransformerConfig:
     residual_dropout: float = 0.0
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -118,6 +121,7 @@ def infer_transformer_fields(
         "num_heads": num_heads,
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
         "dim": dim,
+        "qk_norm": "layers.0.attention.q_norm.weight" in tensors,
     }
 
 
@@ -163,6 +167,10 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, packed, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.residual_dropout)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
@@ -171,6 +179,9 @@ class Attention(nn.Module):
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         # Queries and keys are rotated in one go: half as many kernels in the inference engine.
         rotated, values = heads.split([self.num_heads + self.kv_heads, self.kv_heads], dim=-2)
+        if self.qk_norm:
+            queries, keys = rotated.split([self.num_heads, self.kv_heads], dim=-2)
+            rotated = torch.cat([self.q_norm(queries), self.k_norm(keys)], dim=-2)
         rotated = rotate(rotated, rotary)
         queries, keys = rotated.split([self.num_heads, self.kv_heads], dim=-2)
         return self.dropout(self.wo(attend(queries, keys, values).flatten(-2)))

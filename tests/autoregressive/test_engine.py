@@ -112,6 +112,53 @@ def test_cached_decoding_equals_full_forward(rope_condition, num_kv_heads, grid,
         assert (gpt(codes, labels) - cached_logits(gpt, codes, labels)).abs().max() < 1e-4
 
 
+def random_norms(gpt: GPT) -> GPT:
+    """Query and key norms with weights that are not all one."""
+    for block in gpt.blocks:
+        torch.nn.init.uniform_(block.attention.q_norm.weight, 0.5, 2)
+        torch.nn.init.uniform_(block.attention.k_norm.weight, 0.5, 2)
+    return gpt
+
+
+@pytest.mark.parametrize(("dim", "num_kv_heads"), [(32, 0), (48, 2), (400, 0)])
+def test_cached_decoding_equals_full_forward_with_qk_norm(dim, num_kv_heads):
+    # Heads of 8, of 12 and of 100, as in GPT-3B: the engine pads the last two.
+    gpt = random_norms(tiny(qk_norm=True, dim=dim, num_kv_heads=num_kv_heads))
+    codes, labels = torch.randint(0, 50, (3, 16)), torch.tensor([0, 4, 2])
+    with torch.no_grad():
+        assert (gpt(codes, labels) - cached_logits(gpt, codes, labels)).abs().max() < 1e-4
+
+
+def test_qk_norm_makes_attention_independent_of_the_scale_of_queries_and_keys():
+    gpt, plain = random_norms(tiny(qk_norm=True, norm_eps=1e-12)), tiny()
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 1])
+    for model, same in ((gpt, True), (plain, False)):
+        with torch.no_grad():
+            before = model(codes, labels)
+            for block in model.blocks:
+                block.attention.wqkv.weight[: 2 * 32] *= 50
+            after = model(codes, labels)
+        assert torch.allclose(before, after, atol=1e-3) == same
+
+
+def test_qk_norm_adds_two_weights_to_a_block_and_none_when_off():
+    gpt, plain = tiny(qk_norm=True), tiny()
+    added = set(gpt.state_dict()) - set(plain.state_dict())
+    names = ("q_norm", "k_norm")
+    assert added == {f"layers.{i}.attention.{n}.weight" for i in range(2) for n in names}
+    assert gpt.state_dict()["layers.0.attention.q_norm.weight"].shape == (8,)
+
+
+def test_qk_norm_trains():
+    gpt = tiny(qk_norm=True).train()
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 1])
+    F.cross_entropy(gpt(codes, labels).flatten(0, 1), codes.flatten()).backward()
+    for block in gpt.blocks:
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            assert norm.weight.grad is not None
+            assert norm.weight.grad.abs().max() > 0
+
+
 def test_cached_decoding_equals_full_forward_for_captions_of_different_lengths():
     gpt = tiny(condition="text", text_dim=12, max_text_tokens=9)
     codes = torch.randint(0, 50, (3, 16))

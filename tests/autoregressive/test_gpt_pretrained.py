@@ -51,6 +51,21 @@ def test_the_grid_comes_from_the_file_where_it_tells(tmp_path):
         assert GPT.from_pretrained(path).config.grid == (16, 16)
 
 
+def test_qk_norm_is_recognised_in_a_file_and_kept_in_a_folder(tmp_path):
+    gpt = tiny(dim=128, num_heads=2, qk_norm=True)
+    for block in gpt.blocks:
+        torch.nn.init.uniform_(block.attention.q_norm.weight)
+    torch.save({"model": gpt.state_dict()}, tmp_path / "model.pt")
+    (tmp_path / "folder").mkdir()
+    save_config(gpt.config, tmp_path / "folder" / "config.yaml")
+    save_file(gpt.state_dict(), tmp_path / "folder" / "model.safetensors")
+    codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 3])
+    for path, given in ((tmp_path / "model.pt", {"grid": (4, 4)}), (tmp_path / "folder", {})):
+        loaded = GPT.from_pretrained(path, **given)
+        assert loaded.config == gpt.config
+        torch.testing.assert_close(loaded(codes, labels), gpt(codes, labels))
+
+
 def test_a_text_model_is_recognised(tmp_path):
     gpt = tiny(dim=128, num_heads=2, condition="text", text_dim=12, max_text_tokens=9)
     torch.save(gpt.state_dict(), tmp_path / "text.pt")
