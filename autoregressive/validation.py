@@ -29,7 +29,7 @@ from core.distributed.world import World
 from core.training.initialization import copy_weights
 from core.training.prefetch import to_device
 from core.weights import inference_files
-from evaluations.scorer import MetricsConfig, open_scorer
+from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
@@ -39,24 +39,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(MetricsConfig):
-    """Scores of samples, while training; they need a reference.
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How often samples are scored during training, and how many.
 
     Args:
-        every: Optimizer steps from one evaluation to the next; 0 for none.
-        num_images: Images to sample for it, of all classes in turn.
+        every: Interval between evaluations in optimizer steps; null for none.
+        num_images: Number of images to sample for an evaluation, over all classes in turn.
     """
 
-    every: int = 0
+    every: int | None = None
     num_images: int = 5000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every < 0 or self.num_images < 2:
-            raise ValueError("evaluation: every must be >= 0, num_images >= 2")
-        if self.every and self.reference is None:
-            raise ValueError("evaluation.every needs evaluation.reference")
+        if (self.every is not None and self.every < 1) or self.num_images < 2:
+            raise ValueError("evaluation: every must be >= 1, or null; num_images must be >= 2")
 
 
 def start_from(gpt: GPT, source: str) -> None:
@@ -113,7 +110,9 @@ def validation_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy per code over the same samples on any number of processes, a scalar."""
     count = min(len(validation), config.validation_samples or len(validation))
-    size = max(1, config.batch_size // (world.size * config.gradient_accumulation))
+    size = max(
+        1, config.training.batch_size // (world.size * config.training.gradient_accumulation)
+    )
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     training = objective.training
     objective.eval()
@@ -121,8 +120,8 @@ def validation_loss(
     for start in range(0, count, size * world.size):
         rows = np.arange(start, min(start + size * world.size, count))[world.rank :: world.size]
         shown = rows if len(rows) else np.array([0])
-        batch = validation.batch(shown, shown, config.seed)
-        with world.autocast(config.precision):
+        batch = validation.batch(shown, shown, config.training.seed)
+        with world.autocast(config.training.precision):
             loss = objective(*to_device(batch, world.device))
         total += torch.stack([loss.double(), torch.ones_like(loss)]) * len(rows)
     objective.train(training)
@@ -138,7 +137,7 @@ class SampleScorer:
         self.vq = find_tokenizer(data, world)
         self.judge = None
         if config.evaluation.every:
-            self.judge = open_scorer(config.evaluation, "generation", world)
+            self.judge = open_scorer(config.metrics, "generation", world)
             if self.vq is None:
                 raise InputError(
                     f"evaluation: the tokenizer {data.index.get('tokenizer')} is gone or changed"
@@ -146,14 +145,14 @@ class SampleScorer:
 
     def due(self, step: int) -> bool:
         """Whether to score after `step` steps."""
-        return self.judge is not None and step % self.config.evaluation.every == 0
+        return self.judge is not None and step % (self.config.evaluation.every or 1) == 0
 
     def score(self, gpt: GPT) -> dict[str, float]:
         """Scores by name (empty off rank 0); all ranks call it."""
         assert self.judge is not None and self.vq is not None
         count, sampling = self.config.evaluation.num_images, self.config.sampling
         conditions = self.data.conditions
-        decoder = InferenceEngine(gpt, self.config.precision)
+        decoder = InferenceEngine(gpt, self.config.training.precision)
         return score_samples(decoder, self.vq, conditions, count, sampling, self.judge, self.world)
 
 
@@ -185,7 +184,9 @@ class SampleGrid:
         world: World,
     ) -> None:
         self.vq, self.config = vq, config
-        self.draws = bool(world.broadcast(vq is not None and config.report.sample_every > 0))
+        self.draws = bool(
+            world.broadcast(vq is not None and config.report.sample_every is not None)
+        )
         if isinstance(data, CodeDataset):
             wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
             if wrong:
@@ -207,7 +208,10 @@ class SampleGrid:
     def draw(self, gpt: GPT) -> np.ndarray:
         """A grid picture (height, width, 3) uint8."""
         assert self.vq is not None
-        columns, decoder = self.config.sample_columns, InferenceEngine(gpt, self.config.precision)
+        columns, decoder = (
+            self.config.sample_columns,
+            InferenceEngine(gpt, self.config.training.precision),
+        )
         count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
         ids = torch.arange(count * columns)
         pixels = []

@@ -24,8 +24,17 @@ STEPS = 12
 
 
 def flags(codes: Path, out: Path, *more: object) -> list[object]:
-    common = ("--data.codes", f"[{codes}]", "--out", out, "--device", "cpu", "--precision", "fp32")
-    run = ("--num_steps", STEPS, "--batch_size", 8, "--report.report_every", 1)
+    common = (
+        "--data.codes",
+        f"[{codes}]",
+        "--out",
+        out,
+        "--training.device",
+        "cpu",
+        "--training.precision",
+        "fp32",
+    )
+    run = ("--training.num_steps", STEPS, "--training.batch_size", 8, "--report.report_every", 1)
     return [*common, *run, "--report.save_every", 2, "--optimizer.lr", 1e-3, *MODEL, *more]
 
 
@@ -48,7 +57,7 @@ def assert_same_run(one: Path, other: Path, part: str) -> None:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     codes = write_codes(tmp_path / "codes")
-    more = (*DROPOUT, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    more = (*DROPOUT, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
     run_module("autoregressive.train", *flags(codes, tmp_path / "whole", *more))
     killed = flags(codes, tmp_path / "killed", *more)
     for moment in (1, 5, 8):
@@ -114,7 +123,7 @@ def test_a_finished_run_resumes_at_once_and_keeps_the_last_checkpoints(tmp_path)
 @pytest.mark.slow
 def test_a_run_of_another_architecture_is_refused_in_one_line(tmp_path):
     codes = write_codes(tmp_path / "codes")
-    run_module("autoregressive.train", *flags(codes, tmp_path / "run", "--num_steps", 2))
+    run_module("autoregressive.train", *flags(codes, tmp_path / "run", "--training.num_steps", 2))
     more = ("--model.dim", 64)
     failed = run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more), ok=False)
     assert failed.returncode == 2
@@ -152,7 +161,7 @@ def test_a_loss_that_explodes_stops_or_skips_as_configured(tmp_path, on_nan):
         (("--nope", 1), "nope"),
         (("--model.nope", 1), "nope"),
         (("--optimizer.lr", "fast"), "optimizer.lr"),
-        (("--batch_size", 7, "--gradient_accumulation", 2), "batch_size 7"),
+        (("--training.batch_size", 7, "--training.gradient_accumulation", 2), "batch_size 7"),
         (("--data.codes", "[nowhere]"), "nowhere"),
     ],
 )
@@ -170,7 +179,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path, wrong, message):
 def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     codes = write_codes(tmp_path / "codes")
-    more = ("--report.trackers", "[wandb,tensorboard]", "--num_steps", 2)
+    more = ("--report.trackers", "[wandb,tensorboard]", "--training.num_steps", 2)
     run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more))
     assert list((tmp_path / "run").glob("wandb/offline-run-*"))
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
@@ -179,10 +188,10 @@ def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     codes = write_codes(tmp_path / "codes")
-    plain = flags(codes, tmp_path / "plain", "--num_steps", 3, *DROPOUT)
+    plain = flags(codes, tmp_path / "plain", "--training.num_steps", 3, *DROPOUT)
     run_module("autoregressive.train", *plain)
     for kind in ("selective", "full"):
-        more = ("--num_steps", 3, *DROPOUT, "--parallel.activation_checkpointing", kind)
+        more = ("--training.num_steps", 3, *DROPOUT, "--parallel.activation_checkpointing", kind)
         run_module("autoregressive.train", *flags(codes, tmp_path / kind, *more))
         assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
         assert weights(tmp_path / kind, 3).keys() == weights(tmp_path / "plain", 3).keys()

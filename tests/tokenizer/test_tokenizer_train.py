@@ -37,7 +37,16 @@ def write_pictures(folder: Path, count: int = 12) -> Path:
 
 def flags(data: Path, out: Path, *more: object) -> list[object]:
     common = ("--data", data, "--out", out, "--image_size", "[16,16]", "--num_workers", 0)
-    run = ("--device", "cpu", "--precision", "fp32", "--num_steps", STEPS, "--batch_size", 4)
+    run = (
+        "--training.device",
+        "cpu",
+        "--training.precision",
+        "fp32",
+        "--training.num_steps",
+        STEPS,
+        "--training.batch_size",
+        4,
+    )
     often = ("--report.report_every", 1, "--report.save_every", 2, "--validation_images", 4)
     return [*common, *run, *often, "--loss.perceptual_weight", 0, *SMALL, *more]
 
@@ -58,7 +67,7 @@ def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     data = write_pictures(tmp_path / "data")
-    more = (*GAME, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    more = (*GAME, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
     run_module("tokenizer.train", *flags(data, tmp_path / "whole", *more))
     # Recomputed activations change nothing, and their wrappers stay out of the checkpoints.
     recompute = ("--parallel.activation_checkpointing", "full")
@@ -129,7 +138,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     whole = (data / "class0" / "0.png").read_bytes()
     (data / "class0" / "broken.png").write_bytes(whole[: len(whole) // 2])
     (data / "class1" / "text.jpg").write_text("no picture")
-    more = ("--num_steps", 2 * STEPS)
+    more = ("--training.num_steps", 2 * STEPS)
     done = run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     named = (tmp_path / "run" / "skipped_rank0.txt").read_text()
     assert "broken.png\tdamaged image" in named
@@ -144,7 +153,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     [
         (("--loss.nope", 1), "nope"),
         (("--image_size", "[15,16]"), "image_size"),
-        (("--batch_size", "many"), "batch_size"),
+        (("--training.batch_size", "many"), "training.batch_size"),
         (("--data", "nowhere"), "nowhere"),
         (("--loss.perceptual_weight", 1, "--loss.vgg_weights", "no.pth"), "vgg16-397923af.pth"),
     ],
@@ -171,7 +180,7 @@ def test_a_loss_that_explodes_stops_at_a_named_step(tmp_path, world):
 
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     data = write_pictures(tmp_path / "data")
-    run = flags(data, tmp_path / "run", "--batch_size", "many")
+    run = flags(data, tmp_path / "run", "--training.batch_size", "many")
     failed = run_module("tokenizer.train", *run, ok=False)
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1
