@@ -123,9 +123,8 @@ def train(config: TrainConfig, world: World) -> None:
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
     models = build_models(config, gpt_config, world, initialized=not resumes)
-    session = Session(
-        config, gpt_config, world, "token", gpt_config.training_flops, **models.checkpointed
-    )
+    flops = gpt_config.training_flops
+    session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
     batches = prefetch(training_batches(config, data, world, session.samples), world.device)
     scorer = SampleScorer(config, data, world)
     grid = SampleGrid(config, data, gpt_config, scorer.vq, world)

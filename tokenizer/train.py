@@ -194,7 +194,7 @@ def train(config: TrainConfig, world: World) -> None:
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
     models = build_models(config, world)
-    session = Session(config, config.model, world, "image", **models.checkpointed)
+    session = Session(config, config.model, world, models.checkpointed, unit="image")
     batches = open_batches(config, images_on_disk, world, session.samples)
     skips = SkipLog(config.out / f"skipped_rank{world.rank}.txt")
     totals = Totals(config.model.vocab_size, world)

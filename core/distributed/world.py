@@ -80,7 +80,7 @@ class World:
         return values[0]
 
     def mesh(self, shard_size: int | None) -> DeviceMesh:
-        """The processes in groups of `shard_size` (None: those of a node); 1-D for a single group."""
+        """The processes in groups of `shard_size` (None: those of a node); 1-D for one group."""
         shared = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
         if self.size % shared:
             raise InputError(

@@ -6,8 +6,9 @@
       checksums.json                                      sha256 of every file
 
 torch.distributed.checkpoint copies the tensors to the CPU and writes them from a thread while
-training goes on, every process its own pieces. It is written to a temporary folder, which is renamed; the last k
-are kept. A damaged one is noticed by its checksums and the one before it is used.
+training goes on; each process copies and writes its own shards. A checkpoint is written to a
+temporary folder, which is renamed at the end; the last k are kept. Damage is detected by the
+checksums, and the checkpoint before is used instead.
 """
 
 import json
@@ -48,8 +49,8 @@ class Checkpointer:
 
     The parts `model` and `ema` are for inference; all others go to `training/`. `config` is the
     model's configuration. Parts that are None are left out. The last `keep_last` checkpoints are
-    kept, and those whose step is a multiple of `keep_every` are never deleted (None for none). Parts may be
-    sharded: what one strategy and number of processes saved, any other restores.
+    kept, and those whose step is a multiple of `keep_every` are never deleted (None for none).
+    Parts may be sharded: any strategy and number of processes can restore a checkpoint.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Checkpointer:
     def save(self, step: int, **state: int) -> None:
         """Begin to write `step_{step}`, with `state`; all ranks call it and go on training.
 
-        Do not modify any parameter until wait_for_copy() has returned. A checkpoint that cannot be written is
-        warned about and leaves the one before it as it was.
+        Do not modify any parameter until wait_for_copy() has returned. If a checkpoint cannot be
+        written, a warning is logged and the checkpoint before stays as it is.
         """
         self.wait()
         temporary = self.folder / f".step_{step:07d}.tmp"

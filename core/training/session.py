@@ -1,6 +1,6 @@
 """One training run: its folder, checkpoints, progress, reports, and requests to stop.
 
-session = Session(config, model_config, world, unit="image", model=vq, optimizer=optimizer)
+session = Session(config, model_config, world, {"model": vq, "optimizer": optimizer}, unit="image")
 for step in session.steps():
     with session.waiting_for_data(): ...
     session.wait_for_copy()
@@ -48,9 +48,9 @@ class Session:
         config: The command's configuration; it is written to the folder.
         model_config: The model's configuration; it is written to every checkpoint.
         world: All processes construct the session together.
+        parts: What a checkpoint holds, by name; see Checkpointer.
         unit: What `advance` counts, e.g. "token".
         flops: Floating-point operations of training on one unit, for the MFU; None reports none.
-        parts: What a checkpoint holds, see Checkpointer.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Session:
         config: SessionConfig,
         model_config: Any,  # noqa: ANN401 - any config dataclass
         world: World,
+        parts: Mapping[str, nn.Module | torch.optim.Optimizer | None],
         unit: str,
         flops: float | None = None,
-        **parts: nn.Module | torch.optim.Optimizer | None,
     ) -> None:
         self.config, self.world = config, world
         make_run_folder(config.out, world)

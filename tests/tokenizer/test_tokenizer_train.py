@@ -19,8 +19,8 @@ from tokenizer.train import TrainConfig, train
 STEPS = 8
 MODEL = ("--model.base_channels", 32, "--model.channel_multipliers", "[1,1]")
 SMALL = (*MODEL, "--model.num_res_blocks", 1, "--model.z_channels", 16, "--model.vocab_size", 32)
-GAME = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
-GAME = (*GAME, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
+ADVERSARIAL = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
+ADVERSARIAL = (*ADVERSARIAL, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
 STYLEGAN = ("--loss.discriminator_start", 0, "--discriminator.kind", "stylegan")
 STYLEGAN = (*STYLEGAN, "--discriminator.max_channels", 8)
 
@@ -67,12 +67,12 @@ def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     data = write_pictures(tmp_path / "data")
-    more = (*GAME, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
+    more = (*ADVERSARIAL, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
     run_module("tokenizer.train", *flags(data, tmp_path / "whole", *more))
     # Recomputed activations change nothing, and their wrappers stay out of the checkpoints.
     recompute = ("--parallel.activation_checkpointing", "full")
     killed = flags(data, tmp_path / "killed", *more, *recompute)
-    for lines in (1, 5):  # before the first checkpoint, and in the middle of the game
+    for lines in (1, 5):  # before the first checkpoint, and in adversarial training
         log = tmp_path / "killed" / "metrics.jsonl"
         process = subprocess.Popen(
             command("tokenizer.train", *killed),
@@ -85,6 +85,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
             if log.exists() and len(log.read_text().splitlines()) >= lines:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.002)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     run_module("tokenizer.train", *killed)
     for part in ("model", "ema", "training/discriminator"):
         whole, resumed = (weights(tmp_path / name, part) for name in ("whole", "killed"))
@@ -92,11 +93,11 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("game", [("--loss.adversarial_weight", 0), STYLEGAN])
-def test_two_processes_give_the_losses_of_one(tmp_path, game):
+@pytest.mark.parametrize("loss", [("--loss.adversarial_weight", 0), STYLEGAN])
+def test_two_processes_give_the_losses_of_one(tmp_path, loss):
     data = write_pictures(tmp_path / "data")
-    run_module("tokenizer.train", *flags(data, tmp_path / "one", *game))
-    run_module("tokenizer.train", *flags(data, tmp_path / "two", *game), processes=2)
+    run_module("tokenizer.train", *flags(data, tmp_path / "one", *loss))
+    run_module("tokenizer.train", *flags(data, tmp_path / "two", *loss), processes=2)
     names = {"reconstruction", "codebook", "commitment", "generator", "discriminator"}
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in names & one.keys():
@@ -106,7 +107,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, game):
 @pytest.mark.slow
 def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_path):
     data = write_pictures(tmp_path / "data")
-    more = (*GAME, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
+    more = (*ADVERSARIAL, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
     run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     history = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
     assert history[-1]["reconstruction"] < history[0]["reconstruction"]
