@@ -1,4 +1,6 @@
-"""Train the decoder on codes, under classes or captions; run again, it continues bit for bit.
+"""Train the transformer on codes, conditioned on classes or captions.
+
+Run the same command again to continue: the result is the same bit for bit.
 
     python -m autoregressive.train --config configs/autoregressive/class_256.yaml \
         --config configs/autoregressive/size/b.yaml --data.codes [codes/train] --out runs/gpt_b
@@ -11,7 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,58 +38,46 @@ from autoregressive.validation import (
 from core.config import parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import ParallelConfig, no_sync, prepare, shard
-from core.distributed.preemption import Preemption
-from core.distributed.world import DeviceName, Precision, World, distributed
+from core.distributed.world import World, distributed
 from core.rng import seed_step
-from core.training.checkpoint import Checkpointer
+from core.training.config import TrainingConfig
 from core.training.ema import EMA
 from core.training.initialization import initialize
-from core.training.memory_plan import (
-    Plan,
-    check_fits,
-    plan_model,
-    print_plan,
-    transformer_activations,
-)
+from core.training.memory_plan import Plan, approve, plan_model, transformer_activations
 from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.training.prefetch import prefetch
-from core.training.run import ReportConfig, Run, begin_run
+from core.training.run import ReportConfig
+from core.training.session import Session
 from evaluations.scorer import MetricsConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training of the decoder.
+    """A training run of the transformer.
 
     Args:
         out: The run's folder.
         init_from: Start from these weights (a run or checkpoint folder, a released file, a Hub
-            id) at step 0 with a fresh optimiser; the grid may be another one.
-        data: The codes to train on, and the captions' features; vocabulary, grid, classes and
-            text encoder come from them.
+            id) at step 0 with a fresh optimizer; the grid may differ. null for random weights.
+        data: The codes to train on, and the captions' features. Vocabulary, grid, classes and
+            text encoder are read from them.
         validation: Codes for the validation loss; empty for none.
-        validation_features: The features of their captions, for a text model.
-        validation_samples: At most so many of them; 0 for all.
-        model: The decoder's shape.
+        validation_features: Features of their captions, for a text model.
+        validation_samples: How many of them to use at most; null for all.
+        training: Length, batch size, precision and seed.
+        model: Shape of the transformer.
         optimizer: AdamW and its schedule.
         parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
-        report: How often to report, sample and save.
-        evaluation: How often samples are scored, and how many.
-        metrics: The reference of these scores, and how to compare with it.
-        num_steps: Optimizer steps.
-        batch_size: Samples per optimizer step, over all processes and accumulation steps.
-        gradient_accumulation: Micro-batches per optimizer step.
-        loss_chunk: Codes of a process whose float32 logits exist at once.
-        condition_dropout: Share of samples that see the null condition.
-        ema_decay: Decay of the averaged weights; 0 for none.
-        precision: bf16 autocast, or fp32.
-        seed: Decides the initial weights, the data order and all dropout.
-        device: auto, cpu, cuda or mps.
-        sampling: How the sample grids are drawn.
-        sample_classes: Their classes, a row each; empty for the first ten.
-        sample_prompts: Their prompts, a row each, of a text model; empty for the captions of the
-            first ten training images.
-        sample_columns: Images a row.
+        report: How often to report, evaluate and save.
+        evaluation: How often to score samples, and how many.
+        metrics: The scores of these samples and their reference.
+        loss_chunk: Number of tokens per process whose float32 logits exist at the same time.
+        condition_dropout: Fraction of samples trained with the null condition, for guidance.
+        sampling: Sampling settings of the sample grids.
+        sample_classes: Classes of the sample grids, a row each; empty for the first ten.
+        sample_prompts: Prompts of the sample grids of a text model, a row each; empty for the
+            captions of the first ten training images.
+        sample_columns: Images per row.
         dry_run: Print the configuration, its size and memory by strategy, check, and stop.
     """
 
@@ -95,23 +85,17 @@ class TrainConfig:
     data: DataConfig
     validation: tuple[Path, ...] = ()
     validation_features: Path | None = None
-    validation_samples: int = 10000
-    init_from: str = ""
+    validation_samples: int | None = 10000
+    init_from: str | None = None
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(1501200, 256))
     model: TransformerConfig = field(default_factory=TransformerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    num_steps: int = 1501200
-    batch_size: int = 256
-    gradient_accumulation: int = 1
     loss_chunk: int = 1024
     condition_dropout: float = 0.1
-    ema_decay: float = 0.0
-    precision: Precision = "bf16"
-    seed: int = 0
-    device: DeviceName = "auto"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample_classes: tuple[int, ...] = ()
     sample_prompts: tuple[str, ...] = ()
@@ -119,158 +103,162 @@ class TrainConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        counts = (self.num_steps, self.gradient_accumulation, self.loss_chunk, self.sample_columns)
-        if min(counts) < 1:
-            raise ValueError(
-                "num_steps, gradient_accumulation, loss_chunk and sample_columns must be >= 1"
-            )
-        if not 0 <= self.condition_dropout < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError("condition_dropout and ema_decay must be in [0, 1)")
+        if min(self.loss_chunk, self.sample_columns) < 1:
+            raise ValueError("loss_chunk and sample_columns must be >= 1")
+        if self.validation_samples is not None and self.validation_samples < 1:
+            raise ValueError("validation_samples must be >= 1, or null for all")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError("condition_dropout must be in [0, 1)")
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")
 
 
 def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
-    check_batch_size(config.batch_size, config.gradient_accumulation, world)
+    check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config)
     plan = plan_training(config, gpt_config, len(data), world)
-    if config.dry_run:
-        print_plan(plan, config, config.parallel, world)
-    check_fits(plan, config.parallel, world)
-    if config.dry_run:
+    if not approve(plan, config, config.parallel, world, config.dry_run):
         return
-    begin_run(config.out, world)
-    objective, parallel = build_model(config, gpt_config, world, initialized=not resumes)
-    gpt = objective.gpt
-    ema, averaged = build_average(config, gpt, world) if config.ema_decay else (None, objective)
-    optimizer = build_adamw(gpt, config.optimizer)
-    stepper = Stepper(optimizer, config.optimizer, world.device)
-    checkpoints = Checkpointer(
-        config.out / "checkpoints",
-        gpt_config,
-        world,
-        config.report.keep_last,
-        config.report.keep_every,
-        model=gpt,
-        ema=ema.model if ema else None,
-        optimizer=optimizer,
-    )
-    state = checkpoints.restore_latest()
-    first_step, samples = state["step"], state.get("samples", 0)
-    batches = prefetch(training_batches(config, data, world, samples), world.device)
+    models = build_models(config, gpt_config, world, initialized=not resumes)
+    flops = gpt_config.training_flops
+    session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
+    batches = prefetch(training_batches(config, data, world, session.samples), world.device)
     scorer = SampleScorer(config, data, world)
-    pictures = SampleGrid(config, data, gpt_config, scorer.vq, world)
-    run = Run(config.out, config, config.report, world)
-    run.start(first_step, config.num_steps, "token", gpt_config.training_flops)
-    loss_sum = torch.zeros((), device=world.device)
-    losses = 0
-    interruption = Preemption(world)
-    if first_step == 0 and config.report.samples(0, config.num_steps):
-        evaluate(0, averaged, validation, pictures, run)
+    grid = SampleGrid(config, data, gpt_config, scorer.vq, world)
+    losses = MeanLoss(world)
+    if session.step == 0 and session.evaluation_due:
+        evaluate(session, models.ema_objective, validation, grid)
 
-    for step in range(first_step, config.num_steps):
+    for step in session.steps():
         # One optimizer step.
-        run.begin_step(step)
-        seed_step(config.seed, step, world.rank)
-        for i in range(config.gradient_accumulation):
-            with run.waiting():
+        seed_step(config.training.seed, step, world.rank)
+        for i in range(config.training.gradient_accumulation):
+            with session.waiting_for_data():
                 codes, condition, dropped = next(batches)
-            accumulating = i + 1 < config.gradient_accumulation
-            with no_sync(parallel) if accumulating else contextlib.nullcontext():
-                with world.autocast(config.precision):
-                    loss = parallel(codes, condition, dropped) / config.gradient_accumulation
+            accumulating = i + 1 < config.training.gradient_accumulation
+            with no_sync(models.parallel) if accumulating else contextlib.nullcontext():
+                with world.autocast(config.training.precision):
+                    loss = models.parallel(codes, condition, dropped)
+                    loss = loss / config.training.gradient_accumulation
                 loss.backward()
-            loss_sum += loss.detach()
-        checkpoints.wait_for_copy()
-        grad_norm = stepper.step(step, config.num_steps)
-        if ema:
-            ema.update(gpt)
-        samples += config.batch_size
-        losses += 1
-        run.progress(config.batch_size * gpt_config.num_codes)
+            losses.add(loss)
+        session.wait_for_copy()
+        grad_norm = models.stepper.step(step, config.training.num_steps)
+        if models.ema:
+            models.ema.update(models.objective.gpt)
+        session.advance(config.training.batch_size * gpt_config.num_codes)
 
-        # Once in a while: report, sample, save.
-        done = step + 1
-        if config.report.reports(done, config.num_steps):
-            skipped = stepper.check()
+        # At intervals: report, evaluate, save.
+        if session.report_due:
+            skipped = models.stepper.check()
             metrics = {
-                "loss": world.sum(loss_sum / losses) / world.size,
-                "lr": learning_rate(step, config.optimizer, config.num_steps),
+                "loss": losses.take(config.training.gradient_accumulation),
+                "lr": learning_rate(step, config.optimizer, config.training.num_steps),
                 "grad_norm": grad_norm,
-                "epoch": samples / len(data),
+                "epoch": session.samples / len(data),
             }
-            run.log(done, metrics | ({"skipped_steps": skipped} if skipped else {}))
-            loss_sum.zero_()
-            losses = 0
-        if config.report.samples(done, config.num_steps):
-            evaluate(done, averaged, validation, pictures, run)
-        if scorer.due(done):
-            run.log(done, scorer.score(unsharded_copy(averaged.gpt, world, everywhere=True)))
-        stopping = interruption.requested() and done < config.num_steps
-        if stopping or config.report.saves(done, config.num_steps):
-            stepper.check()
-            checkpoints.save(done, samples=samples)
-        if stopping:
-            checkpoints.finish()
-            interruption.leave(done)
-    checkpoints.finish()
-    run.finish()
+            session.log(metrics | ({"skipped_steps": skipped} if skipped else {}))
+        if session.evaluation_due:
+            evaluate(session, models.ema_objective, validation, grid)
+        if scorer.due(session.step):
+            ema_gpt = unsharded_copy(models.ema_objective.gpt, world, everywhere=True)
+            session.log(scorer.score(ema_gpt))
+        session.save_if_due(check=models.stepper.check)
+    session.finish()
+
+
+class TrainingModels(NamedTuple):
+    """The transformer with its loss, its EMA and its optimizer."""
+
+    objective: NextTokenLoss
+    parallel: nn.Module  # the objective, wrapped for training on several processes
+    ema: EMA[GPT] | None
+    ema_objective: NextTokenLoss  # the loss of the EMA model; the objective itself without EMA
+    stepper: Stepper
+
+    @property
+    def checkpointed(self) -> dict[str, nn.Module | torch.optim.Optimizer | None]:
+        """The parts of a checkpoint."""
+        ema_model = self.ema.model if self.ema else None
+        return {
+            "model": self.objective.gpt,
+            "ema": ema_model,
+            "optimizer": self.stepper.optimizer,
+        }
+
+
+class MeanLoss:
+    """Sums the loss of micro-batches on the device, so that the loop never waits for it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.total, self.count = torch.zeros((), device=world.device), 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the loss of a micro-batch, which is divided by their number per step."""
+        self.total += loss.detach()
+        self.count += 1
+
+    def take(self, gradient_accumulation: int) -> torch.Tensor:
+        """The mean loss per step over all ranks since the last call; starts again from zero."""
+        steps = self.count // gradient_accumulation
+        mean = self.world.sum(self.total / steps) / self.world.size
+        self.total.zero_()
+        self.count = 0
+        return mean
 
 
 def evaluate(
-    step: int,
-    objective: NextTokenLoss,
-    validation: Dataset | None,
-    pictures: SampleGrid,
-    run: Run,
+    session: Session, objective: NextTokenLoss, validation: Dataset | None, grid: SampleGrid
 ) -> None:
-    """Report the validation loss and draw the sample grid after `step` steps; all ranks call it."""
+    """Report the validation loss and draw the sample grid; all ranks call it."""
     if validation:
-        loss = validation_loss(objective, validation, run.config, run.world)
-        run.log(step, {"validation_loss": loss})
-    if pictures.draws:
-        whole = unsharded_copy(objective.gpt, run.world)
-        if run.world.is_main:
-            run.draw(step, pictures.draw(whole))
+        loss = validation_loss(objective, validation, grid.config, session.world)
+        session.log({"validation_loss": loss})
+    if grid.draws:
+        gpt = unsharded_copy(objective.gpt, session.world)
+        if session.world.is_main:
+            session.draw(grid.draw(gpt))
 
 
-def build_model(
+def build_models(
     config: TrainConfig, gpt_config: GPTConfig, world: World, initialized: bool
-) -> tuple[NextTokenLoss, nn.Module]:
-    """The decoder with its loss, spread over the processes, and what to call for training.
+) -> TrainingModels:
+    """Build the transformer, its EMA and its optimizer, sharded over the processes.
 
     initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
     """
     with torch.device("meta"):
         objective = NextTokenLoss(GPT(gpt_config), config.loss_chunk)
-    parallel = prepare(objective, config.parallel, world, config.precision, Block)
+    parallel = prepare(objective, config.parallel, world, config.training.precision, Block)
     gpt = objective.gpt
     gpt.build_rotary()
     if initialized and config.init_from:
         start_from(gpt, config.init_from)
     elif initialized:
-        initialize(gpt, config.seed)
-    return objective, parallel
-
-
-def build_average(config: TrainConfig, gpt: GPT, world: World) -> tuple[EMA[GPT], NextTokenLoss]:
-    """The averaged weights, sharded like `gpt` and equal to it, and their loss."""
-    with torch.device("meta"):
-        averaged = NextTokenLoss(GPT(gpt.config), config.loss_chunk).requires_grad_(False)
-    shard(averaged, config.parallel, world, config.precision, Block)
-    return EMA(gpt, config.ema_decay, averaged.gpt), averaged
+        initialize(gpt, config.training.seed)
+    ema, ema_objective = None, objective
+    if config.training.ema_decay is not None:
+        with torch.device("meta"):
+            ema_objective = NextTokenLoss(GPT(gpt_config), config.loss_chunk)
+        ema_objective.requires_grad_(False).eval()
+        shard(ema_objective, config.parallel, world, config.training.precision, Block)
+        ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
+    optimizer = build_adamw(gpt, config.optimizer)
+    stepper = Stepper(optimizer, config.optimizer, world.device)
+    return TrainingModels(objective, parallel, ema, ema_objective, stepper)
 
 
 def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
-    """What the training needs, counted on a model without memory."""
+    """The memory that the run needs, counted on a model on the meta device."""
     with torch.device("meta"):
         gpt = GPT(gpt_config)
     length = gpt_config.num_condition + gpt_config.num_codes - 1
-    rows = config.batch_size // (world.size * config.gradient_accumulation)
+    rows = config.training.batch_size // (world.size * config.training.gradient_accumulation)
     kept = transformer_activations(
         rows * length,
         gpt_config.dim,
@@ -282,34 +270,34 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
     return plan_model(
         gpt,
         Block,
-        config.ema_decay > 0,
+        config.training.ema_decay is not None,
         kept + logits,
         samples,
-        config.batch_size,
-        config.num_steps,
-        scored=config.evaluation.every > 0,
+        config.training.batch_size,
+        config.training.num_steps,
+        scored=config.evaluation.every is not None,
     )
 
 
 def training_batches(
     config: TrainConfig, data: Dataset, world: World, samples: int
 ) -> Iterator[tuple[Any, ...]]:
-    """This rank's micro-batches from position `samples` on: codes, conditions, dropped ones."""
-    order = ShuffledOrder(len(data), config.seed)
+    """This rank's micro-batches after `samples` samples: codes, condition, drop_condition."""
+    order = ShuffledOrder(len(data), config.training.seed)
     while True:
         for positions in local_positions(
-            samples, config.batch_size, config.gradient_accumulation, world
+            samples, config.training.batch_size, config.training.gradient_accumulation, world
         ):
-            codes, condition = data.batch(order[positions], positions, config.seed)
-            dropped = drop_condition(positions, config.condition_dropout, config.seed)
+            codes, condition = data.batch(order[positions], positions, config.training.seed)
+            dropped = drop_condition(positions, config.condition_dropout, config.training.seed)
             yield codes, condition, dropped
-        samples += config.batch_size
+        samples += config.training.batch_size
 
 
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.device, config.parallel.timeout_minutes) as world:
+    with distributed(config.training.device, config.parallel.timeout_minutes) as world:
         train(config, world)
 
 

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """Scores of samples during training; they need metrics.reference.
+    """How often samples are scored during training, and how many.
 
     Args:
-        every: Optimizer steps between two evaluations; null for none.
-        num_images: Images to sample per evaluation, of all classes in turn.
+        every: Interval between evaluations in optimizer steps; null for none.
+        num_images: Number of images to sample for an evaluation, over all classes in turn.
     """
 
     every: int | None = None
@@ -52,7 +52,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if (self.every is not None and self.every < 1) or self.num_images < 2:
-            raise ValueError("evaluation: every must be >= 1 or null, num_images >= 2")
+            raise ValueError("evaluation: every must be >= 1, or null; num_images must be >= 2")
 
 
 def start_from(gpt: GPT, source: str) -> None:
@@ -109,7 +109,9 @@ def validation_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats per code, a scalar; the same for any number of processes."""
     count = min(len(validation), config.validation_samples or len(validation))
-    size = max(1, config.batch_size // (world.size * config.gradient_accumulation))
+    size = max(
+        1, config.training.batch_size // (world.size * config.training.gradient_accumulation)
+    )
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     training = objective.training
     objective.eval()
@@ -117,8 +119,8 @@ def validation_loss(
     for start in range(0, count, size * world.size):
         rows = np.arange(start, min(start + size * world.size, count))[world.rank :: world.size]
         shown = rows if len(rows) else np.array([0])
-        batch = validation.batch(shown, shown, config.seed)
-        with world.autocast(config.precision):
+        batch = validation.batch(shown, shown, config.training.seed)
+        with world.autocast(config.training.precision):
             loss = objective(*to_device(batch, world.device))
         total += torch.stack([loss.double(), torch.ones_like(loss)]) * len(rows)
     objective.train(training)
@@ -149,7 +151,7 @@ class SampleScorer:
         """Scores by name (empty except on rank 0); all ranks call it."""
         assert self.scorer is not None and self.vq is not None
         count, sampling = self.config.evaluation.num_images, self.config.sampling
-        pipeline = training_pipeline(gpt, self.vq, self.config.precision)
+        pipeline = training_pipeline(gpt, self.vq, self.config.training.precision)
         conditions = lambda ids: self.data.conditions(ids.numpy())  # noqa: E731
         return score_samples(pipeline, conditions, count, sampling, self.scorer, self.world)
 
@@ -187,7 +189,9 @@ class SampleGrid:
         world: World,
     ) -> None:
         self.vq, self.config = vq, config
-        self.draws = bool(world.broadcast(vq is not None and config.report.sample_every > 0))
+        self.draws = bool(
+            world.broadcast(vq is not None and config.report.sample_every is not None)
+        )
         if isinstance(data, CodeDataset):
             wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
             if wrong:
@@ -210,7 +214,7 @@ class SampleGrid:
         """An image grid (height, width, 3) uint8."""
         assert self.vq is not None
         columns = self.config.sample_columns
-        pipeline = training_pipeline(gpt, self.vq, self.config.precision)
+        pipeline = training_pipeline(gpt, self.vq, self.config.training.precision)
         condition = self.condition
         ids = torch.arange(len(condition) * columns)
         pixels = []

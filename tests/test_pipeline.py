@@ -24,6 +24,7 @@ def test_images_become_scores_through_every_command(tmp_path):
     write_shapes(tmp_path / "train", 24, 0)
     write_shapes(tmp_path / "val", 8, 1)
     cpu = ("--device", "cpu", "--precision", "fp32")
+    train_cpu = ("--training.device", "cpu", "--training.precision", "fp32")
     shape = ("--image_size", "[16,16]", "--num_workers", 0)
     vq, codes, gpt = tmp_path / "vq", tmp_path / "codes", tmp_path / "gpt"
     run_module(
@@ -31,8 +32,15 @@ def test_images_become_scores_through_every_command(tmp_path):
         *("--data", tmp_path / "train", "--validation", tmp_path / "val", "--out", vq),
         *("--model.base_channels", 32, "--model.channel_multipliers", "[1,1,1]"),
         *("--model.num_res_blocks", 1, "--model.z_channels", 16, "--model.vocab_size", 64),
-        *("--loss.perceptual_weight", 0, "--loss.adversarial_weight", 0, "--ema_decay", 0.9),
-        *("--num_steps", 6, "--batch_size", 8, *shape, *cpu),
+        *(
+            "--loss.perceptual_weight",
+            0,
+            "--loss.adversarial_weight",
+            0,
+            "--training.ema_decay",
+            0.9,
+        ),
+        *("--training.num_steps", 6, "--training.batch_size", 8, *shape, *train_cpu),
     )
     run_module(
         "tokenizer.reconstruct",
@@ -52,7 +60,8 @@ def test_images_become_scores_through_every_command(tmp_path):
         *("--metrics.detector", "proxy", "--evaluation.num_images", 5),
         *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'val'}]"),
         *("--out", gpt, "--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32),
-        *("--num_steps", 6, "--batch_size", 8, "--sample_columns", 3, "--ema_decay", 0.9, *cpu),
+        *("--training.num_steps", 6, "--training.batch_size", 8, "--sample_columns", 3),
+        *("--training.ema_decay", 0.9, *train_cpu),
     )
     run_module(
         "autoregressive.sample",

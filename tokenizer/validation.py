@@ -1,4 +1,4 @@
-"""What a tokenizer's training shows: mean losses, codebook usage, fixed pictures rebuilt."""
+"""Metrics of a tokenizer training run: mean losses, codebook usage, reconstructions."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ class Totals:
         self._reset()
 
     def add(self, losses: dict[str, torch.Tensor], codes: torch.Tensor) -> None:
-        """Add one micro-batch."""
+        """Add the losses (scalars) and codes of one micro-batch."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1
         self.usage.update(codes)
 
     def take(self) -> dict[str, float | torch.Tensor]:
-        """Means over all ranks and the codebook usage since the last call; starts afresh."""
+        """Means over all ranks and the codebook usage since the last call; resets the sums."""
         metrics: dict[str, float | torch.Tensor] = {"grad_norm": self.grad_norm}
         for name, value in self.sums.items():
             metrics[name] = self.world.sum(value / self.counts[name]) / self.world.size

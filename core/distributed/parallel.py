@@ -38,7 +38,8 @@ class ParallelConfig:
     Args:
         strategy: ddp holds the whole model in every process; fsdp shards weights, gradients and
             moments over all processes (FSDP2); hsdp shards them over groups of shard_size.
-        shard_size: Processes that share one copy of the model under hsdp; 0 for those of a node.
+        shard_size: Processes that share one copy of the model under hsdp; null for all processes of
+            a node.
         compile: torch.compile each block; null for yes on CUDA and no elsewhere.
         activation_checkpointing: none; selective keeps every second matrix product and the
             attention, and recomputes the rest; full keeps only what enters a block.
@@ -46,16 +47,18 @@ class ParallelConfig:
     """
 
     strategy: Strategy = "ddp"
-    shard_size: int = 0
+    shard_size: int | None = None
     compile: bool | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.shard_size < 0 or self.timeout_minutes <= 0:
-            raise ValueError("parallel: shard_size must be >= 0 and timeout_minutes > 0")
-        if self.shard_size and self.strategy != "hsdp":
-            raise ValueError("parallel.shard_size is read by strategy hsdp alone")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"parallel.timeout_minutes is {self.timeout_minutes}, must be > 0")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise ValueError(f"parallel.shard_size is {self.shard_size}, must be >= 1, or null")
+        if self.shard_size is not None and self.strategy != "hsdp":
+            raise ValueError("parallel.shard_size needs parallel.strategy hsdp")
 
     def compiles(self, world: World) -> bool:
         """Whether models are compiled on this device."""
@@ -143,6 +146,18 @@ def full_state(model: nn.Module, world: World, everywhere: bool = False) -> dict
         if world.is_main or everywhere:
             state[key] = whole.cpu()
     return state
+
+
+def written_here(tensor: torch.Tensor, world: World) -> bool:
+    """Whether this process is the one to write its part of `tensor` to a checkpoint.
+
+    Rank 0 writes unsharded tensors; the first of all processes that hold a shard writes the shard.
+    """
+    if not isinstance(tensor, DTensor):
+        return world.is_main
+    place, placements = tensor.device_mesh.get_coordinate(), tensor.placements
+    assert place is not None
+    return all(i == 0 for i, p in zip(place, placements, strict=True) if p.is_replicate())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""A scheduler's request to stop: SIGTERM or SIGUSR1 -> save, then leave with code 75.
+"""A scheduler's request to stop: after SIGTERM or SIGUSR1 the run saves and exits with code 75.
 
-Slurm's pre-emption and time limit, torchrun's shutdown and a plain `kill` all send one of the two.
+Slurm's preemption and time limit, torchrun's shutdown and a plain `kill` send one of the two.
 """
 
 import logging
@@ -14,25 +14,26 @@ import torch.distributed as dist
 
 from core.distributed.world import World
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h, "try again later": what the Slurm script requeues on
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h, "try again later"; slurm.sbatch requeues on it
 
 logger = logging.getLogger(__name__)
 
 
 class Preemption:
-    """Notices the signals from now on; every rank learns of them at the same step."""
+    """Listens for the signals until close(); all ranks learn of a request at the same step."""
 
     def __init__(self, world: World) -> None:
         self.world, self._noted = world, False
         self._flag, self._sent = torch.zeros(1, dtype=torch.int32), None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self._handlers = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop; call it once per step on all ranks.
 
-        The ranks' answers are exchanged on the CPU while the step computes and read a step later,
-        so nothing waits for the device or the network.
+        The ranks exchange their answers on the CPU while a step computes and read them one step
+        later, so this waits neither for the device nor for the network.
         """
         if self.world.size == 1:
             return self._noted
@@ -44,7 +45,7 @@ class Preemption:
         return agreed
 
     def leave(self, step: int) -> NoReturn:
-        """End the process, for a scheduler to start the same command again."""
+        """Exit the process; the scheduler is expected to run the same command again."""
         if self.world.is_main:
             logger.warning(
                 "asked to stop: saved after step %d; leaving with code %d, run the same command "
@@ -53,6 +54,11 @@ class Preemption:
                 REQUEUE,
             )
         sys.exit(REQUEUE)
+
+    def close(self) -> None:
+        """Restore the signal handlers of before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True

@@ -79,8 +79,8 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def mesh(self, shard_size: int) -> DeviceMesh:
-        """The processes in groups of `shard_size` (0: those of a node): 1-D for a single group."""
+    def mesh(self, shard_size: int | None) -> DeviceMesh:
+        """The processes in groups of `shard_size` (None: those of a node); 1-D for one group."""
         shared = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
         if self.size % shared:
             raise InputError(

@@ -2,12 +2,13 @@
 
     step_0001000/
       config.yaml  model.safetensors  ema.safetensors     enough for inference
-      training/                                           optimisers, discriminator, step
+      training/                                           optimizers, discriminator, step
       checksums.json                                      sha256 of every file
 
 torch.distributed.checkpoint copies the tensors to the CPU and writes them from a thread while
-training goes on, every process its own pieces. The folder is written aside and renamed; the last k
-are kept. A damaged one is noticed by its checksums and the one before it is used.
+training goes on; each process copies and writes its own shards. A checkpoint is written to a
+temporary folder, which is renamed at the end; the last k are kept. Damage is detected by the
+checksums, and the checkpoint before is used instead.
 """
 
 import json
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
 from core.config import InputError, save_config
+from core.distributed.parallel import written_here
 from core.distributed.world import World
 from core.files import read_json, write_json
 from core.training.safetensors_storage import (
@@ -47,8 +49,8 @@ class Checkpointer:
 
     The parts `model` and `ema` are for inference; all others go to `training/`. `config` is the
     model's configuration. Parts that are None are left out. The last `keep_last` checkpoints are
-    kept, and for good those whose step is a multiple of `keep_every` (0 for none). Parts may be
-    sharded: what one strategy and number of processes saved, any other restores.
+    kept, and those whose step is a multiple of `keep_every` are never deleted (None for none).
+    Parts may be sharded: any strategy and number of processes can restore a checkpoint.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Checkpointer:
         config: Any,  # noqa: ANN401 - any config dataclass
         world: World,
         keep_last: int,
-        keep_every: int = 0,
+        keep_every: int | None = None,
         **parts: nn.Module | torch.optim.Optimizer | None,
     ) -> None:
         self.folder, self.config, self.world = folder, config, world
@@ -82,26 +84,26 @@ class Checkpointer:
         self._problem = ""
 
     def save(self, step: int, **state: int) -> None:
-        """Begin to write `step_{step}`, holding `state`; all ranks call it, and go on training.
+        """Begin to write `step_{step}`, with `state`; all ranks call it and go on training.
 
-        Nothing may change the parts until wait_for_copy. A checkpoint that cannot be written is
-        warned about and leaves the one before it as it was.
+        Do not modify any parameter until wait_for_copy() has returned. If a checkpoint cannot be
+        written, a warning is logged and the checkpoint before stays as it is.
         """
         self.wait()
-        aside = self.folder / f".step_{step:07d}.tmp"
+        temporary = self.folder / f".step_{step:07d}.tmp"
         if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         tensors, buffers = {}, False
         for part, value in self.parts.items():
             own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
-            tensors |= {f"{part}/{name}": tensor for name, tensor in own.items()}
+            tensors |= {f"{part}/{n}": t for n, t in own.items() if written_here(t, self.world)}
             if isinstance(value, nn.Module):
                 buffers |= len(own) > len(list(value.parameters()))
         if self.world.device.type == "cuda":  # the copy runs on a stream of its own
             torch.cuda.current_stream().synchronize()
         response = async_save(
             tensors,
-            storage_writer=SafetensorsWriter(self._files(aside)),
+            storage_writer=SafetensorsWriter(self._files(temporary)),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=self._group,
             async_stager=self._stager,
@@ -110,14 +112,14 @@ class Checkpointer:
         assert isinstance(response, AsyncSaveResponse)
         self._copied = response.staging_completion
         written = response.upload_completion
-        self._saving = self._thread.submit(self._commit, written, step, aside, state)
+        self._saving = self._thread.submit(self._commit, written, step, temporary, state)
         if buffers:  # a forward pass changes them: BatchNorm's statistics
             self.wait_for_copy()
 
     def wait_for_copy(self) -> None:
-        """Wait until the parts may change: call it before every optimizer step.
+        """Wait until the parameters may be modified; call it before every optimizer step.
 
-        So the copy to the CPU runs beside the forward and backward pass that follow a save.
+        The copy to the CPU overlaps with the forward and backward pass that follow a save.
         """
         if self._copied is not None:
             self._copied.result()
@@ -176,19 +178,21 @@ class Checkpointer:
             for part in self.parts
         }
 
-    def _commit(self, written: Future[Any], step: int, aside: Path, state: dict[str, int]) -> str:
+    def _commit(
+        self, written: Future[Any], step: int, temporary: Path, state: dict[str, int]
+    ) -> str:
         """In the thread of every rank: checksums, then the rename -> what went wrong, or ""."""
         lower_thread_priority()
         problem, sums = "", {}
         try:
             written.result()
-            mine = list(self._files(aside).values())[self.world.rank :: self.world.size]
+            mine = list(self._files(temporary).values())[self.world.rank :: self.world.size]
             if self.world.is_main:
-                (aside / "training").mkdir(exist_ok=True)
-                mine += [aside / "config.yaml", aside / "training" / "state.json"]
+                (temporary / "training").mkdir(exist_ok=True)
+                mine += [temporary / "config.yaml", temporary / "training" / "state.json"]
                 save_config(self.config, mine[-2])
                 write_json(mine[-1], {"step": step, **state})
-            sums = {str(path.relative_to(aside)): file_sha256(path) for path in mine}
+            sums = {str(path.relative_to(temporary)): file_sha256(path) for path in mine}
         except CheckpointException as error:
             problem = str(next(iter(error.failures.values()))[0])
         except OSError as error:
@@ -200,28 +204,32 @@ class Checkpointer:
         try:
             if not problem:
                 sums = {name: value for _, part in reports for name, value in part.items()}
-                (aside / "checksums.json").write_text(_canonical(sums))
-                self._publish(aside, self.folder / f"step_{step:07d}")
+                (temporary / "checksums.json").write_text(_canonical(sums))
+                self._publish(temporary, self.folder / f"step_{step:07d}")
                 return ""
         except OSError as error:
             problem = str(error)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         last = [old for old in self.steps() if old != step][-1:]
         kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
         problem = f"cannot save the checkpoint of step {step}: {problem}; {kept}"
         logger.warning("%s", problem)
         return problem
 
-    def _publish(self, aside: Path, final: Path) -> None:
+    def _publish(self, temporary: Path, final: Path) -> None:
         """Rename a whole checkpoint into its place, then remove old ones."""
-        for path in (*(path for path in aside.rglob("*.[jy]*")), aside / "training", aside):
+        for path in (
+            *(path for path in temporary.rglob("*.[jy]*")),
+            temporary / "training",
+            temporary,
+        ):
             _sync(path)
         if final.exists():
             shutil.rmtree(final)
-        os.replace(aside, final)
+        os.replace(temporary, final)
         _sync(self.folder)
         for old in self.steps()[: -self.keep_last]:
-            if not self.keep_every or old % self.keep_every:
+            if self.keep_every is None or old % self.keep_every:
                 shutil.rmtree(self.folder / f"step_{old:07d}")
 
     def _load(self, folder: Path) -> None:

@@ -12,25 +12,25 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class EMA(Generic[Model]):
-    """A copy of `model` whose weights follow it: w <- decay * w + (1 - decay) * new.
+    """Keeps the exponential moving average of the weights: w <- decay * w + (1 - decay) * new.
 
-    average: the module that holds the averages, of the same architecture and sharded like `model`;
-        None for a deep copy of `model`. Its values are overwritten by those of `model`.
+    ema_model: Module of the same architecture, sharded like `model`, that holds the averages. Its
+        values are overwritten by those of `model`. None makes a deep copy of `model`.
     """
 
-    def __init__(self, model: Model, decay: float, average: Model | None = None) -> None:
+    def __init__(self, model: Model, decay: float, ema_model: Model | None = None) -> None:
         self.decay = decay
-        self.model: Model = copy.deepcopy(model) if average is None else average
+        self.model: Model = copy.deepcopy(model) if ema_model is None else ema_model
         self.model.eval().requires_grad_(False)
-        if average is not None:
+        if ema_model is not None:
             with torch.no_grad():
-                for own, new in zip(_tensors(average), _tensors(model), strict=True):
+                for own, new in zip(_tensors(ema_model), _tensors(model), strict=True):
                     own.copy_(new)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Follow `model` by one step; buffers are copied."""
-        # Both are sharded alike, so that each process averages its own part.
+        """Average in the weights of `model` after an optimizer step; buffers are copied."""
+        # Both models are sharded alike, so each process averages its own shard.
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [local(own) for own in self.model.parameters()],
             [local(new) for new in model.parameters()],

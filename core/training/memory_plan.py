@@ -1,7 +1,7 @@
-"""What a training will need, before it starts: `--dry_run true`, and a refusal of what cannot fit.
+"""Memory that a training run needs, counted before it starts.
 
-Weights, gradients, moments and averaged weights are counted exactly, and refused where they do not
-fit; activations are an estimate, which only warns.
+`--dry_run true` prints it. Weights, gradients, optimizer moments and EMA weights are counted
+exactly, and a run that cannot hold them is refused; activations are estimated, and only warn.
 """
 
 import logging
@@ -24,47 +24,49 @@ STATE_BYTES = 4 + 4 + 8  # per parameter, in float32: the weight, its gradient, 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and its training, in numbers."""
+    """The sizes that decide how much memory a training run needs."""
 
     parameters: int
-    largest_block: int  # the parameters of its largest repeated layer
-    outside_blocks: int  # and of all that is in no repeated layer
-    averaged: bool  # whether averaged weights are kept
-    activations: float  # estimated bytes of a micro-batch on one process
+    largest_block: int  # parameters of the largest transformer block (or other repeated layer)
+    outside_blocks: int  # parameters outside of all blocks
+    ema: bool  # whether an EMA of the weights is kept
+    activations: float  # estimated bytes for a micro-batch on one process
     steps_per_epoch: float
     num_steps: int
-    scored: bool = False  # whether every process samples, to score the samples
+    scored: bool = False  # whether every process draws samples, to score them
 
     def bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
-        """Memory on each of `size` processes, `shared` of them to a copy of the model."""
-        per_parameter = STATE_BYTES + 4 * self.averaged
+        """Bytes on each of `size` processes; under hsdp, `shared` of them hold one copy."""
+        per_parameter = STATE_BYTES + 4 * self.ema
         if strategy == "ddp":
             # DDP reduces gradients in place (gradient_as_bucket_view).
             return self.parameters * per_parameter + self.activations
         shards = min(size, shared) if strategy == "hsdp" else size
-        # Two blocks at a time are gathered, with their gradients, and what is outside the blocks.
+        # Gathered at the same time: two blocks and all outside the blocks, with their gradients.
         gathered = (2 * self.largest_block + self.outside_blocks) * (4 + 4)
         return self.parameters * per_parameter / shards + gathered + self.activations
 
     def host_bytes(self, strategy: Strategy, size: int, shared: int, here: int = 1) -> float:
-        """Host memory for the first `here` processes; on a CPU it comes on top of the device's.
+        """Bytes of host memory that the first `here` processes need together.
 
-        The model is built on its device, shard by shard, so the start needs none. Each process
-        copies its weights, moments and averages for a checkpoint. The first process gathers all
-        weights of a sharded model to draw samples, and every process does so to score them.
+        On a CPU this comes on top of the device's memory. Building the model needs none, because
+        it is built on its device shard by shard. For a checkpoint, the tensors (weights, moments,
+        EMA) are copied to the host by the one process that writes them: the first one under ddp.
+        The first process gathers all weights of a sharded model to draw samples, and every process
+        gathers them to score samples.
         """
-        copied = STATE_BYTES - 4 + 4 * self.averaged  # no gradients
+        copied = STATE_BYTES - 4 + 4 * self.ema  # no gradients
         if strategy == "ddp":
-            return self.parameters * copied * here
+            return self.parameters * copied
         shards = min(size, shared) if strategy == "hsdp" else size
         gathering = here if self.scored else 1
-        return self.parameters * (copied / shards * here + 4 * gathering)
+        return self.parameters * (copied / shards * min(here, shards) + 4 * gathering)
 
 
 def plan_model(
     model: nn.Module,
     block: type[nn.Module],
-    averaged: bool,
+    ema: bool,
     activations: float,
     samples: int,
     batch_size: int,
@@ -82,7 +84,7 @@ def plan_model(
         parameters,
         max(sizes, default=0),
         parameters - sum(sizes),
-        averaged,
+        ema,
         activations,
         samples / batch_size,
         num_steps,
@@ -91,7 +93,7 @@ def plan_model(
 
 
 def check_fits(plan: Plan, config: ParallelConfig, world: World) -> None:
-    """Raise InputError where this device cannot hold the training, with what would."""
+    """Raise InputError where this device cannot hold the run; the message names what would."""
     available = memory_bytes(world.device)
     likely = plan.bytes_per_process(config.strategy, world.size, _shared(config, world))
     needed = likely - plan.activations
@@ -119,8 +121,25 @@ def check_fits(plan: Plan, config: ParallelConfig, world: World) -> None:
     )
 
 
+def approve(
+    plan: Plan,
+    config: Any,  # noqa: ANN401 - any config dataclass
+    parallel: ParallelConfig,
+    world: World,
+    dry_run: bool,
+) -> bool:
+    """Check that the run fits; print the plan of a dry run. Returns whether to start training.
+
+    Raises InputError where the device cannot hold the run.
+    """
+    if dry_run:
+        print_plan(plan, config, parallel, world)
+    check_fits(plan, parallel, world)
+    return not dry_run
+
+
 def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) -> None:  # noqa: ANN401
-    """The resolved configuration, then a table of memory per process; on rank 0 alone."""
+    """Print, on rank 0, the resolved configuration and a table of memory per process."""
     if not world.is_main:
         return
     print(config_text(config))
@@ -153,11 +172,11 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
 def transformer_activations(
     tokens: int, dim: int, ffn_dim: int, num_layers: int, checkpointing: str
 ) -> float:
-    """Estimated bytes that the backward pass of `tokens` tokens keeps, in 16-bit floats.
+    """Estimated bytes of activations kept for the backward pass of `tokens` tokens, in 16 bits.
 
-    A block keeps its two inputs, two norms, q, k, v, the attention's output and its projection
-    (9 dim) and three hidden layers of the FFN (counting the product): what `selective` keeps is
-    about half of it, `full` keeps the input alone and one block in full.
+    A block keeps 9 tensors of width dim (two inputs, two norms, q, k, v, the attention output and
+    its projection) and 4 of width ffn_dim. `selective` keeps about half of them; `full` keeps only
+    the input of each block, and all of the one block that is being recomputed.
     """
     block = 2 * tokens * (9 * dim + 4 * ffn_dim)
     if checkpointing == "full":
@@ -168,10 +187,10 @@ def transformer_activations(
 
 
 def _shared(config: ParallelConfig, world: World, size: int = 0) -> int:
-    """Processes to one copy of the model under hsdp: as asked, or those of a node (else 8)."""
+    """Processes that hold one copy of the model under hsdp: shard_size, or those of a node."""
     return math.gcd(config.shard_size or _node_size(), size or world.size)
 
 
 def _node_size() -> int:
-    """Processes of a node, 8 where the launcher does not say."""
+    """Processes per node; 8 where the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))

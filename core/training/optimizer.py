@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, for every training of the project."""
+"""AdamW, its learning-rate schedule, and the optimizer step, for both training commands."""
 
 import math
 from dataclasses import dataclass
@@ -18,27 +18,30 @@ class OptimizerConfig:
     Args:
         lr: Peak learning rate.
         betas: Decay of the first and second moment.
-        weight_decay: Decoupled decay of tensors with 2 or more dimensions; others have none.
-        clip_norm: Gradients are scaled to at most this L2 norm; 0 leaves them alone.
-        schedule: constant; cosine to lr * final_lr; wsd (constant, then a linear decay).
-        warmup_steps: Steps of linear growth from 0.
-        decay_steps: Length of the linear decay at the end, for wsd alone.
-        final_lr: The share of lr that cosine and wsd end at.
-        on_nan: What a bad step does, one whose gradient is not finite: stop the run, or be skipped.
-        spike_norm: A step whose gradient has a larger L2 norm is bad as well; 0 for none.
-        max_skipped: With on_nan skip, more bad steps in a row than this stop the run.
+        weight_decay: Decoupled weight decay of tensors with 2 or more dimensions; the others
+            (norms, biases) have none.
+        clip_norm: Gradients are scaled down to at most this L2 norm; null for no clipping.
+        schedule: constant; cosine (decays to lr * final_lr); wsd (constant, then linear decay).
+        warmup_steps: Steps of linear warmup from 0.
+        decay_steps: Steps of the linear decay at the end; only for schedule wsd.
+        final_lr: Learning rate at the end of cosine and wsd, as a fraction of lr.
+        on_nan: What to do when a gradient is not finite: stop the run, or skip the step.
+        spike_norm: A gradient with a larger L2 norm is treated like one that is not finite; null
+            for no limit.
+        max_skipped: With on_nan skip, the run stops after more than this many skipped steps in a
+            row.
     """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: int = 0
     decay_steps: int = 0
     final_lr: float = 0.0
     on_nan: Literal["stop", "skip"] = "stop"
-    spike_norm: float = 0.0
+    spike_norm: float | None = None
     max_skipped: int = 20
 
     def __post_init__(self) -> None:
@@ -47,14 +50,16 @@ class OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, each must be in [0, 1)")
         counts = (self.warmup_steps, self.decay_steps, self.max_skipped)
-        if min(self.weight_decay, self.clip_norm, self.spike_norm, *counts) < 0:
-            raise ValueError(
-                "optimizer: weight_decay, clip_norm, spike_norm and all counts must be >= 0"
-            )
+        if min(self.weight_decay, *counts) < 0:
+            raise ValueError("optimizer: weight_decay and all counts must be >= 0")
+        for name in ("clip_norm", "spike_norm"):
+            norm = getattr(self, name)
+            if norm is not None and norm <= 0:
+                raise ValueError(f"optimizer.{name} is {norm}, must be > 0, or null for no limit")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"optimizer.final_lr is {self.final_lr}, must be in [0, 1]")
         if self.decay_steps and self.schedule != "wsd":
-            raise ValueError("optimizer.decay_steps is read by schedule wsd alone")
+            raise ValueError("optimizer.decay_steps needs optimizer.schedule wsd")
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -72,8 +77,8 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters, named, in one decayed and one undecayed group."""
-    # The state dict's names: those of named_parameters change with the wrappers of training.
+    """Fused AdamW over the named trainable parameters, in groups with and without weight decay."""
+    # Names are those of the state dict: named_parameters() adds the prefixes of training wrappers.
     state = model.state_dict(keep_vars=True)
     named = [(n, p) for n, p in state.items() if isinstance(p, nn.Parameter) and p.requires_grad]
     groups = [
@@ -85,11 +90,11 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 class Stepper:
-    """Applies accumulated gradients: clip, skip what is not finite, step; no host sync.
+    """Clips the accumulated gradients and applies them, or skips them; no host sync.
 
     The fused kernels leave parameters and moments untouched where `found_inf` is 1 (the interface
-    that GradScaler uses), so a NaN is noticed on the device and read by the host only in `check`.
-    The norm is that of the gradient over all ranks, so that they skip and stop together.
+    that GradScaler uses), so a NaN is detected on the device, and the host reads it only in
+    `check`. The norm is computed over all ranks, so all ranks skip or stop together.
     """
 
     def __init__(
@@ -103,15 +108,19 @@ class Stepper:
         self.first_bad = torch.full((), 2**62, dtype=torch.int64, device=device)
 
     def step(self, step: int, num_steps: int) -> torch.Tensor:
-        """One optimizer step -> the gradient's L2 norm before clipping, a scalar on the device."""
+        """Do optimizer step `step` and reset the gradients.
+
+        Returns the gradient's L2 norm before clipping, a scalar on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config, num_steps)
-        limit = self.config.clip_norm or float("inf")
+        limit = float("inf") if self.config.clip_norm is None else self.config.clip_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # of all shards: every rank decides alike
-        # A comparison with NaN is false, so this finds what is not finite as well.
-        bad = (~(norm <= (self.config.spike_norm or torch.finfo(norm.dtype).max))).float()
+            norm = norm.full_tensor()  # the norm over all shards, equal on every rank
+        spike = self.config.spike_norm
+        # A comparison with NaN is false, so `bad` is 1 for NaN and infinity too.
+        bad = (~(norm <= (torch.finfo(norm.dtype).max if spike is None else spike))).float()
         self.skipped += bad
         self.in_a_row = (self.in_a_row + bad) * bad
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
@@ -122,9 +131,10 @@ class Stepper:
         return norm
 
     def check(self) -> int:
-        """How many steps were skipped so far; raises InputError where that is not allowed.
+        """The number of steps skipped so far.
 
-        Reads from the device: call it when reporting and before saving.
+        Raises InputError where the configuration does not allow them. This waits for the device
+        (a host sync): call it only when reporting and before saving.
         """
         skipped = int(self.skipped.item())
         if skipped and self.config.on_nan == "stop":
@@ -142,4 +152,4 @@ class Stepper:
 
     def _or_spike(self) -> str:
         norm = self.config.spike_norm
-        return f" (or one above optimizer.spike_norm {norm})" if norm else ""
+        return "" if norm is None else f" (or one above optimizer.spike_norm {norm})"

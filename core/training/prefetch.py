@@ -1,4 +1,4 @@
-"""Batches made ahead by a thread, in pinned memory where there is a GPU to copy them to."""
+"""A thread that prepares batches in advance, in pinned memory if the device is a GPU."""
 
 import queue
 import threading
@@ -11,41 +11,41 @@ import torch
 def prefetch(
     batches: Iterator[tuple[Any, ...]], device: torch.device, depth: int = 2
 ) -> Iterator[tuple[Any, ...]]:
-    """The same batches (tuples of tensors) on `device`, `depth` of them read ahead.
+    """Yield the same batches (tuples of tensors) on `device`, reading up to `depth` in advance.
 
-    Whatever `batches` raises is raised here, in its place in the sequence.
+    An exception of `batches` is raised to the consumer, after the batches that came before it.
     """
     ready: queue.Queue[tuple[Any, ...] | BaseException | None] = queue.Queue(depth)
     pin, closed = device.type == "cuda", threading.Event()
 
     def fill() -> None:
         try:
-            if pin:  # a thread begins on the first GPU, whatever its process works on
+            if pin:  # a new thread starts on GPU 0, whatever GPU its process uses
                 torch.cuda.set_device(device)
             for batch in batches:
                 ready.put(_pinned(batch) if pin else batch)
                 if closed.is_set():
                     return
             ready.put(None)
-        except BaseException as error:  # one that stayed here would leave the consumer waiting
+        except BaseException as error:  # if it were not passed on, the consumer would wait for ever
             ready.put(error)
 
-    # A daemon: a run that stops does not wait for a batch that nobody takes.
+    # A daemon thread, so that a run that stops does not wait for a batch that nobody reads.
     threading.Thread(target=fill, name="prefetch", daemon=True).start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            # Pinned memory lets the copy overlap with the step before.
+            # From pinned memory, the copy overlaps with the computation of the step before.
             yield to_device(item, device)
     finally:
         closed.set()
-        while not ready.empty():  # room for the one batch that the thread may still be putting
+        while not ready.empty():  # makes room for a batch that the thread may be putting
             ready.get_nowait()
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors in tuples
-    """A tensor, or a tuple of them in tuples, on `device`; pinned ones are copied meanwhile."""
+    """A tensor, or nested tuples of them, on `device`; pinned ones are copied without waiting."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=value.is_pinned())
     return tuple(to_device(part, device) for part in value)

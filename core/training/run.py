@@ -1,4 +1,4 @@
-"""A training run's folder: its config, metrics.jsonl, curves, sample grids, progress, trackers."""
+"""The reports of a training run: config.yaml, metrics.jsonl, curves, sample grids, trackers."""
 
 import contextlib
 import json
@@ -25,60 +25,71 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """How often a run reports and saves, in optimizer steps, and where to.
+    """How often a run reports, evaluates and saves. All intervals count optimizer steps.
 
     Args:
-        report_every: Metrics are read from the device and written; the only host sync of the loop.
-        sample_every: Pictures and curves are drawn, and the validation is run, before the first
-            step too; 0 for never.
-        save_every: A checkpoint is written; there is always one at the end.
-        keep_last: Checkpoints to keep.
-        profile_every: One step in so many is profiled for the share of collectives; 0 for none.
-        keep_every: Checkpoints whose step is a multiple of this are kept for good; 0 for none.
-        trackers: Also send the metrics to wandb (WANDB_MODE=offline works) or tensorboard.
-        project: The project's name for wandb.
+        report_every: Interval between reports of the metrics, the only host sync of the loop.
+        sample_every: Interval between evaluations: the validation is run, and samples and curves
+            are drawn. There is also one before the first step and one at the end; null for never.
+        save_every: Interval between checkpoints. A run always ends with a checkpoint.
+        keep_last: Number of the newest checkpoints to keep.
+        keep_every: Checkpoints whose step is a multiple of this are never deleted; null for none.
+        profile_every: Interval between steps that are profiled to measure the share of time spent
+            in collectives; null for never.
+        trackers: Trackers that also get the metrics: wandb (WANDB_MODE=offline works), tensorboard.
+        project: Project name for wandb.
     """
 
     report_every: int = 100
-    sample_every: int = 5000
+    sample_every: int | None = 5000
     save_every: int = 5000
     keep_last: int = 2
-    keep_every: int = 0
-    profile_every: int = 0
+    keep_every: int | None = None
+    profile_every: int | None = None
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     project: str = "llamagen"
 
     def __post_init__(self) -> None:
         if min(self.report_every, self.save_every, self.keep_last) < 1:
             raise ValueError("report: report_every, save_every and keep_last must be >= 1")
-        if min(self.sample_every, self.keep_every, self.profile_every) < 0:
-            raise ValueError("report: sample_every, keep_every and profile_every must be >= 0")
+        optional = (self.sample_every, self.keep_every, self.profile_every)
+        if any(every is not None and every < 1 for every in optional):
+            raise ValueError(
+                "report: sample_every, keep_every and profile_every must be >= 1, or null for never"
+            )
 
     def reports(self, step: int, num_steps: int) -> bool:
         """Whether to report after `step` steps."""
         return step % self.report_every == 0 or step == num_steps
 
     def samples(self, step: int, num_steps: int) -> bool:
-        """Whether to draw and validate after `step` steps."""
-        return self.sample_every > 0 and (step % self.sample_every == 0 or step == num_steps)
+        """Whether to draw samples and validate after `step` steps."""
+        if self.sample_every is None:
+            return False
+        return step % self.sample_every == 0 or step == num_steps
 
     def saves(self, step: int, num_steps: int) -> bool:
         """Whether to save after `step` steps."""
         return step % self.save_every == 0 or step == num_steps
 
 
+# Metrics that are written, but not shown on the progress bar, which has little room.
+_NOT_ON_PROGRESS_BAR = ("lr", "data_wait_share", "memory_gib", "communication_share")
+
+
 class Run:
-    """What a training loop reports to. Only rank 0 writes; the other ranks' calls do nothing."""
+    """Receives what a training loop reports. Only rank 0 writes; other ranks' calls do nothing."""
 
     def __init__(self, folder: Path, config: Any, report: ReportConfig, world: World) -> None:  # noqa: ANN401
         self.folder, self.config, self.report, self.world = Path(folder), config, report, world
         self.trackers: list[Any] = []
 
-    def start(self, first_step: int, num_steps: int, unit: str, flops: float = 0.0) -> None:
-        """Begin or continue at `first_step`; `unit` is what `progress` counts, e.g. "token".
+    def start(self, first_step: int, num_steps: int, unit: str, flops: float | None = None) -> None:
+        """Begin at step 0, or continue at `first_step`.
 
-        flops: of training on one unit; with it, the model FLOPs utilisation (MFU) is reported on
-        devices whose peak is known.
+        unit: What `progress` counts, e.g. "token".
+        flops: Floating-point operations of training on one unit. If given, the model FLOPs
+            utilization (MFU) is reported on devices whose peak is known.
         """
         self.unit, self.flops = unit, flops
         self.units_since, self.waited, self.last_time = 0, 0.0, time.monotonic()
@@ -103,19 +114,19 @@ class Run:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data; its share of the time is reported."""
+        """Context in which the loop waits for data; the share of this time is reported."""
         started = time.monotonic()
         yield
         self.waited += time.monotonic() - started
 
     def begin_step(self, step: int) -> None:
-        """Step number `step` begins; now and then it is profiled."""
+        """Note that step `step` begins, and start the profiler if this step is to be profiled."""
         every = self.report.profile_every
         if self.world.size > 1 and every and step % every == min(10, every - 1):
             self.profile = CollectiveShare(self.world)
 
     def progress(self, units: int) -> None:
-        """One more optimizer step, over `units` tokens or images on all ranks together."""
+        """Count one optimizer step over `units` tokens or images on all ranks together."""
         self.units_since += units
         self.bar.update()
         if self.profile:
@@ -123,7 +134,10 @@ class Run:
             self.profile = None
 
     def log(self, step: int, metrics: Mapping[str, float | torch.Tensor]) -> None:
-        """Write metrics after `step` steps, with the rate since the last report (a host sync)."""
+        """Write metrics after `step` steps, with the throughput since the last report.
+
+        Tensors are read from the device, which waits for it (a host sync).
+        """
         numbers = {name: float(value) for name, value in metrics.items()}
         if self.units_since:
             elapsed = time.monotonic() - self.last_time
@@ -137,16 +151,16 @@ class Run:
             self.units_since, self.waited, self.last_time = 0, 0.0, time.monotonic()
         if not self.world.is_main:
             return
-        hidden = ("lr", "data_wait_share", "memory_gib", "communication_share")
-        shown = {k: f"{v:.4g}" for k, v in numbers.items() if k not in hidden}
-        self.bar.set_postfix(shown)
-        # JSON has no NaN: null keeps the file readable everywhere.
+        self.bar.set_postfix(
+            {k: f"{v:.4g}" for k, v in numbers.items() if k not in _NOT_ON_PROGRESS_BAR}
+        )
+        # JSON has no NaN; null keeps the file readable by every parser.
         line = {k: v if np.isfinite(v) else None for k, v in numbers.items()}
         try:
             with self._metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
-        except OSError as error:  # a full disk; the training is worth more than its report
-            logger.warning("step %d is not reported: %s", step, error)
+        except OSError as error:  # e.g. a full disk: do not stop the training for it
+            logger.warning("the metrics of step %d could not be written: %s", step, error)
         for tracker in self.trackers:
             tracker(step, numbers)
 
@@ -160,10 +174,10 @@ class Run:
             save_png(pixels, folder / f"step_{step:07d}.png")
             draw_curves(self._metrics, self.folder / "curves.png")
         except OSError as error:
-            logger.warning("the samples of step %d are not drawn: %s", step, error)
+            logger.warning("the samples of step %d could not be written: %s", step, error)
 
     def finish(self) -> None:
-        """Close the bar and say where everything is."""
+        """Close the progress bar and print where the results are."""
         self.bar.close()
         if self.world.is_main:
             draw_curves(self._metrics, self.folder / "curves.png")
@@ -182,36 +196,36 @@ class Run:
         save_config(self.config, path)
 
     def _drop_metrics_after(self, step: int) -> None:
-        """A killed run may have reported steps that are computed again."""
+        """Drop the reports of steps that will be computed again, because the run was killed."""
         if not self._metrics.exists():
             return
         kept = []
         for line in self._metrics.read_text().splitlines():
             try:
-                # A run that starts afresh evaluates at step 0 afresh.
+                # A run that restarts at step 0 repeats the evaluation before its first step.
                 if step > 0 and json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
-                continue  # half a line, from a kill while writing
-        aside = self._metrics.with_name(".metrics.jsonl.tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, self._metrics)
+                continue  # an incomplete line: the run was killed while writing it
+        temporary = self._metrics.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._metrics)
 
 
 class CollectiveShare:
-    """Profiles one step: how much of its time collectives take, whether hidden or waited for."""
+    """Profiles one step to measure its time in collectives, overlapped with compute or not."""
 
     def __init__(self, world: World) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if world.device.type == "cuda":
             activities = [torch.profiler.ProfilerActivity.CUDA]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes are not for our users
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own messages
         self.profiler = torch.profiler.profile(activities=activities)
         self.profiler.start()
         self.started = time.monotonic()
 
     def finish(self) -> float:
-        """The share, in 0 .. 1 where collectives run one at a time."""
+        """Time in collectives over the time of the step; at most 1 unless collectives overlap."""
         self.profiler.stop()  # waits for the device
         elapsed = time.monotonic() - self.started
         events = self.profiler.events() or []
@@ -221,8 +235,8 @@ class CollectiveShare:
         return spent / 1e6 / elapsed
 
 
-def begin_run(folder: Path, world: World) -> None:
-    """Make the run's folder; one line instead of a traceback where that cannot be."""
+def make_run_folder(folder: Path, world: World) -> None:
+    """Make the run's folder. Raises InputError where a file has this name."""
     if world.is_main:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file, expected the run's folder")
@@ -231,7 +245,7 @@ def begin_run(folder: Path, world: World) -> None:
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Plot every metric of a metrics.jsonl against the step, one panel each; nothing yet: none."""
+    """Plot every metric of a metrics.jsonl against the step, one panel each, if there is any."""
     if not metrics.exists():
         return
     import matplotlib
@@ -258,14 +272,14 @@ def draw_curves(metrics: Path, path: Path) -> None:
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=100)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)
-    os.replace(aside, path)
+    os.replace(temporary, path)
 
 
 def _open_tracker(name: str, folder: Path, config: Any, report: ReportConfig) -> Any:  # noqa: ANN401
-    """A function (step, numbers) that forwards metrics."""
+    """A function (step, numbers) that sends metrics to the tracker."""
     if name == "wandb":
         import wandb
 

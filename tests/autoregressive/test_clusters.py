@@ -34,11 +34,18 @@ def validation_losses(out: Path) -> dict[int, float]:
 @pytest.mark.slow
 def test_sharded_processes_give_the_losses_and_the_checkpoint_of_one(tmp_path):
     codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
-    more = ("--num_steps", 20, "--validation", f"[{held_out}]", "--ema_decay", 0.9)
+    more = (
+        "--training.num_steps",
+        20,
+        "--validation",
+        f"[{held_out}]",
+        "--training.ema_decay",
+        0.9,
+    )
     more = (*more, "--report.sample_every", 8)  # in the middle too: what is gathered is let go
     run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
     for name, processes, strategy in (
-        ("fsdp2", 2, (*FSDP, "--gradient_accumulation", 2)),
+        ("fsdp2", 2, (*FSDP, "--training.gradient_accumulation", 2)),
         ("fsdp4", 4, FSDP),
         ("hsdp", 4, HSDP),
     ):
@@ -58,7 +65,7 @@ def test_sharded_processes_give_the_losses_and_the_checkpoint_of_one(tmp_path):
 def test_sharded_processes_give_the_losses_of_one_on_captions(tmp_path):
     codes = write_codes(tmp_path / "codes", pairs_fingerprint="same")
     features = write_features(tmp_path / "features", pairs_fingerprint="same")
-    more = ("--num_steps", 20, "--data.features", features)
+    more = ("--training.num_steps", 20, "--data.features", features)
     run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
     for name, processes, strategy in (
         ("ddp2", 2, ()),
@@ -76,14 +83,14 @@ def test_a_sharded_checkpoint_continues_on_fewer_processes_and_under_ddp(tmp_pat
     codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
     more = ("--validation", f"[{held_out}]", "--report.sample_every", 6)
     first = flags(codes, tmp_path / "first", *more, *FSDP)
-    run_module("autoregressive.train", *first, "--num_steps", 6, processes=4)
+    run_module("autoregressive.train", *first, "--training.num_steps", 6, processes=4)
     expected = validation_losses(tmp_path / "first")[6]
     ends = []
     for name, processes, strategy in (("two", 2, FSDP), ("one", 1, ()), ("ddp", 2, ())):
         subprocess.run(["cp", "-r", tmp_path / "first", tmp_path / name], check=True)
         # A step that changes nothing shows the loss that the restored weights have.
         still = (*more, *strategy, "--optimizer.lr", 1e-30, "--report.sample_every", 7)
-        still = flags(codes, tmp_path / name, *still, "--num_steps", 7)
+        still = flags(codes, tmp_path / name, *still, "--training.num_steps", 7)
         run_module("autoregressive.train", *still, processes=processes)
         assert validation_losses(tmp_path / name)[7] == pytest.approx(expected, abs=1e-5)
         subprocess.run(["rm", "-r", tmp_path / name], check=True)
@@ -140,8 +147,8 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path, strategy):
     codes = write_codes(tmp_path / "codes")
-    more = ("--model.token_dropout", 0.1, "--num_steps", 40, "--report.save_every", 5)
-    more = (*more, "--ema_decay", 0.9, "--parallel.strategy", strategy)
+    more = ("--model.token_dropout", 0.1, "--training.num_steps", 40, "--report.save_every", 5)
+    more = (*more, "--training.ema_decay", 0.9, "--parallel.strategy", strategy)
     whole = flags(codes, tmp_path / "whole", *more)
     run_module("autoregressive.train", *whole, processes=2)
     for name, number in (("killed", signal.SIGKILL), ("asked", signal.SIGTERM)):
@@ -165,7 +172,7 @@ def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path
 def test_a_run_asked_to_stop_saves_and_leaves_with_the_requeue_code(tmp_path, number):
     codes = write_codes(tmp_path / "codes")
     out = tmp_path / "run"
-    run = flags(codes, out, "--num_steps", 100000, "--report.save_every", 100000)
+    run = flags(codes, out, "--training.num_steps", 100000, "--report.save_every", 100000)
     line = command("autoregressive.train", *run)
     process = subprocess.Popen(line, cwd=ROOT, env=QUICK, stderr=subprocess.PIPE, text=True)
     wait_for_lines(out / "metrics.jsonl", 3, process)
@@ -245,7 +252,7 @@ def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
         "        core.training.run.Run.start = full\n"
     )
     path = f"{tmp_path}:{ROOT}"
-    done = launched(flags(codes, tmp_path / "run", "--num_steps", 2), PYTHONPATH=path)
+    done = launched(flags(codes, tmp_path / "run", "--training.num_steps", 2), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no space left on device; run the same command again" in done.stderr
     assert (tmp_path / "attempts").read_text() == "xxxx"  # two ranks, twice
@@ -256,7 +263,7 @@ def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
 def test_a_run_starts_from_the_same_weights_under_every_strategy(tmp_path):
     codes = write_codes(tmp_path / "codes")
     # A step that changes nothing: what is saved after it are the initial weights.
-    more = ("--num_steps", 1, "--optimizer.lr", 1e-30, "--ema_decay", 0.9)
+    more = ("--training.num_steps", 1, "--optimizer.lr", 1e-30, "--training.ema_decay", 0.9)
     run_module("autoregressive.train", *flags(codes, tmp_path / "one", *more))
     for name, processes, strategy in (("fsdp2", 2, FSDP), ("hsdp", 4, HSDP)):
         run = flags(codes, tmp_path / name, *more, *strategy)

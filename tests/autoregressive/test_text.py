@@ -33,6 +33,7 @@ from tokenizer import VQConfig, VQModel
 
 CPU = ("--device", "cpu")
 FP32 = (*CPU, "--precision", "fp32")
+TRAIN_CPU = ("--training.device", "cpu", "--training.precision", "fp32")
 MODEL = ("--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32)
 
 
@@ -68,8 +69,8 @@ def train(made: Path, out: Path, *more: object, codes: str = "codes8", ok: bool 
     return run_module(
         "autoregressive.train",
         *("--data.codes", f"[{made / codes}]", "--data.features", made / "features"),
-        *("--data.short_caption", "first_sentence", "--out", out, *MODEL, *FP32),
-        *("--num_steps", 6, "--batch_size", 8, "--report.report_every", 1, *more),
+        *("--data.short_caption", "first_sentence", "--out", out, *MODEL, *TRAIN_CPU),
+        *("--training.num_steps", 6, "--training.batch_size", 8, "--report.report_every", 1, *more),
         ok=ok,
     )
 
@@ -160,7 +161,8 @@ def test_pairs_of_a_tar_are_encoded_while_training_and_bad_ones_counted(made, ti
     members |= {"003.txt": b"caf\xe9", "004.txt": b" ", "005.jpg": jpeg(side=1)}
     members["006.txt"] = b"a red cat " * 30
     write_tar(tmp_path / "00000.tar", members)
-    run = ("--out", tmp_path / "run", *MODEL, *FP32, "--num_steps", 6, "--batch_size", 8)
+    run = ("--out", tmp_path / "run", *MODEL, *TRAIN_CPU)
+    run = (*run, "--training.num_steps", 6, "--training.batch_size", 8)
     live = {
         "pairs.source": tmp_path / "00000.tar",
         "tokenizer": made / "vq",
@@ -253,7 +255,7 @@ def test_the_text_encoder_of_sample_prompts_is_loaded_once_and_only_where_they_a
     monkeypatch.setattr(captions_module, "load_text_encoder", load)
     prompts = ("a red cat", "a blue dog")
     config = TrainConfig(tmp_path / "run", data_config, sample_prompts=prompts)
-    quiet = dataclasses.replace(config, report=ReportConfig(sample_every=0))
+    quiet = dataclasses.replace(config, report=ReportConfig(sample_every=None))
     joined = TextDataset(data_config)
     gpt_config = GPTConfig(num_layers=1, num_heads=2, dim=32, **joined.model_fields())
     vq = VQModel(VQConfig(base_channels=32, channel_multipliers=(1, 1), vocab_size=50))

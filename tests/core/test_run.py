@@ -6,7 +6,7 @@ from helpers.config import Inner
 
 from core.config import InputError
 from core.distributed.world import World
-from core.training.run import ReportConfig, Run, begin_run
+from core.training.run import ReportConfig, Run, make_run_folder
 
 
 def report(folder, world, first_step: int, steps: range, config: Inner) -> Run:
@@ -56,7 +56,7 @@ def test_only_the_main_rank_writes(tmp_path, world):
 
 
 def test_a_run_reports_by_its_intervals_and_at_the_end():
-    config = ReportConfig(report_every=2, sample_every=0, save_every=3)
+    config = ReportConfig(report_every=2, sample_every=None, save_every=3)
     assert [s for s in range(1, 6) if config.reports(s, 5)] == [2, 4, 5]
     assert [s for s in range(1, 6) if config.saves(s, 5)] == [3, 5]
     assert not any(config.samples(s, 5) for s in range(1, 6))
@@ -96,4 +96,4 @@ def test_a_picture_can_be_drawn_before_anything_is_reported(tmp_path, world, cap
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path, world):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
-        begin_run(tmp_path / "file", world)
+        make_run_folder(tmp_path / "file", world)

@@ -45,7 +45,7 @@ def test_only_matrices_are_decayed():
 
 def test_the_optimiser_is_adamw_of_the_library():
     ours, theirs = network(), network()
-    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_norm=0)
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_norm=None)
     train(ours, Stepper(build_adamw(ours, config), config, CPU), range(5))
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]
     others = [p for p in theirs.parameters() if p.ndim < 2]

@@ -19,8 +19,17 @@ MODEL = ("--model.num_layers", 2, "--model.num_heads", 2, "--model.dim", 32)
 
 def flags(codes: Path, out: Path, *more: object) -> list[object]:
     """Flags of autoregressive.train for a tiny model and 12 steps, reported and saved often."""
-    common = ("--data.codes", f"[{codes}]", "--out", out, "--device", "cpu", "--precision", "fp32")
-    run = ("--num_steps", STEPS, "--batch_size", 8, "--report.report_every", 1)
+    common = (
+        "--data.codes",
+        f"[{codes}]",
+        "--out",
+        out,
+        "--training.device",
+        "cpu",
+        "--training.precision",
+        "fp32",
+    )
+    run = ("--training.num_steps", STEPS, "--training.batch_size", 8, "--report.report_every", 1)
     return [*common, *run, "--report.save_every", 2, "--optimizer.lr", 1e-3, *MODEL, *more]
 
 

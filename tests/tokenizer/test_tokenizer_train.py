@@ -16,8 +16,8 @@ from tokenizer.train import TrainConfig, train
 STEPS = 8
 MODEL = ("--model.base_channels", 32, "--model.channel_multipliers", "[1,1]")
 SMALL = (*MODEL, "--model.num_res_blocks", 1, "--model.z_channels", 16, "--model.vocab_size", 32)
-GAME = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
-GAME = (*GAME, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
+ADVERSARIAL = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
+ADVERSARIAL = (*ADVERSARIAL, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
 STYLEGAN = ("--loss.discriminator_start", 0, "--discriminator.kind", "stylegan")
 STYLEGAN = (*STYLEGAN, "--discriminator.max_channels", 8)
 
@@ -34,7 +34,16 @@ def write_pictures(folder: Path, count: int = 12) -> Path:
 
 def flags(data: Path, out: Path, *more: object) -> list[object]:
     common = ("--data", data, "--out", out, "--image_size", "[16,16]", "--num_workers", 0)
-    run = ("--device", "cpu", "--precision", "fp32", "--num_steps", STEPS, "--batch_size", 4)
+    run = (
+        "--training.device",
+        "cpu",
+        "--training.precision",
+        "fp32",
+        "--training.num_steps",
+        STEPS,
+        "--training.batch_size",
+        4,
+    )
     often = ("--report.report_every", 1, "--report.save_every", 2, "--validation_images", 4)
     return [*common, *run, *often, "--loss.perceptual_weight", 0, *SMALL, *more]
 
@@ -55,7 +64,7 @@ def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     data = write_pictures(tmp_path / "data")
-    more = (*GAME, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    more = (*ADVERSARIAL, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
     run_module("tokenizer.train", *flags(data, tmp_path / "whole", *more))
     # Recomputed activations change nothing, and their wrappers stay out of the checkpoints.
     recompute = ("--parallel.activation_checkpointing", "full")
@@ -71,11 +80,11 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("game", [("--loss.adversarial_weight", 0), STYLEGAN])
-def test_two_processes_give_the_losses_of_one(tmp_path, game):
+@pytest.mark.parametrize("loss", [("--loss.adversarial_weight", 0), STYLEGAN])
+def test_two_processes_give_the_losses_of_one(tmp_path, loss):
     data = write_pictures(tmp_path / "data")
-    run_module("tokenizer.train", *flags(data, tmp_path / "one", *game))
-    run_module("tokenizer.train", *flags(data, tmp_path / "two", *game), processes=2)
+    run_module("tokenizer.train", *flags(data, tmp_path / "one", *loss))
+    run_module("tokenizer.train", *flags(data, tmp_path / "two", *loss), processes=2)
     names = {"reconstruction", "codebook", "commitment", "generator", "discriminator"}
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in names & one.keys():
@@ -85,7 +94,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, game):
 @pytest.mark.slow
 def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_path):
     data = write_pictures(tmp_path / "data")
-    more = (*GAME, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
+    more = (*ADVERSARIAL, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
     run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     history = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
     assert history[-1]["reconstruction"] < history[0]["reconstruction"]
@@ -117,7 +126,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     whole = (data / "class0" / "0.png").read_bytes()
     (data / "class0" / "broken.png").write_bytes(whole[: len(whole) // 2])
     (data / "class1" / "text.jpg").write_text("no picture")
-    more = ("--num_steps", 2 * STEPS)
+    more = ("--training.num_steps", 2 * STEPS)
     done = run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     named = (tmp_path / "run" / "skipped_rank0.txt").read_text()
     assert "broken.png\tdamaged image" in named
@@ -132,7 +141,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     [
         (("--loss.nope", 1), "nope"),
         (("--image_size", "[15,16]"), "image_size"),
-        (("--batch_size", "many"), "batch_size"),
+        (("--training.batch_size", "many"), "training.batch_size"),
         (("--data", "nowhere"), "nowhere"),
         (("--loss.perceptual_weight", 1, "--loss.vgg_weights", "no.pth"), "vgg16-397923af.pth"),
     ],
@@ -159,7 +168,7 @@ def test_a_loss_that_explodes_stops_at_a_named_step(tmp_path, world):
 
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     data = write_pictures(tmp_path / "data")
-    run = flags(data, tmp_path / "run", "--batch_size", "many")
+    run = flags(data, tmp_path / "run", "--training.batch_size", "many")
     failed = run_module("tokenizer.train", *run, ok=False)
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1
