@@ -155,7 +155,8 @@ def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path
         for part in ("model", "ema", "training/optimizer"):
             first, second = (weights(tmp_path / n, 80, part) for n in ("whole", name))
             assert all(torch.equal(first[key], second[key]) for key in first), part
-        happened = "SIGKILL" if number == signal.SIGKILL else f"leaving with code {REQUEUE}"
+        killed = number == signal.SIGKILL
+        happened = "(exitcode: -9)" if killed else f"leaving with code {REQUEUE}"
         assert happened in log(), "the run was over before the signal"
 
 
