@@ -1,9 +1,10 @@
 """The whole pipeline on real handwritten digits, in minutes on two cores, with no download.
 
-    make demo        (or: python scripts/demo.py; --out FOLDER puts it elsewhere)
+    make demo
+    python scripts/demo.py --out runs/demo
 
-Runs the commands that a cluster run uses, with the configs in configs/demo/, and prints what came
-out. Run it again and every finished stage is recognised; a killed one continues.
+Runs the commands of a full-size training with the configs in configs/demo/, and prints the results.
+Run it again: finished stages are recognised, and a stage that was killed continues.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from sklearn.svm import SVC
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = Path("configs") / "demo"
 SIDE = 32  # pixels
-HELD_OUT = 300  # real digits that neither the models nor the judge are trained on
+HELD_OUT = 300  # real digits on which neither the models nor the classifier are trained
 
 
 def main() -> None:
@@ -82,19 +83,19 @@ def run_stage(module: str, config: Path, *flags: object) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 handwritten digits as pictures, class = folder, once."""
+    """scikit-learn's 1,797 handwritten digits as images, a folder per class, written once."""
     if folder.exists():
         return
     flat, classes = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(classes))
-    aside = folder.with_name("digits.tmp")
+    temporary = folder.with_name("digits.tmp")
     for number, i in enumerate(order):
         split = "test" if number < HELD_OUT else "train"
-        path = aside / split / str(classes[i]) / f"{i:04d}.png"
+        path = temporary / split / str(classes[i]) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((flat[i].reshape(8, 8) * 255 / 16).astype(np.uint8))
         grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(path)
-    aside.rename(folder)
+    temporary.rename(folder)
 
 
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -104,8 +105,8 @@ def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return pixels, np.array([int(path.parent.name) for path in paths])
 
 
-def judge_features(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (n, side, side, 3) -> the judge's view: grey at half size, (n, side**2 / 4)."""
+def classifier_features(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (n, side, side, 3) -> classifier input: grey at half size, (n, side**2 / 4)."""
     grey = pixels.astype(np.float32).mean(axis=3) / 255
     return (
         grey.reshape(len(grey), SIDE // 2, 2, SIDE // 2, 2).mean(axis=(2, 4)).reshape(len(grey), -1)
@@ -113,11 +114,11 @@ def judge_features(pixels: np.ndarray) -> np.ndarray:
 
 
 def print_table(out: Path, seconds: float) -> None:
-    """What a person wants to know of the run, and where to look."""
-    judge = SVC(C=10).fit(*_judged(out / "digits" / "train"))
-    real_accuracy = judge.score(*_judged(out / "digits" / "test"))
+    """Print the scores of the run and where its images are."""
+    classifier = SVC(C=10).fit(*_labelled_features(out / "digits" / "train"))
+    real_accuracy = classifier.score(*_labelled_features(out / "digits" / "test"))
     with np.load(out / "samples" / "samples.npz", allow_pickle=False) as file:
-        agreement = judge.score(judge_features(file["arr_0"]), file["arr_1"])
+        agreement = classifier.score(classifier_features(file["arr_0"]), file["arr_1"])
     reconstruction = json.loads((out / "reconstructions" / "scores.json").read_text())
     scores = json.loads((out / "scores" / "scores.json").read_text())
     lines = (out / "gpt" / "metrics.jsonl").read_text().splitlines()
@@ -127,7 +128,7 @@ def print_table(out: Path, seconds: float) -> None:
         ("codebook usage", f"{100 * reconstruction['codebook_usage']:.1f} %"),
         ("validation loss (nats per code)", f"{losses[-1]['validation_loss']:.3f}"),
         ("agreement (1,000 generated digits)", f"{agreement:.3f}"),
-        ("judge's accuracy on held-out real digits", f"{real_accuracy:.3f}"),
+        ("classifier accuracy on held-out real digits", f"{real_accuracy:.3f}"),
         ("proxy Frechet distance (NOT FID)", f"{scores['proxy_fd']:.4f}"),
         ("time", f"{seconds:.0f} s"),
     ]
@@ -139,9 +140,9 @@ def print_table(out: Path, seconds: float) -> None:
         print(out / path)
 
 
-def _judged(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _labelled_features(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     pixels, classes = read_digits(folder)
-    return judge_features(pixels), classes
+    return classifier_features(pixels), classes
 
 
 if __name__ == "__main__":

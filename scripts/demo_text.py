@@ -1,11 +1,11 @@
-"""Text to image in minutes on two cores, with no download: shapes drawn under captions.
+"""Text to image in minutes on two cores, with no download: drawings of shapes with captions.
 
     make demo-text
     python scripts/demo_text.py --prompt "a small red circle in the middle"
 
-Draws captioned pictures, makes a tiny T5, trains tokenizer and decoder with the commands of a
-cluster run, then samples 500 captions that no training picture had and lets a checker read the
-pictures. Run it again and finished stages are recognised: only new prompts are drawn.
+Draws captioned images, makes a tiny T5, trains the tokenizer and the GPT with the commands of a
+full-size training, samples 500 captions that no training image has, and checks the samples. Run it
+again: finished stages are recognised, and only new prompts are sampled.
 """
 
 import argparse
@@ -21,22 +21,22 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import run_stage
-from shapes import Scene, all_scenes, draw, judge
+from shapes import Scene, all_scenes, check, draw
 
 HELD_OUT = (350, 150)  # captions of one object, of two
-PICTURES = 4  # of each training caption
+IMAGES = 4  # of each training caption
 T5_STEPS, T5_CONTEXT = 400, 3  # training steps; words on either side that a byte learns
-CHECKED = 1000  # drawn pictures that validate the checker
+CHECKED = 1000  # drawings that validate the checker
 
 
 def main() -> None:
     """Run every stage, then print the table."""
-    parser = argparse.ArgumentParser(description="Text to image on drawn shapes.")
+    parser = argparse.ArgumentParser(description="Text to image on drawings of shapes.")
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo_text", help="its folder")
-    parser.add_argument("--prompt", action="append", default=[], help="draw this too; repeatable")
+    parser.add_argument("--prompt", action="append", default=[], help="sample this too; repeatable")
     options = parser.parse_args()
     out, started = options.out, time.monotonic()
-    held_out = write_pictures(out)
+    held_out = write_images(out)
     seen = {path.read_text() for path in (out / "train").glob("*.txt")}
     write_t5(out / "t5", sorted(seen))
     pairs = ("--pairs.source", out / "train")
@@ -76,8 +76,8 @@ def stage(module: str, config: str, *flags: object) -> None:
     run_stage(module, Path("configs") / "demo_text" / config, *flags)
 
 
-def write_pictures(out: Path) -> list[Scene]:
-    """Draw the training pictures once, and list the captions that are held out."""
+def write_images(out: Path) -> list[Scene]:
+    """Draw the training images once, and list the captions that are held out."""
     random = np.random.default_rng(0)
     scenes = all_scenes()
     order = random.permutation(len(scenes))
@@ -90,15 +90,15 @@ def write_pictures(out: Path) -> list[Scene]:
     held_out = [scenes[i] for i in held]
     if (out / "train").exists():
         return held_out
-    aside = out / "train.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for number, i in enumerate(np.setdiff1d(order, held).repeat(PICTURES)):
-        path = aside / f"{number:05d}.png"
+    temporary = out / "train.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for number, i in enumerate(np.setdiff1d(order, held).repeat(IMAGES)):
+        path = temporary / f"{number:05d}.png"
         Image.fromarray(draw(scenes[i], random)).save(path)
         path.with_suffix(".txt").write_text(scenes[i].caption)
     (out / "held_out.txt").write_text("".join(f"{scene.caption}\n" for scene in held_out))
-    aside.rename(out / "train")
+    temporary.rename(out / "train")
     return held_out
 
 
@@ -113,14 +113,14 @@ def write_t5(folder: Path, captions: list[str]) -> None:
     model, tokenizer = T5EncoderModel(config), ByT5Tokenizer(extra_ids=125)
     print(f"\ntraining a tiny T5 on {len(captions)} captions", flush=True)
     train_t5(model, tokenizer, captions)
-    aside = folder.with_name("t5.tmp")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    temporary = folder.with_name("t5.tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
 
 
 def train_t5(model: Any, tokenizer: Any, captions: list[str]) -> None:  # noqa: ANN401
-    """Every byte learns to tell its own word and those around it: what stands where, and by what.
+    """Train each byte to predict its own word and the words around it.
 
     Released T5 encoders have learnt far more; this much is needed to tell "a red circle above a
     blue cross" from its reverse.
@@ -156,20 +156,20 @@ def train_t5(model: Any, tokenizer: Any, captions: list[str]) -> None:  # noqa: 
 
 
 def print_table(out: Path, held_out: list[Scene], seconds: float) -> None:
-    """What a person wants to know of the run, and where to look."""
+    """Print the scores of the run and where its images are."""
     random = np.random.default_rng(1)
     scenes = all_scenes()
     chosen = [scenes[i] for i in random.integers(0, len(scenes), CHECKED)]
-    checker = np.mean([judge(scene, draw(scene, random)).both for scene in chosen])
+    checker = np.mean([check(scene, draw(scene, random)).both for scene in chosen])
     with np.load(out / "samples" / "samples.npz", allow_pickle=False) as file:
-        verdicts = np.array([judge(*pair) for pair in zip(held_out, file["arr_0"], strict=True)])
+        verdicts = np.array([check(*pair) for pair in zip(held_out, file["arr_0"], strict=True)])
     colour, shape, both = verdicts.mean(0)
     print()
     for name, value in (
         (f"alignment, colour ({len(held_out)} held-out prompts)", f"{colour:.3f}"),
         ("alignment, shape", f"{shape:.3f}"),
         ("alignment, both", f"{both:.3f}"),
-        (f"the checker on {CHECKED} drawn pictures", f"{checker:.3f}"),
+        (f"the checker on {CHECKED} drawings", f"{checker:.3f}"),
         ("time", f"{seconds:.0f} s"),
     ):
         print(f"{name:<46} {value}")

@@ -1,6 +1,6 @@
-"""Captioned pictures of coloured shapes, and a checker that reads them: the text demo's world.
+"""Captioned images of coloured shapes, and a checker that reads them: the text demo's world.
 
-The checker knows the palette and the outlines, but nothing of how a picture was made: it finds
+The checker knows the palette and the outlines, but nothing of how an image was made: it finds
 patches of colour and compares each patch's outline with those of the shapes.
 """
 
@@ -33,7 +33,7 @@ PAIRS = {"left of": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
 PAIR_SIZE = 6.0
 PAIR_SCENES = 720  # of the 1,152 that could be said
 BACKGROUND = (25, 25, 30)
-FINE = 8  # drawn so many times larger, then reduced
+FINE = 8  # scale of the drawing before it is reduced
 PATCH = 16  # an outline is compared at this size
 LEAST_AREA = 12  # pixels: smaller patches are specks
 
@@ -81,7 +81,7 @@ def all_scenes() -> list[Scene]:
 
 
 def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
-    """A picture (SIDE, SIDE, 3) uint8 of a scene, a little off its place and colour."""
+    """An image (SIDE, SIDE, 3) uint8 of a scene, a little off its place and colour."""
     canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
     for thing in scene.things:
@@ -119,7 +119,7 @@ class Found(NamedTuple):
 
 
 def find_things(pixels: np.ndarray) -> list[Found]:
-    """The patches of colour in a picture (SIDE, SIDE, 3) uint8, the largest first."""
+    """The patches of colour in an image (SIDE, SIDE, 3) uint8, the largest first."""
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
     distance = np.abs(pixels[:, :, None].astype(np.float32) - palette).sum(-1)
     inside = distance.argmin(-1) > 0
@@ -175,7 +175,7 @@ class Verdict(NamedTuple):
     both: bool
 
 
-def judge(scene: Scene, pixels: np.ndarray) -> Verdict:
+def check(scene: Scene, pixels: np.ndarray) -> Verdict:
     """Is every object of the scene there, each nearest to its place, and nothing else?"""
     found = find_things(pixels)
     if len(found) != len(scene.things):

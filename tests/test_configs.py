@@ -1,39 +1,19 @@
-"""Every YAML parses into its command's config, round-trips, and no field is dead."""
+"""Every YAML parses into its command's config and round-trips; no field is unread."""
 
-import ast
 import dataclasses
 import importlib
 import re
-import shlex
+import types
+from dataclasses import dataclass, field
 
 import pytest
+from helpers.command_lines import COMMANDS, PACKAGES, config_class, parse_command
+from helpers.field_reads import Reads, declaring_classes, field_reads
 from helpers.paths import ROOT
 
-from core.config import load_config, parse_config, save_config
+from core.config import load_config, save_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-COMMANDS = [
-    f"{path.parent.name}.{path.stem}"
-    for package in ("evaluations", "language", "tokenizer", "autoregressive")
-    for path in sorted((ROOT / package).glob("*.py"))
-    if "parse_config(" in path.read_text()
-]
-
-
-def config_class(module: str) -> type:
-    """The dataclass that the module's main() parses."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse_config":
-            return getattr(importlib.import_module(module), node.args[0].id)
-    raise AssertionError(f"{module} parses no config")
-
-
-def parse_command(line: str) -> object:
-    """Parse the flags of a command line that a document shows."""
-    words = shlex.split(line, comments=True)
-    start = max(i for i, word in enumerate(words) if word == "-m") + 1
-    return parse_config(config_class(words[start]), words[start + 1 :])
 
 
 def header(path) -> dict[str, str]:
@@ -55,36 +35,96 @@ def test_every_yaml_opens_with_its_command_which_parses_and_round_trips(
 
 
 def nested(kind: type) -> set[type]:
+    """A config class and the config classes of its fields, at any depth."""
     found = {kind}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            found |= nested(field.type)
+    for part in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(part.type):
+            found |= nested(part.type)
     return found
 
 
-def attributes(node: ast.AST) -> set[str]:
-    """Attribute names below a node; a field that only its own check reads does nothing."""
-    if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
-        return set()
-    own = {node.attr} if isinstance(node, ast.Attribute) else set()
-    return own.union(*(attributes(child) for child in ast.iter_child_nodes(node)))
+@pytest.fixture(scope="module")
+def config_classes() -> set[type]:
+    return set().union(*(nested(config_class(command)) for command in COMMANDS))
 
 
-def test_every_field_of_every_config_is_read_and_documented():
-    kinds = set().union(*(nested(config_class(command)) for command in COMMANDS))
-    read = set()
-    for package in ("core", "evaluations", "language", "tokenizer", "autoregressive"):
-        for path in (ROOT / package).rglob("*.py"):
-            read |= attributes(ast.parse(path.read_text()))
-    for kind in kinds:
-        for field in dataclasses.fields(kind):
-            assert field.name in read, f"{kind.__name__}.{field.name} is never read"
-            bases = "".join(base.__doc__ or "" for base in kind.__mro__)
-            assert re.search(rf"^\s+{field.name}: ", bases, re.M), f"{kind.__name__}.{field.name}"
+@pytest.fixture(scope="module")
+def reads() -> Reads:
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    paths += [ROOT / f"{command.replace('.', '/')}.py" for command in COMMANDS]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return field_reads(importlib.import_module(n.removesuffix(".__init__")) for n in sorted(names))
+
+
+def test_every_config_is_frozen(config_classes):
+    thawed = [kind for kind in config_classes if not kind.__dataclass_params__.frozen]
+    assert thawed == []
+
+
+def documentation(kind: type) -> str:
+    return "".join(base.__doc__ or "" for base in kind.__mro__)
+
+
+def test_every_field_of_every_config_is_documented(config_classes):
+    missing = {
+        f"{kind.__name__}.{part.name}"
+        for kind in config_classes
+        for part in dataclasses.fields(kind)
+        if not re.search(
+            rf"^\s+{part.name}: ", "".join(b.__doc__ or "" for b in kind.__mro__), re.M
+        )
+    }
+    assert missing == set()
+
+
+def unread_fields(kinds: set[type], reads: Reads) -> list[str]:
+    return sorted(
+        f"{kind.__module__}.{kind.__name__}.{part.name}"
+        for kind in kinds
+        for part in dataclasses.fields(kind)
+        if not any((base, part.name) in reads for base in declaring_classes(kind, part.name))
+    )
+
+
+def test_every_field_of_every_config_is_read(config_classes, reads):
+    unread = unread_fields(config_classes, reads)
+    assert not unread, "\n".join(unread)
+
+
+@dataclass(frozen=True)
+class _Inner:
+    used: int = 0
+    unused: int = 0
+
+
+@dataclass(frozen=True)
+class _Outer:
+    inner: _Inner = field(default_factory=_Inner)
+    checked: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.checked >= 0
+
+
+class _Other:
+    unused = 1
+
+
+def _uses(config: _Outer, other: _Other) -> int:
+    inner = config.inner
+    return inner.used + other.unused
+
+
+def test_a_field_is_unread_where_only_its_own_check_or_another_class_has_its_name():
+    module = types.ModuleType("example")
+    vars(module).update(globals())
+    module.__file__ = __file__
+    found = unread_fields({_Inner, _Outer}, field_reads([module]))
+    assert [name.split("_")[-1] for name in found] == ["Inner.unused", "Outer.checked"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_how_it_is_called(command):
     module = importlib.import_module(command)
-    assert f"python -m {command} " in module.__doc__
-    assert callable(module.main)
+    assert f"python -m {command}" in module.__doc__
+    assert callable(getattr(module, "main", None)) or command.startswith("benchmarks.")

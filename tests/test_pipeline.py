@@ -69,13 +69,16 @@ def test_images_become_scores_through_every_command(tmp_path):
         *("--compute.device", "cpu", "--compute.precision", "fp32", "--grid_columns", 6),
         *("--conditions.labels", "balanced"),
     )
-    run_module(
-        "evaluations.score",
-        *("--samples", tmp_path / "samples", "--reference", reference),
-        *("--out", tmp_path / "scores", *proxy),
-    )
-    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert np.isfinite(json.loads(json.dumps(scores))["proxy_fd"])
+    scores = {}
+    for images in ("samples", "train", "val"):
+        out = tmp_path / "scores" / images
+        samples = ("--samples", tmp_path / images, "--reference", reference)
+        run_module("evaluations.score", *samples, "--out", out, *proxy)
+        scores[images] = json.loads((out / "scores.json").read_text())
+    assert [scores[images]["n"] for images in ("samples", "train", "val")] == [12, 24, 8]
+    # The reference's own images are at distance 0; six steps of training do not get near them.
+    assert abs(scores["train"]["proxy_fd"]) < 1e-6
+    assert scores["samples"]["proxy_fd"] > scores["val"]["proxy_fd"] > 1e-3
     history = [json.loads(line) for line in (gpt / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in history if "proxy_fd" in line] == [3, 6]
     for picture in (
