@@ -7,7 +7,6 @@ listed once and kept beside it in `.pairs/`, where the folder can be written to.
 
 import hashlib
 import json
-import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from core.config import InputError
 from core.data.image_list import IMAGE_SUFFIXES
 from core.data.images import ImageError, load_image
+from core.files import atomic_write
 
 PARTS = ("picture", "txt", "json")
 FIRST_SENTENCE = "first_sentence"  # a variant made from the first one
@@ -270,12 +270,10 @@ def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
     except tarfile.TarError as error:
         raise InputError(f"{path}: not an uncompressed tar, or damaged ({error})") from error
     keys, places = list(found), np.array(list(found.values()), np.int64).reshape(-1, 6)
-    aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
     try:
         kept.parent.mkdir(exist_ok=True)
-        with aside.open("wb") as file:
+        with atomic_write(kept) as file:
             np.savez(file, version=version, keys=np.array(keys, str), places=places)
-        os.replace(aside, kept)
     except OSError:
         pass  # a folder that cannot be written to: listed again next time
     return keys, places

@@ -5,7 +5,6 @@
 
 import io
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from core.config import InputError
+from core.errors import InputError
+from core.files import atomic_write
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow only warns there; we refuse
 
@@ -141,6 +141,5 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
     """(height, width, 3) uint8 -> a PNG file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(aside, format="PNG")
-    os.replace(aside, path)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")

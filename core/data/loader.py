@@ -93,7 +93,7 @@ def training_batches(
         except InputError as error:
             # A loader process sends its traceback as the message; its last line is what was said.
             said = str(error).splitlines()[-1]
-            raise InputError(said.removeprefix("core.config.InputError: ")) from error
+            raise InputError(said.removeprefix(f"{InputError.__module__}.InputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

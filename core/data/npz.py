@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from core.config import InputError
+from core.files import atomic_write
 
 
 def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
@@ -19,8 +19,10 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
 
     ADM's layout, readable by its evaluator; never holds more than one batch in memory.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_write(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             written = 0
             for batch in batches:
@@ -34,7 +36,6 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    os.replace(aside, path)
 
 
 def npz_images_shape(path: Path) -> tuple[int, int, int, int]:

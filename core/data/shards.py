@@ -7,7 +7,6 @@ and shards can be shared out over any number of ranks. `index.json` is written w
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from core.config import InputError
 from core.distributed.world import World
-from core.files import read_json, write_json
+from core.files import atomic_write, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ class ShardWriter:
         assert len(rows) == 1, f"arrays of different lengths: {rows}"
         for name, array in {**arrays, **(ragged or {})}.items():
             path = self.folder / f"{name}_{shard:05d}.npy"
-            aside = path.with_name(f".{path.name}.tmp")
-            with aside.open("wb") as file:
+            with atomic_write(path) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-            os.replace(aside, path)
         write_json(self._marker(shard), {"rows": rows.pop(), "arrays": sorted(arrays), **facts})
 
     def read(self, shard: int, name: str) -> np.ndarray:
