@@ -37,8 +37,11 @@ def atomic_write(
 
     mode: "wb" for bytes, "w" for UTF-8 text. fsync: return only when the content is on the disk.
     """
-    text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
-    with atomic_path(path) as temporary, temporary.open(mode, **text) as file:
+    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    with (
+        atomic_path(path) as temporary,
+        temporary.open(mode, encoding=encoding, newline=newline) as file,
+    ):
         yield file
         file.flush()
         if fsync:

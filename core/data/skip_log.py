@@ -45,7 +45,7 @@ class SkipLog:
         return len(self.seen)
 
     def summary(self) -> str:
-        """For example "3 images skipped (2 damaged image, 1 not an image)"; "" if there are none."""
+        """Counts by reason: "3 images skipped (2 damaged image, 1 not an image)", or ""."""
         return summarize(self.reasons)
 
 

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from core.errors import InputError
@@ -15,7 +13,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     with pytest.raises(ValueError, match="nan"):
         write_json(path, float("nan"))
     assert read_json(path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_two_writers_of_one_file_use_different_temporary_files(tmp_path):
@@ -26,7 +24,7 @@ def test_two_writers_of_one_file_use_different_temporary_files(tmp_path):
         two.write_bytes(b"two")
         assert not path.exists()
     assert path.read_bytes() == b"one"  # The outer block ends last.
-    assert os.listdir(tmp_path) == ["a.bin"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_a_damaged_json_is_refused(tmp_path):
