@@ -4,7 +4,7 @@
         --prompts prompts.txt --out samples/prompts
     python -m autoregressive.sample --gpt runs/gpt_b --tokenizer weights/vq16 --out samples/b \
         --num_images 50000 --sampling.cfg_scale 2.0 --npz false \
-        --judge.reference VIRTUAL_imagenet256_labeled.npz
+        --metrics.reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc-per-node 8 -m autoregressive.sample ...
 """
 
@@ -60,7 +60,7 @@ class SampleConfig(PipelineConfig, ConditionConfig):
         layout: flat: png/000000.png, as scorers of COCO-30k and PartiPrompts read. geneval:
             png/00000/metadata.jsonl and png/00000/samples/0000.png. dpg: all images of a prompt in
             one picture, png/NAME.png (DPG-Bench: images_per_prompt 4).
-        judge: With a reference, score the images as they are sampled and write scores.json.
+        metrics: With a reference, score the images as they are sampled and write scores.json.
         grid_rows: Classes (or rows of images) of samples.png.
         grid_columns: Images a row of samples.png.
     """
@@ -73,7 +73,7 @@ class SampleConfig(PipelineConfig, ConditionConfig):
     npz: bool = True
     png: bool = False
     layout: Layout = "flat"
-    judge: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     grid_rows: int = 10
     grid_columns: int = 10
 
@@ -95,21 +95,21 @@ def score_samples(
     conditions: Callable[[np.ndarray], Condition],
     count: int,
     sampling: SamplingConfig,
-    judge: Scorer,
+    scorer: Scorer,
     world: World,
 ) -> dict[str, float]:
     """Sample images 0 .. count-1 under conditions(ids) and score them (empty off rank 0)."""
-    evaluator = judge.evaluator(world)
-    # Equally many on each rank, so that sharded weights are gathered in step; the judge counts
+    evaluator = scorer.evaluator(world)
+    # Equally many on each rank, so that sharded weights are gathered in step; the evaluator counts
     # the repeated ones once.
     ids = np.arange(math.ceil(count / world.size) * world.size) % count
-    for part in torch.from_numpy(ids[world.rank :: world.size]).split(judge.batch_size):
+    for part in torch.from_numpy(ids[world.rank :: world.size]).split(scorer.batch_size):
         condition = conditions(part.numpy())
         arguments = sampling.arguments(gpt.config.condition)
         codes = generate(gpt, condition, **arguments, sample_ids=part)
         evaluator.update(decode_pixels(vq, codes), part)
     collected = evaluator.merge(world)
-    return score(judge, collected).values if world.is_main else {}
+    return score(scorer, collected).values if world.is_main else {}
 
 
 def sample(config: SampleConfig, world: World) -> None:
@@ -117,16 +117,16 @@ def sample(config: SampleConfig, world: World) -> None:
     pair = load_pair(config)
     shown = open_conditions(config, pair.gpt.config, config.sampling.seed, world)
     arguments = config.sampling.arguments(pair.gpt.config.condition)
-    judge = open_scorer(config.judge, "generation", world) if config.judge.reference else None
-    if judge:
+    scorer = open_scorer(config.metrics, "generation", world) if config.metrics.reference else None
+    if scorer:
         height, width = (pair.vq.config.downsample * side for side in pair.gpt.config.grid)
         size = (config.resize, config.resize) if config.resize else (height, width)
-        check_size(size, Path(config.gpt), judge.reference)
-    evaluator = judge.evaluator(world) if judge else None
+        check_size(size, Path(config.gpt), scorer.reference)
+    evaluator = scorer.evaluator(world) if scorer else None
     settings = {**pair.settings, "resize": config.resize, "npz": config.npz}
     settings |= {"sampling": arguments, **shown.settings}
     writer = ShardWriter(config.out, shown.count, config.shard_size, settings, world)
-    finished = writer.finished() if judge else []
+    finished = writer.finished() if scorer else []
     todo = writer.begin()
     if world.is_main:
         save_config(config, config.out / "config.yaml")
@@ -169,9 +169,9 @@ def sample(config: SampleConfig, world: World) -> None:
     writer.finish(shown.index)
     if world.is_main:
         _write_outputs(config, vq, shown)
-    if judge and evaluator:
+    if scorer and evaluator:
         scored = Scored(evaluator.merge(world), shown.labels, (), [])
-        publish(judge, scored, config.out, config_values(config), world)
+        publish(scorer, scored, config.out, config_values(config), world)
 
 
 def _batches_of(writer: ShardWriter, shards: list[int], batch_size: int) -> int:

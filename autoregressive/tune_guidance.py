@@ -1,7 +1,7 @@
 """Search for the guidance that gives the best score: every schedule, on the same 10,000 images.
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
-        --judge.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
+        --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
         --scales [1.5,2.0,2.5] --schedules [constant,cosine] --powers [1.0,2.75]
 
 Writes search.csv, search.json and search.png, and prints the flags of the best. What has been
@@ -38,7 +38,7 @@ class TuneConfig(PipelineConfig, ConditionConfig):
     Args:
         out: The folder to write to.
         num_images: Images to score a setting by.
-        judge: The reference, and how to compare with it.
+        metrics: The reference, and how to compare with it.
         sampling: What all settings share.
         scales: Values of sampling.cfg_scale.
         schedules: Values of sampling.cfg_schedule.
@@ -49,7 +49,7 @@ class TuneConfig(PipelineConfig, ConditionConfig):
 
     out: Path
     num_images: int = 10_000
-    judge: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scales: tuple[float, ...] = (1.5, 1.75, 2.0, 2.25, 2.5)
     schedules: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant",)
@@ -85,11 +85,11 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     pair = load_pair(config)
     gpt = pair.gpt.config
     shown = open_conditions(config, gpt, config.sampling.seed, world)
-    judge = open_scorer(config.judge, "generation", world)
+    scorer = open_scorer(config.metrics, "generation", world)
     height, width = (pair.vq.config.downsample * side for side in gpt.grid)
-    check_size((height, width), Path(config.gpt), judge.reference)
+    check_size((height, width), Path(config.gpt), scorer.reference)
     settings = {**pair.settings, **shown.settings, "images": shown.count}
-    settings |= {"reference": judge.reference.sha256, "distance": judge.distance}
+    settings |= {"reference": scorer.reference.sha256, "distance": scorer.distance}
     path = config.out / "search.json"
     rows = world.broadcast(_resume(path, settings) if world.is_main else None)
     candidates = [candidate.resolved(gpt.condition) for candidate in config.candidates()]
@@ -97,7 +97,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
-    batches = math.ceil(shown.count / judge.batch_size / world.size) * len(todo)
+    batches = math.ceil(shown.count / scorer.batch_size / world.size) * len(todo)
     decoder, vq = make_ready(config, pair, batches, world)
     for sampling in tqdm(todo, unit="setting", disable=not world.is_main):
         scores = score_samples(
@@ -106,24 +106,24 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
             lambda ids: shown.batch(torch.from_numpy(ids)),
             shown.count,
             sampling,
-            judge,
+            scorer,
             world,
         )
         name = f"{sampling.cfg_schedule} {sampling.cfg_power:g} {sampling.cfg_scale:g}"
         rows.append({"run": name, **asdict(sampling), **scores})
         if world.is_main:
-            note = note_of(judge.detector)
+            note = note_of(scorer.extractor)
             write_json(path, {"settings": settings, "note": note, "rows": rows})
     if not world.is_main:
         return
     write_csv(rows, config.out / "search.csv")
     wanted = ("inception_score", "recall")
     x = next((name for end in wanted for name in rows[0] if name.endswith(end)), "cfg_scale")
-    plot_trade(rows, x, judge.distance, note_of(judge.detector), config.out / "search.png")
-    best = min(rows, key=lambda row: row[judge.distance])
+    plot_trade(rows, x, scorer.distance, note_of(scorer.extractor), config.out / "search.png")
+    best = min(rows, key=lambda row: row[scorer.distance])
     changed = {k: v for k, v in best.items() if v != getattr(SamplingConfig(), k, v)}
     flags = " ".join(f"--sampling.{name} {value}" for name, value in changed.items())
-    print(f"best {judge.distance} {best[judge.distance]:.4f} ({shown.count} images): {flags}")
+    print(f"best {scorer.distance} {best[scorer.distance]:.4f} ({shown.count} images): {flags}")
     print(config.out / "search.png")
 
 

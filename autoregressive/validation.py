@@ -132,9 +132,9 @@ class SampleScorer:
     def __init__(self, config: TrainConfig, data: Dataset, world: World) -> None:
         self.config, self.data, self.world = config, data, world
         self.vq = find_tokenizer(data, world)
-        self.judge = None
+        self.scorer = None
         if config.evaluation.every:
-            self.judge = open_scorer(config.evaluation, "generation", world)
+            self.scorer = open_scorer(config.evaluation, "generation", world)
             if self.vq is None:
                 raise InputError(
                     f"evaluation: the tokenizer {data.index.get('tokenizer')} is gone or changed"
@@ -142,15 +142,15 @@ class SampleScorer:
 
     def due(self, step: int) -> bool:
         """Whether to score after `step` steps."""
-        return self.judge is not None and step % self.config.evaluation.every == 0
+        return self.scorer is not None and step % self.config.evaluation.every == 0
 
     def score(self, gpt: GPT) -> dict[str, float]:
         """Scores by name (empty off rank 0); all ranks call it."""
-        assert self.judge is not None and self.vq is not None
+        assert self.scorer is not None and self.vq is not None
         count, sampling = self.config.evaluation.num_images, self.config.sampling
         conditions = self.data.conditions
         decoder = InferenceEngine(gpt, self.config.precision)
-        return score_samples(decoder, self.vq, conditions, count, sampling, self.judge, self.world)
+        return score_samples(decoder, self.vq, conditions, count, sampling, self.scorer, self.world)
 
 
 def find_tokenizer(data: Dataset, world: World) -> VQModel | None:

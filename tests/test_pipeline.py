@@ -43,13 +43,13 @@ def test_images_become_scores_through_every_command(tmp_path):
             "tokenizer.encode",
             *("--tokenizer", vq, "--data", tmp_path / name, "--out", codes / name, *shape, *cpu),
         )
-    proxy = ("--detector", "proxy", "--device", "cpu", *shape)
+    proxy = ("--metrics.extractor", "proxy", "--device", "cpu", *shape)
     reference = tmp_path / "reference.npz"
     run_module("evaluations.reference", "--images", tmp_path / "train", "--out", reference, *proxy)
     run_module(
         "autoregressive.train",
         *("--evaluation.every", 3, "--evaluation.reference", reference),
-        *("--evaluation.detector", "proxy", "--evaluation.num_images", 5),
+        *("--evaluation.extractor", "proxy", "--evaluation.num_images", 5),
         *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'val'}]"),
         *("--out", gpt, "--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32),
         *("--num_steps", 6, "--batch_size", 8, "--sample_columns", 3, "--ema_decay", 0.9, *cpu),
@@ -61,7 +61,7 @@ def test_images_become_scores_through_every_command(tmp_path):
     )
     run_module(
         "evaluations.score",
-        *("--samples", tmp_path / "samples", "--reference", reference),
+        *("--samples", tmp_path / "samples", "--metrics.reference", reference),
         *("--out", tmp_path / "scores", *proxy),
     )
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())

@@ -103,7 +103,7 @@ def scores(folder: Path) -> dict[str, float]:
     return {k: v for k, v in found.items() if k.startswith("proxy") or k == "n"}
 
 
-LOOK = ("--detector", "proxy", "--batch_size", 7, "--device", "cpu")
+LOOK = ("--metrics.extractor", "proxy", "--metrics.batch_size", 7, "--device", "cpu")
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def judge(tmp_path: Path) -> tuple[object, ...]:
     save_npz(tmp_path / "real.npz", 40, [real])
     made = ("--images", tmp_path / "real.npz", "--out", tmp_path / "reference.npz")
     run_module("evaluations.reference", *made, *LOOK)
-    flags = ("--judge.reference", tmp_path / "reference.npz", "--judge.detector", "proxy")
-    return (*flags, "--judge.batch_size", 7)
+    flags = ("--metrics.reference", tmp_path / "reference.npz", "--metrics.extractor", "proxy")
+    return (*flags, "--metrics.batch_size", 7)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, p
     run = flags(tokenizer, pictures, out)
     position = run.index("--shard_size")
     del run[position : position + 2]
-    rfid = ("--rfid", "true", "--judge.detector", "proxy", "--judge.batch_size", 4)
+    rfid = ("--rfid", "true", "--metrics.extractor", "proxy", "--metrics.batch_size", 4)
     run_module("tokenizer.reconstruct", *run, *rfid)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["n"] == 6
