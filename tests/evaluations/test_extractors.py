@@ -175,7 +175,7 @@ def test_dinov2_files_of_any_picture_size_are_read_and_a_missing_one_is_named(
     assert torch.equal(network.get_parameter("pos_embed")[:, 0], table[:, 0])
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     assert dinov2.features(network, pixels).shape == (2, 384)
-    with pytest.raises(InputError, match=r"dinov2_vitl14_pretrain.pth.*--dinov2_weights"):
+    with pytest.raises(InputError, match=r"dinov2_vitl14_pretrain.pth.*--metrics.dinov2_weights"):
         dinov2.load_dinov2(str(tmp_path / "nowhere.pth"))
 
 
