@@ -43,7 +43,7 @@ class LPIPS(nn.Module):
         load_weights(network.net, {slices.get(k, k): v for k, v in weights.items()}, path)
         self.scaling = network.scaling_layer
         self.stages = nn.ModuleList(network.net.get_submodule(f"slice{i}") for i in range(1, 6))
-        self.heads = nn.ParameterList(head.model[-1].weight for head in network.lins)
+        self.heads = nn.ParameterList(head.get_parameter("model.1.weight") for head in network.lins)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
