@@ -21,9 +21,9 @@ from autoregressive.models.conditioning import Condition
 from autoregressive.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
-from core.data.image_list import find_images
 from core.data.images import pixels_to_images, save_png
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
 from core.distributed.world import World, distributed
 from core.files import write_json
 
@@ -95,7 +95,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
     )
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
     mask = positions_to_inpaint(config, gpt_config.grid)
-    images = find_images(config.images)
+    images = open_images(config.images)
     count = min(config.num_images or len(images), len(images))
     conditions = open_conditions(config.conditions, count, gpt_config, config.sampling.seed, world)
     if conditions.count < count:

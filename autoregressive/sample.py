@@ -34,7 +34,7 @@ from core.config import config_values, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png
 from core.data.npz import save_npz
-from core.data.shards import ShardReader, ShardWriter
+from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World, distributed
 from evaluations.evaluator import Evaluator
 from evaluations.report import Scored, publish
@@ -178,8 +178,9 @@ def write_shards(
                     conditions.negative,
                 )
             arrays: dict[str, list[np.ndarray]] = {"codes": [], "pixels": []}
+            dtype = codes_dtype(pipeline.gpt.config.vocab_size)
             for batch in decode_batches(pipeline, batches, evaluator, config.resize):
-                arrays["codes"].append(batch.codes.numpy().astype(np.uint16))
+                arrays["codes"].append(batch.codes.numpy().astype(dtype))
                 arrays["pixels"].append(batch.pixels.numpy())
                 bar.update(len(batch.ids) * world.size)
             if written:

@@ -129,7 +129,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
         num_steps=batches * gpt.num_codes,
         verbose=world.is_main,
     )
-    note = note_of(scorer.detector)
+    note = note_of(scorer.extractor)
     for sampling in tqdm(todo, unit="setting", disable=not world.is_main):
         scores = score_samples(
             pipeline,

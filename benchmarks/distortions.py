@@ -1,12 +1,12 @@
-"""Does a distance rise as pictures get worse? Blur, noise and lost classes, on real pictures.
+"""Whether a distance rises with blur, noise and lost classes, on real images.
 
-python -m benchmarks.distortions --images cifar10/train --image_size [32,32] --detector proxy \
-    --out runs/benchmarks/distortions
+python -m benchmarks.distortions --images cifar10/train --image_size [32,32] \
+    --metrics.extractor proxy --out runs/benchmarks/distortions
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from core.config import InputError, config_values, parse_config, run_command
-from core.distributed.world import World, distributed
+from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
-from evaluations.evaluator import Collected, Evaluator
+from evaluations.evaluator import Evaluator, FeatureStatistics
 from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, note_of
-from evaluations.image_source import ImageSourceConfig, open_image_source
+from evaluations.image_source import check_reading, open_image_source
 from evaluations.metrics.frechet import Gaussian, frechet_distance
 from evaluations.report import plot_trade, write_csv
 
@@ -32,22 +32,29 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistortionsConfig(ExtractorConfig, ImageSourceConfig):
-    """Which pictures.
+class DistortionsConfig:
+    """Which images, and which network.
 
     Args:
         images: A folder of class folders.
-        out: The folder to write distortions.csv, distortions.json and a plot per kind to.
-        count: At most so many pictures, spread over all classes; 0 for all.
+        out: The folder for distortions.csv, distortions.json and a plot per kind.
+        metrics: The feature extractor.
+        num_images: Number of images, spread over all classes; null for all.
+        image_size: Height and width of the centre crop.
+        num_workers: Loader processes per rank.
+        device: auto, cpu, cuda or mps.
     """
 
     images: Path
     out: Path
-    count: int = 0
+    metrics: ExtractorConfig = field(default_factory=ExtractorConfig)
+    num_images: int | None = None
+    image_size: tuple[int, int] = (256, 256)
+    num_workers: int = 8
+    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        ExtractorConfig.__post_init__(self)
-        ImageSourceConfig.__post_init__(self)
+        check_reading(self.image_size, self.num_workers)
 
 
 def blur(pixels: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -64,68 +71,69 @@ def noise(pixels: torch.Tensor, level: float) -> torch.Tensor:
 
 
 def measure(config: DistortionsConfig, world: World) -> None:
-    """Every distortion against the pictures themselves; raises InputError where one falls."""
-    detector = config.build_detector(world)
-    pictures = open_image_source(config.images, config.image_size)
-    if pictures.labels is None:
+    """Measure every distortion; raises InputError if a distance falls as one gets stronger."""
+    extractor = config.metrics.build_extractor(world)
+    source = open_image_source(config.images, config.image_size)
+    if source.labels is None:
         raise InputError(f"{config.images}: a folder of class folders is needed")
-    count = min(config.count or pictures.count, pictures.count)
-    ids = np.linspace(0, pictures.count - 1, count).astype(int)
-    batches = list(pictures.batches(ids, config.batch_size, config.num_workers))
-    collected = look(detector, batches, world, lambda pixels: pixels)
-    original = collected.gaussian()
+    count = min(config.num_images or source.count, source.count)
+    ids = np.linspace(0, source.count - 1, count).astype(int)
+    batches = list(source.batches(ids, config.metrics.batch_size, config.num_workers))
+    statistics = features_after(extractor, batches, world, lambda pixels: pixels)
+    original = statistics.gaussian()
     rows = [{"kind": "none", "strength": 0.0, "distance": frechet_distance(original, original)}]
     changes: list[tuple[str, float, Change]] = [
         *(("blur", sigma, functools.partial(blur, sigma=sigma)) for sigma in BLUR),
         *(("noise", level, functools.partial(noise, level=level)) for level in NOISE),
     ]
     for kind, strength, change in tqdm(changes):
-        distance = frechet_distance(look(detector, batches, world, change).gaussian(), original)
+        changed = features_after(extractor, batches, world, change)
+        distance = frechet_distance(changed.gaussian(), original)
         rows.append({"kind": kind, "strength": strength, "distance": distance})
-    labels = pictures.labels[collected.ids.numpy()]
+    labels = source.labels[statistics.ids.numpy()]
     for share in LOST:
-        distance = without_classes(collected, labels, share)
+        distance = without_classes(statistics, labels, share)
         rows.append({"kind": "lost classes", "strength": share, "distance": distance})
-    report(config, rows, detector)
+    report(config, rows, extractor)
 
 
-def look(
-    detector: FeatureExtractor,
+def features_after(
+    extractor: FeatureExtractor,
     batches: list[tuple[np.ndarray, torch.Tensor]],
     world: World,
     change: Change,
-) -> Collected:
-    """The features of all pictures after a change."""
-    evaluator = Evaluator(detector, world.device, len(batches[0][0]))
+) -> FeatureStatistics:
+    """The features of all images after a change."""
+    evaluator = Evaluator(extractor, world.device, len(batches[0][0]))
     for ids, pixels in batches:
         evaluator.update(change(pixels), ids)
     return evaluator.merge(world)
 
 
-def without_classes(collected: Collected, labels: np.ndarray, share: float) -> float:
+def without_classes(statistics: FeatureStatistics, labels: np.ndarray, share: float) -> float:
     """The distance without a share of the classes.
 
-    Which ones go matters much, so it is the mean over dropping each run of neighbouring classes.
+    Averages over every run of neighbouring classes, because the choice of classes matters.
     """
-    assert collected.rows is not None
+    assert statistics.features is not None
     classes = int(labels.max()) + 1
     lost = round(share * classes)
     distances = []
     for first in range(classes):
         kept = torch.from_numpy((labels - first) % classes >= lost)
-        fewer = Gaussian.of_rows(collected.rows[kept])
-        distances.append(frechet_distance(fewer, collected.gaussian()))
+        fewer = Gaussian.of_rows(statistics.features[kept])
+        distances.append(frechet_distance(fewer, statistics.gaussian()))
     return float(np.mean(distances))
 
 
 def report(
-    config: DistortionsConfig, rows: list[dict[str, str | float]], detector: FeatureExtractor
+    config: DistortionsConfig, rows: list[dict[str, str | float]], extractor: FeatureExtractor
 ) -> None:
-    """Table, plots, and whether each kind rises."""
+    """Write the table and the plots; raises InputError if a kind does not rise."""
     config.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, config.out / "distortions.csv")
     write_json(config.out / "distortions.json", {"rows": rows, "settings": config_values(config)})
-    name = f"{detector.metric} ({note_of(detector) or 'FID'})"
+    name = f"{extractor.metric} ({note_of(extractor) or 'FID'})"
     for row in rows:
         print(f"{row['kind']:<14}{row['strength']:>6}  {name}: {row['distance']:.6f}")
     falling = []

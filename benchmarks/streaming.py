@@ -1,7 +1,7 @@
 """Images scored as they are sampled, against files between every two stages.
 
 python -m benchmarks.streaming --gpt runs/demo/gpt --tokenizer runs/demo/tokenizer \
-    --metrics.reference runs/demo/real.npz --metrics.detector proxy
+    --metrics.reference runs/demo/real.npz --metrics.extractor proxy
 
 Compared with two ways that use files: `files` samples with our engine, writes one png per image,
 packs them into an npz and scores it; `naive` does the same with the published sampling loop. All
@@ -28,7 +28,7 @@ from core.config import parse_config, run_command
 from core.data.images import save_png
 from core.data.npz import save_npz
 from core.distributed.world import World, distributed
-from evaluations.evaluator import collect
+from evaluations.evaluator import extract_features
 from evaluations.image_source import open_image_source
 from evaluations.scorer import MetricsConfig, Scorer, open_scorer, score
 
@@ -70,8 +70,10 @@ def by_files(
             for i, image in zip(ids.tolist(), pipeline.decode(draw(ids)).cpu(), strict=True):
                 save_png(image.numpy(), folder / f"{i:06d}.png")
         save_npz(folder / "samples.npz", count, _read(folder, count, scorer.batch_size))
-        images = open_image_source(folder / "samples.npz", (0, 0))
-        return score(scorer, collect(scorer.detector, images, world, scorer.batch_size)).values
+        images = open_image_source(folder / "samples.npz", (1, 1))
+        return score(
+            scorer, extract_features(scorer.extractor, images, world, scorer.batch_size)
+        ).values
 
 
 def _read(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.config import InputError
+from core.errors import InputError
+from core.files import atomic_path
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -107,7 +108,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write tensors as safetensors; raises OSError where the disk is full."""
     try:
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+        with atomic_path(path) as temporary:
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, temporary
+            )
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
 

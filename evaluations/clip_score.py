@@ -1,11 +1,10 @@
-"""CLIP score: do sampled pictures show what their prompts say? Needs open_clip_torch (an extra).
+"""CLIP score: how well sampled images match their prompts. Needs open_clip_torch (an extra).
 
     python -m evaluations.clip_score --samples samples/prompts --clip_weights ViT-B-32.pt \
         --out scores/prompts
 
-Papers print three conventions, all from the mean cosine of picture and prompt: the cosine itself,
-100 max(cosine, 0) and 2.5 max(cosine, 0) (Hessel et al. 2021), with or without a prefix; each is
-written under its own name.
+Papers use three conventions, with or without a prefix: the mean cosine of image and prompt, the
+mean of 100 max(cosine, 0), and of 2.5 max(cosine, 0) (Hessel et al. 2021). Each has its own name.
 """
 
 from dataclasses import dataclass
@@ -27,15 +26,15 @@ from evaluations.image_source import open_image_source
 
 @dataclass(frozen=True)
 class ClipScoreConfig:
-    """Which samples, by which CLIP.
+    """Which samples, and which CLIP model.
 
     Args:
-        samples: A run of autoregressive.sample under prompts, with its npz.
-        out: The folder to write clip_scores.json to.
+        samples: A run of autoregressive.sample with prompts and npz.
+        out: The folder for clip_scores.json.
         clip_model: open_clip's name of the architecture.
-        clip_weights: The weights' file (any of open_clip's for this architecture).
-        prefix: Put before every prompt; papers use none, or "A photo depicts ".
-        batch_size: Pictures at a time on each process.
+        clip_weights: The file of weights (any of open_clip's for this architecture).
+        prefix: Text before every prompt: null for none, or, in some papers, "A photo depicts ".
+        batch_size: Images per forward pass on each process.
         device: auto, cpu, cuda or mps.
     """
 
@@ -43,7 +42,7 @@ class ClipScoreConfig:
     out: Path
     clip_weights: Path
     clip_model: str = "ViT-B-32"
-    prefix: str = ""
+    prefix: str | None = None
     batch_size: int = 64
     device: DeviceName = "auto"
 
@@ -53,7 +52,7 @@ class ClipScoreConfig:
 
 
 def load_clip(config: ClipScoreConfig, device: torch.device) -> tuple[Any, Any, Any]:
-    """(model, picture transform, tokenizer) of open_clip; InputError where one is missing."""
+    """(model, image transform, tokenizer) of open_clip; raises InputError if one is missing."""
     try:
         import open_clip  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
@@ -75,19 +74,19 @@ def load_clip(config: ClipScoreConfig, device: torch.device) -> tuple[Any, Any, 
 
 @torch.no_grad()
 def clip_score(config: ClipScoreConfig, world: World) -> None:
-    """Score every picture with its prompt and write clip_scores.json."""
+    """Score every image against its prompt and write clip_scores.json."""
     index = read_index(config.samples)
     if "prompts" not in index:
-        raise InputError(f"{config.samples}: a run without prompts (index.json names none)")
+        raise InputError(f"{config.samples}: a run without prompts (index.json has none)")
     model, transform, tokenize = load_clip(config, world.device)
-    pictures = open_image_source(config.samples, (0, 0))
-    mine = np.array_split(np.arange(pictures.count), world.size)[world.rank]
+    images = open_image_source(config.samples, (1, 1))
+    mine = np.array_split(np.arange(images.count), world.size)[world.rank]
     cosines = []
-    with tqdm(total=len(mine), unit="picture", disable=not world.is_main) as bar:
-        for ids, pixels in pictures.batches(mine, config.batch_size, 0):
+    with tqdm(total=len(mine), unit="image", disable=not world.is_main) as bar:
+        for ids, pixels in images.batches(mine, config.batch_size, 0):
             views = torch.stack([transform(Image.fromarray(p.numpy())) for p in pixels])
             texts = [index["prompts"][i // index["images_per_prompt"]] for i in ids]
-            tokens = tokenize([config.prefix + text for text in texts])
+            tokens = tokenize([(config.prefix or "") + text for text in texts])
             image = model.encode_image(views.to(world.device), normalize=True)
             text = model.encode_text(tokens.to(world.device), normalize=True)
             cosines.append((image.float() * text.float()).sum(1).double().cpu())

@@ -1,4 +1,4 @@
-"""Where pictures to score come from: an npz, a folder or list of images, or a sample run."""
+"""Images to score: an npz, a sample run, or anything that core.data.open reads."""
 
 import zipfile
 from collections.abc import Iterator
@@ -9,39 +9,25 @@ import numpy as np
 import torch
 
 from core.config import InputError
-from core.data.image_list import ImageList, find_images
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.npz import npz_images_shape, read_npz_images
+from core.data.open import Images, open_images
 from core.data.shards import read_index
 from core.data.skip_log import Skipped
-from core.distributed.world import DeviceName
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSourceConfig:
-    """How pictures are read.
-
-    Args:
-        image_size: Height and width of the centre crop, for image files; an npz is taken as it is.
-        num_workers: Loader processes per rank, for image files.
-        device: auto, cpu, cuda or mps.
-    """
-
-    image_size: tuple[int, int] = (256, 256)
-    num_workers: int = 8
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        if min(self.image_size) < 1 or self.num_workers < 0:
-            raise ValueError("image_size must be >= 1, num_workers >= 0")
+def check_reading(image_size: tuple[int, int], num_workers: int) -> None:
+    """Raise ValueError for settings with which no image can be read."""
+    if min(image_size) < 1 or num_workers < 0:
+        raise ValueError("image_size must be >= 1, num_workers >= 0")
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Pictures 0 .. count - 1 of one size: their number is their id.
+    """Images 0 .. count - 1 of one size (height, width). Their numbers are their ids.
 
-    `labels` (count,) indexes `classes` (or is a number, where there are no names); None without.
-    `images` are the files of a folder or list, None for an npz. `skipped` fills while reading.
+    labels: (count,) int64, indices into `classes`, or plain numbers if there are no names; None
+    without classes. images: None for an npz. skipped: filled while reading.
     """
 
     source: Path
@@ -49,13 +35,13 @@ class ImageSource:
     size: tuple[int, int]
     labels: np.ndarray | None
     classes: tuple[str, ...] = ()
-    images: ImageList | None = None
+    images: Images | None = None
     skipped: list[Skipped] = field(default_factory=list)
 
     def batches(
         self, ids: np.ndarray, batch_size: int, num_workers: int
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """(ids (n,), pixels (n, height, width, 3) uint8) of the pictures `ids`, ascending."""
+        """Yield (ids (n,), pixels (n, height, width, 3) uint8) for ascending ids."""
         if self.images is None:
             yield from self._from_npz(ids, batch_size)
             return
@@ -77,26 +63,27 @@ class ImageSource:
 
 
 def open_image_source(source: Path, image_size: tuple[int, int]) -> ImageSource:
-    """The pictures of an npz (arr_0), of a run of autoregressive.sample, or of an image folder.
+    """Open an npz (arr_0), a run of autoregressive.sample, or any source of open_images.
 
-    Files of an image folder are centre-cropped to `image_size`; the others are taken as they are.
+    image_size: Height and width of the centre crop of image files; an npz is not cropped.
+    Raises InputError if there are no images or the run is unfinished.
     """
     source = Path(source)
     if (source / "index.json").is_file():
-        read_index(source)  # refuses an unfinished run
+        read_index(source)  # raises InputError for an unfinished run
         source = source / "samples.npz"
         if not source.is_file():
             raise InputError(f"{source}: the sample run wrote no npz (npz: true)")
     if source.is_file() and source.suffix == ".npz":
         count, height, width, _ = npz_images_shape(source)
         return ImageSource(source, count, (height, width), _npz_labels(source, count))
-    images = find_images(source)
+    images = open_images(source)
     labels = images.labels if (images.labels >= 0).all() else None
     return ImageSource(source, len(images), image_size, labels, images.classes, images)
 
 
 def _npz_labels(path: Path, count: int) -> np.ndarray | None:
-    """`arr_1` where it holds one class per picture, as ADM's files and our samples do."""
+    """`arr_1`, if it contains one class per image, as in ADM's files and our samples."""
     try:
         with np.load(path, allow_pickle=False) as file:
             labels = file["arr_1"] if "arr_1" in file.files else None

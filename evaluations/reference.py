@@ -1,82 +1,90 @@
-"""Build a reference file from real images: the statistics that samples are compared with.
+"""Build a reference file from real images: statistics to compare samples with.
 
 python -m evaluations.reference --images imagenet/train --out references/imagenet256.npz
 torchrun --nproc-per-node 8 -m evaluations.reference ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from core.config import config_values, parse_config, run_command
 from core.data.npz import save_npz
-from core.distributed.world import World, distributed
+from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
 from core.weights import file_sha256
-from evaluations.evaluator import collect
+from evaluations.evaluator import extract_features
 from evaluations.features.extractors import ExtractorConfig, note_of
-from evaluations.image_source import ImageSourceConfig, open_image_source
+from evaluations.image_source import check_reading, open_image_source
 from evaluations.reference_stats import Kind, statistics_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(ExtractorConfig, ImageSourceConfig):
-    """Which images.
+class ReferenceConfig:
+    """Which images, and which network.
 
     Args:
-        images: A folder of class folders, a flat folder, a list file, or an npz with arr_0.
-        out: The npz to write, with a .json of the same name that says how it was made.
+        images: A folder of class folders, a flat folder, a list file, tars, or an npz with arr_0.
+        out: The npz to write. A .json of the same name describes its origin.
+        metrics: The feature extractor.
         kind: generation (gFID: training images) or reconstruction (rFID: validation images).
-        pictures: How many images to keep in arr_0, for precision, recall and KID (ADM: 10,000).
-        seed: Draws those images.
+        kept_images: Number of images to keep in arr_0, for precision, recall and KID (ADM: 10,000).
+        seed: Selects the images to keep.
+        image_size: Height and width of the centre crop of image files; an npz is not cropped.
+        num_workers: Loader processes per rank, for image files.
+        device: auto, cpu, cuda or mps.
     """
 
     images: Path
     out: Path
+    metrics: ExtractorConfig = field(default_factory=ExtractorConfig)
     kind: Kind = "generation"
-    pictures: int = 10_000
+    kept_images: int = 10_000
     seed: int = 0
+    image_size: tuple[int, int] = (256, 256)
+    num_workers: int = 8
+    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        ExtractorConfig.__post_init__(self)
-        ImageSourceConfig.__post_init__(self)
-        if self.pictures < 0:
-            raise ValueError(f"pictures is {self.pictures}, must be >= 0")
+        check_reading(self.image_size, self.num_workers)
+        if self.kept_images < 0:
+            raise ValueError(f"kept_images is {self.kept_images}, must be >= 0")
         if self.out.suffix != ".npz":
             raise ValueError(f"out is {self.out}, must end in .npz")
 
 
 def build_reference(config: ReferenceConfig, world: World) -> None:
-    """Look at every image once and write the statistics, in ADM's keys, and their protocol."""
-    detector = config.build_detector(world)
-    pictures = open_image_source(config.images, config.image_size)
-    looked = (config.batch_size, config.num_workers)
-    collected = collect(detector, pictures, world, *looked, keep_rows=False)
-    skipped = [item for rank in world.gather(pictures.skipped) for item in rank]
+    """Write the statistics of all images with ADM's keys, and the JSON that describes them."""
+    extractor = config.metrics.build_extractor(world)
+    images = open_image_source(config.images, config.image_size)
+    reading = (config.metrics.batch_size, config.num_workers)
+    statistics = extract_features(extractor, images, world, *reading, keep_features=False)
+    skipped = [item for rank in world.gather(images.skipped) for item in rank]
     if not world.is_main:
         return
-    spatial = collected.spatial.gaussian() if collected.spatial else None
-    arrays = statistics_arrays(collected.pooled.gaussian(), spatial)
-    order = np.random.default_rng(config.seed).permutation(collected.ids.numpy())
-    chosen = np.sort(order[: config.pictures])
+    spatial = statistics.spatial.gaussian() if statistics.spatial else None
+    arrays = statistics_arrays(statistics.pooled.gaussian(), spatial)
+    order = np.random.default_rng(config.seed).permutation(statistics.ids.numpy())
+    chosen = np.sort(order[: config.kept_images])
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    # A second reading: 10,000 pictures need not fit in memory.
-    batches = pictures.batches(chosen, *looked)
+    # Read them a second time: 10,000 images need not fit in memory.
+    batches = images.batches(chosen, *reading)
     save_npz(config.out, len(chosen), (pixels.numpy() for _, pixels in batches), **arrays)
     protocol = {
         "kind": config.kind,
-        "detector": config.detector,
-        "note": note_of(detector),
-        "weights_sha256": detector.weights_sha256,
-        "n": collected.pooled.count,
-        "image_size": list(pictures.size),
+        "extractor": config.metrics.extractor,
+        "note": note_of(extractor),
+        "weights_sha256": extractor.weights_sha256,
+        "n": statistics.pooled.count,
+        "image_size": list(images.size),
         "skipped": [list(item) for item in skipped],
         "sha256": file_sha256(config.out),
         "settings": config_values(config),
     }
     write_json(config.out.with_suffix(".json"), protocol)
-    print(f"{config.out}: statistics of {collected.pooled.count} images ({config.detector})")
+    name = config.metrics.extractor
+    print(f"{config.out}: statistics of {statistics.pooled.count} images ({name})")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Reference files: an npz in ADM's keys, and beside ours a JSON that says how it was made.
+"""Reference files: an npz with ADM's keys and, beside ours, a JSON that describes its origin.
 
-mu, sigma (FID), mu_s, sigma_s (sFID): statistics of all images. arr_0: some of the images, for the
-scores that compare with single images. ADM's published files are read as they are.
+mu, sigma (FID), mu_s, sigma_s (sFID): statistics of all images. arr_0: some of the images, for
+scores that compare single images. ADM's published files are read without conversion.
 """
 
 import zipfile
@@ -18,13 +18,16 @@ from core.weights import file_sha256
 from evaluations.features.extractors import FeatureExtractor
 from evaluations.metrics.frechet import Gaussian
 
-# Training images are what generated ones are compared with (gFID), validation images what
-# reconstructions are (rFID): numbers across the two have been mistaken for each other.
+# Generated images are compared with training images (gFID), reconstructions with validation images
+# (rFID). The two numbers must not be confused.
 Kind = Literal["generation", "reconstruction"]
 
 
 class ReferenceStats(NamedTuple):
-    """A reference file's statistics, and the height and width of its images where it has any."""
+    """The statistics of a reference file.
+
+    image_size: Height and width of its images (arr_0), None if it has none.
+    """
 
     path: Path
     sha256: str
@@ -34,39 +37,39 @@ class ReferenceStats(NamedTuple):
 
 
 def statistics_arrays(pooled: Gaussian, spatial: Gaussian | None) -> dict[str, np.ndarray]:
-    """The statistics under ADM's keys."""
+    """The statistics with ADM's keys."""
     named = {"mu": pooled.mean, "sigma": pooled.covariance}
     if spatial is not None:
         named |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     return {key: value.cpu().numpy() for key, value in named.items()}
 
 
-def load_reference(path: Path, detector: FeatureExtractor, kind: Kind) -> ReferenceStats:
-    """Read a reference; raises InputError for a damaged one, or one made for something else."""
+def load_reference(path: Path, extractor: FeatureExtractor, kind: Kind) -> ReferenceStats:
+    """Read a reference; raises InputError if it is damaged or of another kind or extractor."""
     protocol: dict[str, Any] = {}
     if path.with_suffix(".json").is_file():
         protocol = read_json(path.with_suffix(".json"))
     made_for = protocol.get("kind", "generation")
     if made_for != kind:
         raise InputError(f"{path}: a reference for {made_for}, not for {kind} (gFID is not rFID)")
-    made_by = protocol.get("weights_sha256", detector.weights_sha256)
-    if made_by != detector.weights_sha256:
-        raise InputError(f"{path}: belongs to the detector that it was built with ({made_by})")
+    made_by = protocol.get("weights_sha256", extractor.weights_sha256)
+    if made_by != extractor.weights_sha256:
+        raise InputError(f"{path}: belongs to the extractor that it was built with ({made_by})")
     try:
         with np.load(path, allow_pickle=False) as file:
-            pooled = _gaussian(path, file, "mu", "sigma", detector.dim)
-            with_spatial = detector.spatial_dim and "mu_s" in file.files
+            pooled = _gaussian(path, file, "mu", "sigma", extractor.dim)
+            has_spatial = extractor.spatial_dim and "mu_s" in file.files
             spatial = (
-                _gaussian(path, file, "mu_s", "sigma_s", detector.spatial_dim)
-                if with_spatial
+                _gaussian(path, file, "mu_s", "sigma_s", extractor.spatial_dim)
+                if has_spatial
                 else None
             )
-            with_pictures = "arr_0" in file.files
+            has_images = "arr_0" in file.files
     except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a reference file with mu and sigma ({error})") from error
-    size = npz_images_shape(path)[1:3] if with_pictures else None
+    size = npz_images_shape(path)[1:3] if has_images else None
     sha256 = file_sha256(path)
     if protocol.get("sha256", sha256) != sha256:
         raise InputError(f"{path}: has changed since {path.with_suffix('.json').name} was written")
@@ -74,11 +77,11 @@ def load_reference(path: Path, detector: FeatureExtractor, kind: Kind) -> Refere
 
 
 def _gaussian(path: Path, file: Any, mean_key: str, key: str, dim: int) -> Gaussian:  # noqa: ANN401
-    """Mean and covariance of an open npz, as float64 whatever they were."""
+    """Mean and covariance of an open npz, converted to float64."""
     mean, covariance = (torch.from_numpy(file[name]).double() for name in (mean_key, key))
     if mean.shape != (dim,) or covariance.shape != (dim, dim):
         raise InputError(
-            f"{path}: statistics of {mean.numel()} features, this detector has {dim}; a reference "
-            "belongs to the detector that it was built with"
+            f"{path}: statistics of {mean.numel()} features, this extractor has {dim}; a reference "
+            "belongs to the extractor that it was built with"
         )
     return Gaussian(mean, covariance)

@@ -1,8 +1,7 @@
-"""What people look at: scores.json, which classes make the distance, and a sweep's plot."""
+"""Reports: scores.json, the influence of classes on the distance, and plots of sweeps."""
 
 import csv
 import logging
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,48 +12,52 @@ import numpy as np
 
 from core.data.skip_log import Skipped
 from core.distributed.world import World
-from core.files import write_json
-from evaluations.evaluator import Collected
+from core.files import atomic_write, write_json
+from evaluations.evaluator import FeatureStatistics, extract_features
 from evaluations.features.extractors import note_of
+from evaluations.image_source import ImageSource
 from evaluations.metrics.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
-from evaluations.scorer import Scorer, score
+from evaluations.scorer import Scorer, check_size, score
 
 logger = logging.getLogger(__name__)
 
-FEW_SAMPLES = 10_000  # below, the distance's bias exceeds the differences that papers report
+FEW_SAMPLES = 10_000  # with fewer, the bias exceeds the differences that papers report
 SHOWN_CLASSES = 20
 
 
 class Scored(NamedTuple):
-    """What was looked at: features, labels of all ids (or None), class names, this rank's skips."""
+    """A set of images to score.
 
-    collected: Collected
+    labels: (n,) of all ids, or None. classes: their names, may be empty. skipped: of this rank.
+    """
+
+    statistics: FeatureStatistics
     labels: np.ndarray | None
     classes: Sequence[str]
     skipped: list[Skipped]
 
 
 def publish(
-    judge: Scorer, scored: Scored, out: Path, settings: dict[str, Any], world: World
+    scorer: Scorer, scored: Scored, out: Path, settings: dict[str, Any], world: World
 ) -> dict[str, float]:
-    """Score, write scores.json and the class report, print them -> the scores (empty off rank 0).
+    """Score, write scores.json and the class report, and print them.
 
-    All ranks call it.
+    All ranks call it. Returns the scores by name on rank 0, {} on other ranks.
     """
     skipped = [item for rank in world.gather(scored.skipped) for item in rank]
     if not world.is_main:
         return {}
-    scores = score(judge, scored.collected)
-    count, note = len(scored.collected.ids), note_of(judge.detector)
+    scores = score(scorer, scored.statistics)
+    count, note = len(scored.statistics.ids), note_of(scorer.extractor)
     out.mkdir(parents=True, exist_ok=True)
-    facts = _facts(judge, scored) | {"skipped": [list(item) for item in skipped]}
+    facts = _facts(scorer, scored) | {"skipped": [list(item) for item in skipped]}
     write_json(out / "scores.json", {**scores.values, **facts, "settings": settings})
     if count < FEW_SAMPLES:
         logger.warning("only %d samples: the distance is biased upwards", count)
     if scores.influence is not None and scored.labels is not None:
-        labels = scored.labels[scored.collected.ids.numpy()]
+        labels = scored.labels[scored.statistics.ids.numpy()]
         change = scores.influence.numpy()
-        write_class_report(change, labels, scored.classes, judge.distance, out)
+        write_class_report(change, labels, scored.classes, scorer.distance, out)
         print(out / "classes.png")
     for name, value in scores.values.items():
         print(f"{name}{f' ({note})' if note else ''}: {value:.4f} on {count} images")
@@ -62,11 +65,32 @@ def publish(
     return scores.values
 
 
-def _facts(judge: Scorer, scored: Scored) -> dict[str, Any]:
-    """What the scores depend on."""
-    ids = scored.collected.ids
-    note = note_of(judge.detector)
-    # Only 50,000 images make what papers call FID-50k.
+def score_source(
+    scorer: Scorer,
+    images: ImageSource,
+    out: Path,
+    settings: dict[str, Any],
+    num_workers: int,
+    world: World,
+) -> dict[str, float]:
+    """Score all images of a source and publish the scores in `out`; see publish."""
+    check_size(images.size, images.source, scorer.reference)
+    statistics = extract_features(scorer.extractor, images, world, scorer.batch_size, num_workers)
+    scored = Scored(statistics, images.labels, images.classes, images.skipped)
+    return publish(scorer, scored, out, settings, world)
+
+
+def variety_score(scores: dict[str, Any], default: str) -> str:
+    """The name of the score to plot the distance against: Inception Score, else recall."""
+    endings = ("inception_score", "recall")
+    return next((name for end in endings for name in scores if name.endswith(end)), default)
+
+
+def _facts(scorer: Scorer, scored: Scored) -> dict[str, Any]:
+    """Everything that the scores depend on."""
+    ids = scored.statistics.ids
+    note, features = note_of(scorer.extractor), scorer.reference_features
+    # Papers call it FID-50k only for 50,000 images.
     label = note or ("FID-50k" if len(ids) == 50_000 else "not FID-50k")
     balance = None
     if scored.labels is not None:
@@ -74,13 +98,13 @@ def _facts(judge: Scorer, scored: Scored) -> dict[str, Any]:
         balance = {"classes": len(sizes), "least": int(sizes.min()), "most": int(sizes.max())}
     return {
         "n": len(ids),
-        "name": f"{judge.distance} of {len(ids)} images ({label})",
+        "name": f"{scorer.distance} of {len(ids)} images ({label})",
         "note": note,
-        "reference": judge.reference.path.name,
-        "reference_sha256": judge.reference.sha256,
-        "reference_images": 0 if judge.real is None else len(judge.real),
-        "weights_sha256": judge.detector.weights_sha256,
-        "inception_score_splits": f"{ADM_SPLIT} a split, shuffled; adm: {ADM_SPLIT}, unshuffled; "
+        "reference": scorer.reference.path.name,
+        "reference_sha256": scorer.reference.sha256,
+        "reference_images": 0 if features is None else len(features),
+        "weights_sha256": scorer.extractor.weights_sha256,
+        "inception_score_splits": f"{ADM_SPLIT} per split, shuffled; adm: {ADM_SPLIT}, unshuffled; "
         f"fidelity: {FIDELITY_SPLITS} splits, shuffled",
         "inception_score_seed": SEED,
         "class_balance": balance,
@@ -101,10 +125,10 @@ def _commit() -> str:
 def write_class_report(
     influence: np.ndarray, labels: np.ndarray, classes: Sequence[str], distance: str, out: Path
 ) -> None:
-    """classes.csv and classes.png: how much each class raises the distance, the worst first.
+    """Write classes.csv and classes.png: the effect of each class on the distance, worst first.
 
-    influence, labels: (n,). A class's effect is its share times its mean influence: about what the
-    distance would fall by without the class. The effects add up to 0.
+    influence, labels: (n,). The effect of a class is its share times its mean influence, which
+    approximates how much the distance would fall without the class. The effects sum to 0.
     """
     rows = []
     for label in np.unique(labels):
@@ -117,7 +141,7 @@ def write_class_report(
     worst = rows[:SHOWN_CLASSES]
     figure, axis = _figure()
     axis.barh([row["class"] for row in worst][::-1], [row["effect"] for row in worst][::-1])
-    axis.set(title=f"classes that raise {distance} most", xlabel=f"effect on {distance}")
+    axis.set(title=f"classes with the largest effect on {distance}", xlabel=f"effect on {distance}")
     _save(figure, out / "classes.png")
 
 
@@ -130,14 +154,12 @@ def write_comparison(
     the column `x`.
     """
     write_csv(rows, out / f"{name}.csv")
-    for end in ("recall", "inception_score"):
-        x = next((column for column in rows[0] if column.endswith(end)), x)
-    plot_trade(rows, x, distance, note, out / f"{name}.png")
+    plot_trade(rows, variety_score(rows[0], x), distance, note, out / f"{name}.png")
     return out / f"{name}.png"
 
 
 def plot_trade(rows: Sequence[dict[str, Any]], x: str, y: str, note: str, path: Path) -> None:
-    """Score `y` against score `x`, a point per run, joined in the order of the sweep."""
+    """Plot score `y` against score `x`: a point per run, joined in the order of the sweep."""
     figure, axis = _figure()
     axis.plot([row[x] for row in rows], [row[y] for row in rows], marker="o")
     for row in rows:
@@ -148,14 +170,12 @@ def plot_trade(rows: Sequence[dict[str, Any]], x: str, y: str, note: str, path: 
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rows as CSV, whole or not at all; the columns are those of any row."""
+    """Write rows as CSV atomically. The columns are the union of the rows' keys."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", newline="") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
 
 
 def _figure() -> tuple[Any, Any]:
@@ -170,8 +190,7 @@ def _figure() -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:  # noqa: ANN401 - a matplotlib figure
     from matplotlib import pyplot
 
-    aside = path.with_name(f".{path.name}.tmp")
     figure.tight_layout()
-    figure.savefig(aside, format="png", dpi=100)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
-    os.replace(aside, path)

@@ -1,8 +1,8 @@
-"""From features to scores: one judge, holding detector and reference, for any number of runs.
+"""From features to scores: a scorer holds the extractor and the reference, for any number of runs.
 
-judge = open_judge(config, "generation", world)
-evaluator = judge.evaluator(world)           # feed it pictures: of files, or as they are sampled
-score(judge, evaluator.merge(world)).values  # {"gfid": 2.19, ...}
+scorer = open_scorer(config.metrics, "generation", world)
+evaluator = scorer.evaluator(world)           # update it with images, from files or while sampling
+score(scorer, evaluator.merge(world)).values  # {"gfid": 2.19, ...}
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 
 from core.config import InputError
 from core.distributed.world import World
-from evaluations.evaluator import Collected, Evaluator, collect
+from evaluations.evaluator import Evaluator, FeatureStatistics, extract_features
 from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, full_float32
 from evaluations.image_source import open_image_source
 from evaluations.metrics.frechet import frechet_at_infinity, frechet_distance, influence
@@ -30,11 +30,13 @@ from evaluations.reference_stats import Kind, ReferenceStats, load_reference
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig(ExtractorConfig):
-    """What to compare with.
+    """The reference to compare with, and the scores.
 
     Args:
-        reference: An npz with mu and sigma: ADM's, or one of evaluations.reference.
-        extended: Also KID, density, coverage, the distance's error bar and limit at infinite n.
+        reference: An npz with mu and sigma: ADM's, or one made by evaluations.reference; null for
+            none.
+        extended: Also compute KID, density, coverage, the standard error of the distance and its
+            extrapolation to infinitely many samples.
     """
 
     reference: Path | None = None
@@ -42,108 +44,120 @@ class MetricsConfig(ExtractorConfig):
 
 
 class Scorer(NamedTuple):
-    """A detector, a reference, and the features (n, dim) of the reference's own images."""
+    """An extractor and a reference.
 
-    detector: FeatureExtractor
+    reference_features: (n, dim), of the reference's images; None if it has too few images.
+    """
+
+    extractor: FeatureExtractor
     reference: ReferenceStats
-    real: torch.Tensor | None
+    reference_features: torch.Tensor | None
     kind: Kind
     extended: bool
     batch_size: int
 
     def evaluator(self, world: World) -> Evaluator:
-        """What adds up the features of the pictures to be scored."""
-        return Evaluator(self.detector, world.device, self.batch_size)
+        """A new evaluator, for one set of images to be scored."""
+        return Evaluator(self.extractor, world.device, self.batch_size)
 
     @property
     def distance(self) -> str:
-        """What the Frechet distance is called: gfid or rfid for the real thing, else NOT FID."""
-        if self.detector.metric != "fid":
-            return self.detector.metric
+        """The name of the Frechet distance: gfid or rfid on FID's network, another name if not."""
+        if self.extractor.metric != "fid":
+            return self.extractor.metric
         return "gfid" if self.kind == "generation" else "rfid"
 
 
 class Scores(NamedTuple):
-    """Scores by name, and each sample's influence on the distance (n,) where it is computed."""
+    """Scores by name, and the influence (n,) of each sample on the distance, or None."""
 
     values: dict[str, float]
     influence: torch.Tensor | None
 
 
 def open_scorer(config: MetricsConfig, kind: Kind, world: World) -> Scorer:
-    """Load detector and reference; all ranks look at the reference's images together."""
+    """Load extractor and reference; all ranks together extract the features of its images.
+
+    Raises InputError if the reference or the weights are missing or do not fit.
+    """
     if config.reference is None:
-        raise InputError("reference: give the npz to compare with (see evaluations.reference)")
-    detector = config.build_detector(world)
-    reference = load_reference(config.reference, detector, kind)
-    real = None
+        raise InputError(
+            "metrics.reference: give an npz to compare with (see evaluations.reference)"
+        )
+    extractor = config.build_extractor(world)
+    reference = load_reference(config.reference, extractor, kind)
+    features = None
     if reference.image_size:
-        pictures = open_image_source(reference.path, reference.image_size)
-        if pictures.count > COVERAGE_NEIGHBOURS:
-            real = collect(detector, pictures, world, config.batch_size).rows
-    return Scorer(detector, reference, real, kind, config.extended, config.batch_size)
+        images = open_image_source(reference.path, reference.image_size)
+        if images.count > COVERAGE_NEIGHBOURS:
+            features = extract_features(extractor, images, world, config.batch_size).features
+    return Scorer(extractor, reference, features, kind, config.extended, config.batch_size)
 
 
 def scorer_from_originals(
-    config: MetricsConfig, detector: FeatureExtractor, source: Path, originals: Collected
+    config: MetricsConfig,
+    extractor: FeatureExtractor,
+    source: Path,
+    originals: FeatureStatistics,
 ) -> Scorer:
-    """A judge of reconstructions whose reference is the originals themselves."""
+    """A scorer of reconstructions whose reference is the original images."""
     spatial = originals.spatial.gaussian() if originals.spatial else None
     reference = ReferenceStats(source, "", originals.gaussian(), spatial, None)
     kind: Kind = "reconstruction"
-    real = originals.rows
-    return Scorer(detector, reference, real, kind, config.extended, config.batch_size)
+    return Scorer(
+        extractor, reference, originals.features, kind, config.extended, config.batch_size
+    )
 
 
 def check_size(size: tuple[int, int], source: Path, reference: ReferenceStats) -> None:
-    """Raise InputError for pictures of another size than the reference's."""
+    """Raise InputError unless images of this height and width are as large as the reference's."""
     if reference.image_size and size != reference.image_size:
         raise InputError(
-            f"{source}: pictures of {size[0]} x {size[1]}, those of {reference.path} are "
+            f"{source}: images of {size[0]} x {size[1]}, those of {reference.path} are "
             f"{reference.image_size[0]} x {reference.image_size[1]}"
         )
 
 
-def score(judge: Scorer, collected: Collected) -> Scores:
-    """Every score that the features allow. Names of other detectors than FID's have a prefix."""
-    sums = collected.pooled
-    device = sums.total.device
-    reference = judge.reference.pooled.to(device)
-    values = {judge.distance: frechet_distance(collected.gaussian(), reference)}
-    if collected.spatial and judge.reference.spatial:
-        spatial = judge.reference.spatial.to(device)
-        name = "sfid" if judge.detector.metric == "fid" else "spatial_fd"
-        values[name] = frechet_distance(collected.spatial.gaussian(), spatial)
+def score(scorer: Scorer, statistics: FeatureStatistics) -> Scores:
+    """All scores that the statistics allow. If the network is not FID's, names have a prefix."""
+    device = statistics.pooled.total.device
+    reference = scorer.reference.pooled.to(device)
+    values = {scorer.distance: frechet_distance(statistics.gaussian(), reference)}
+    if statistics.spatial and scorer.reference.spatial:
+        spatial = scorer.reference.spatial.to(device)
+        name = "sfid" if scorer.extractor.metric == "fid" else "spatial_fd"
+        values[name] = frechet_distance(statistics.spatial.gaussian(), spatial)
     change = None
-    if collected.rows is not None:
-        rows = collected.rows.to(device)
+    if statistics.features is not None:
+        rows = statistics.features.to(device)
         with full_float32(device):
-            if judge.detector.classifier is not None:
-                values |= inception_scores(rows @ judge.detector.classifier.to(device).T)
-            if judge.real is not None and len(rows) > COVERAGE_NEIGHBOURS:
-                values |= _against_real(rows, judge.real.to(device), judge.extended)
-        if judge.extended:
+            if scorer.extractor.classifier is not None:
+                values |= inception_scores(rows @ scorer.extractor.classifier.to(device).T)
+            if scorer.reference_features is not None and len(rows) > COVERAGE_NEIGHBOURS:
+                values |= _against_images(
+                    rows, scorer.reference_features.to(device), scorer.extended
+                )
+        if scorer.extended:
             values["distance_at_infinite_n"] = frechet_at_infinity(rows, reference)
-        if judge.extended and len(rows) > rows.shape[1]:
+        if scorer.extended and len(rows) > rows.shape[1]:
             change = influence(rows, reference).cpu()
             values["standard_error"] = float(change.std() / len(change) ** 0.5)
-    if judge.detector.metric != "fid":
-        prefix = judge.detector.metric.replace("_fd", "").replace("fd_", "")
+    if scorer.extractor.metric != "fid":
+        prefix = scorer.extractor.metric.replace("_fd", "").replace("fd_", "")
         values = {k if prefix in k else f"{prefix}_{k}": v for k, v in values.items()}
     return Scores(values, change)
 
 
-def _against_real(rows: torch.Tensor, real: torch.Tensor, extended: bool) -> dict[str, float]:
-    """The scores that need the reference's single images."""
+def _against_images(rows: torch.Tensor, real: torch.Tensor, extended: bool) -> dict[str, float]:
+    """The scores that need features of single reference images."""
     adm, exact = (precision_recall(rows, real, name) for name in get_args(Arithmetic))
     values = {
-        "precision": adm.quality,
-        "recall": adm.variety,
-        "precision_fp32": exact.quality,
-        "recall_fp32": exact.variety,
+        "precision": adm.precision,
+        "recall": adm.recall,
+        "precision_fp32": exact.precision,
+        "recall_fp32": exact.recall,
     }
     if extended:
-        pair = density_coverage(rows, real)
-        values |= {"density": pair.quality, "coverage": pair.variety}
+        values |= density_coverage(rows, real)._asdict()
         values["kid"] = kernel_distance(rows, real)
     return values

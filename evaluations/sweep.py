@@ -3,54 +3,68 @@
 Sample the runs with autoregressive.sample (scripts/evaluations/sweep.sh does both), then
 
 python -m evaluations.sweep --runs '[samples/cfg_1.5,samples/cfg_2.0]' \
-    --reference VIRTUAL_imagenet256_labeled.npz --out scores/sweep
+    --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/sweep
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.config import config_values, parse_config, run_command
 from core.data.shards import read_index
-from core.distributed.world import World, distributed
+from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
 from evaluations.features.extractors import note_of
-from evaluations.report import write_comparison
-from evaluations.score import ScoreConfig, ScoringConfig, evaluate
-from evaluations.scorer import open_scorer
+from evaluations.image_source import check_reading, open_image_source
+from evaluations.reference_stats import Kind
+from evaluations.report import score_source, write_comparison
+from evaluations.scorer import MetricsConfig, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(ScoringConfig):
-    """Which runs, in the order of the swept setting.
+class SweepConfig:
+    """Which runs to score, and how.
 
     Args:
-        runs: Folders of autoregressive.sample; their settings are read from index.json.
+        runs: Folders of autoregressive.sample, in the order of the swept setting. Their settings
+            are read from index.json.
+        out: The folder for sweep.csv, sweep.json, sweep.png and a folder of scores per run.
+        metrics: The reference, the feature extractor and the scores.
+        kind: generation (gFID) or reconstruction (rFID); the reference must be of the same kind.
+        image_size: Height and width of the centre crop of image files; an npz is not cropped.
+        num_workers: Loader processes per rank, for image files.
+        device: auto, cpu, cuda or mps.
     """
 
     runs: tuple[Path, ...]
+    out: Path
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kind: Kind = "generation"
+    image_size: tuple[int, int] = (256, 256)
+    num_workers: int = 8
+    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_reading(self.image_size, self.num_workers)
         if len({run.name for run in self.runs}) != len(self.runs) or not self.runs:
             raise ValueError("runs: give one or more folders with different names")
 
 
 def sweep(config: SweepConfig, world: World) -> None:
-    """Score every run; write sweep.csv, sweep.json and sweep.png (distance against variety)."""
-    judge = open_scorer(config, config.kind, world)
-    shared = {k: v for k, v in vars(config).items() if k not in ("runs", "out")}
-    settings = [read_index(run).get("sampling", {}) for run in config.runs]
+    """Score every run; write a table and a plot of distance against Inception Score or recall."""
+    scorer = open_scorer(config.metrics, config.kind, world)
+    settings = config_values(config)
+    sampling = [read_index(run).get("sampling", {}) for run in config.runs]
     rows = []
-    for run, sampling in zip(config.runs, settings, strict=True):
-        one = ScoreConfig(samples=run, out=config.out / run.name, **shared)
-        rows.append({"run": run.name, **sampling, **evaluate(judge, one, world)})
+    for run, swept in zip(config.runs, sampling, strict=True):
+        images, out = open_image_source(run, config.image_size), config.out / run.name
+        own = {**settings, "samples": str(run)}
+        scores = score_source(scorer, images, out, own, config.num_workers, world)
+        rows.append({"run": run.name, **swept, **scores})
     if not world.is_main:
         return
-    note = note_of(judge.detector)
-    write_json(
-        config.out / "sweep.json", {"note": note, "rows": rows, "settings": config_values(config)}
-    )
-    print(write_comparison(rows, judge.distance, judge.distance, note, config.out, "sweep"))
+    note = note_of(scorer.extractor)
+    write_json(config.out / "sweep.json", {"note": note, "rows": rows, "settings": settings})
+    print(write_comparison(rows, scorer.distance, scorer.distance, note, config.out, "sweep"))
 
 
 def main() -> None:

@@ -1,27 +1,29 @@
-"""Check this suite on ADM's public files: our row beside the published row, pass or fail.
+"""Check these metrics on ADM's public files: our values beside the published ones, pass or fail.
 
 python -m evaluations.verify_adm --samples admnet_guided_upsampled_imagenet256.npz \
-    --reference VIRTUAL_imagenet256_labeled.npz --out scores/verify
+    --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/verify
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from core.config import InputError, parse_config, run_command
-from core.distributed.world import World, distributed
-from evaluations.score import ScoreConfig, evaluate
-from evaluations.scorer import open_scorer
+from core.config import InputError, config_values, parse_config, run_command
+from core.distributed.world import DeviceName, World, distributed
+from evaluations.image_source import open_image_source
+from evaluations.report import score_source
+from evaluations.scorer import MetricsConfig, open_scorer
 
 
 class Published(NamedTuple):
-    """A published number, and how far a port to PyTorch may be from it (relative)."""
+    """A published value, and the relative deviation that a port to PyTorch may have."""
 
     value: float
     tolerance: float
 
 
-# guided-diffusion's README, for the two files above. Ports of the network to PyTorch are off by
-# 6e-4 at most; precision and recall in float16 depend on the order of additions.
+# From guided-diffusion's README, for the two files above. Ports of the network to PyTorch deviate
+# by at most 6e-4; precision and recall in float16 depend on the order of additions.
 PUBLISHED = {
     "inception_score_adm": Published(215.8370, 2e-3),
     "gfid": Published(3.94256, 2e-3),
@@ -32,28 +34,41 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(ScoreConfig):
+class VerifyConfig:
     """ADM's samples and reference, with the published Inception.
 
     Args:
-        samples: admnet_guided_upsampled_imagenet256.npz.
+        samples: The file admnet_guided_upsampled_imagenet256.npz.
+        out: The folder for scores.json.
+        metrics: The reference VIRTUAL_imagenet256_labeled.npz, and the Inception.
+        device: auto, cpu, cuda or mps.
     """
 
+    samples: Path
+    out: Path
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    device: DeviceName = "auto"
+
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.detector != "inception" or self.kind != "generation":
-            raise ValueError("verify needs detector inception and kind generation")
+        if self.metrics.extractor != "inception":
+            raise ValueError("verify_adm needs metrics.extractor inception")
 
 
 def verify(config: VerifyConfig, world: World) -> None:
-    """Print the table; raises InputError where a number is too far from the published one."""
-    found = evaluate(open_scorer(config, config.kind, world), config, world)
-    if not world.is_main:
-        return
+    """Print the table; raises InputError if a value deviates too much from the published one."""
+    scorer = open_scorer(config.metrics, "generation", world)
+    images = open_image_source(config.samples, (256, 256))
+    scores = score_source(scorer, images, config.out, config_values(config), 0, world)
+    if world.is_main:
+        compare(scores)
+
+
+def compare(scores: dict[str, float]) -> None:
+    """Print our scores beside the published ones; raises InputError if one deviates too much."""
     failed = []
     print(f"\n{'':<20}{'ours':>12}{'published':>12}")
     for name, (value, tolerance) in PUBLISHED.items():
-        ours = found.get(name, float("nan"))
+        ours = scores.get(name, float("nan"))
         passed = abs(ours - value) <= tolerance * value
         failed += [] if passed else [name]
         print(f"{name:<20}{ours:>12.5f}{value:>12.5f}  {'pass' if passed else 'FAIL'}")

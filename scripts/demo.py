@@ -62,8 +62,8 @@ def main() -> None:
     stage("evaluations.reference", "reference.yaml", "--images", train, "--out", out / "real.npz")
     stage(
         "evaluations.score",
-        "generation.yaml",
-        *("--samples", samples, "--reference", out / "real.npz", "--out", out / "scores"),
+        "score.yaml",
+        *("--samples", samples, "--metrics.reference", out / "real.npz", "--out", out / "scores"),
     )
     print_table(out, time.monotonic() - started)
 

@@ -51,13 +51,13 @@ def test_images_become_scores_through_every_command(tmp_path):
             "tokenizer.encode",
             *("--tokenizer", vq, "--data", tmp_path / name, "--out", codes / name, *shape, *cpu),
         )
-    proxy = ("--detector", "proxy", "--device", "cpu", *shape)
+    proxy = ("--metrics.extractor", "proxy", "--device", "cpu", *shape)
     reference = tmp_path / "reference.npz"
     run_module("evaluations.reference", "--images", tmp_path / "train", "--out", reference, *proxy)
     run_module(
         "autoregressive.train",
         *("--evaluation.every", 3, "--metrics.reference", reference),
-        *("--metrics.detector", "proxy", "--evaluation.num_images", 5),
+        *("--metrics.extractor", "proxy", "--evaluation.num_images", 5),
         *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'val'}]"),
         *("--out", gpt, "--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32),
         *("--training.num_steps", 6, "--training.batch_size", 8, "--sample_columns", 3),
@@ -72,7 +72,7 @@ def test_images_become_scores_through_every_command(tmp_path):
     scores = {}
     for images in ("samples", "train", "val"):
         out = tmp_path / "scores" / images
-        samples = ("--samples", tmp_path / images, "--reference", reference)
+        samples = ("--samples", tmp_path / images, "--metrics.reference", reference)
         run_module("evaluations.score", *samples, "--out", out, *proxy)
         scores[images] = json.loads((out / "scores.json").read_text())
     assert [scores[images]["n"] for images in ("samples", "train", "val")] == [12, 24, 8]

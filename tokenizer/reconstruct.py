@@ -1,4 +1,4 @@
-"""Score a tokenizer on validation images: encode, decode, compare.
+"""Score a tokenizer on validation images: encode them, decode, compare.
 
 python -m tokenizer.reconstruct --tokenizer runs/vq16 --data imagenet/val --out scores/vq16
 torchrun --nproc-per-node 8 -m tokenizer.reconstruct ...
@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from core.config import InputError, config_values, parse_config, run_command
 from core.data.grids import side_by_side
-from core.data.image_list import find_images
 from core.data.images import images_to_pixels, pixels_to_images, save_png
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
 from core.files import write_json
@@ -31,21 +31,24 @@ from tokenizer.quantizers.usage import CodebookUsage
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Which tokenizer on which images.
+    """Which tokenizer, which images, and which scores.
 
     Args:
         tokenizer: A run or checkpoint folder, a released file, or a Hub id.
-        data: Images: a folder of class folders, a flat folder, or a list file.
-        out: The folder to write scores.json and reconstructions.png to.
+        data: Images: a folder of class folders, a flat folder, a list file, tars, or a folder of
+            jsonl files.
+        out: The folder for scores.json and reconstructions.png.
         image_size: Height and width of the centre crop.
-        rfid: Also score rFID (and what comes with it), which needs the detector's weights.
-        judge: By which network, and against which reference; without one, against `data` itself.
-        lpips: Also score LPIPS, which needs VGG16's weights.
-        vgg_weights: torchvision's vgg16-397923af.pth; by default its cache or download.
-        shown: Pictures in reconstructions.png.
-        columns: Pictures a row.
-        weights: Which weights to take; auto prefers averaged ones.
-        batch_size: Images at a time on each process.
+        rfid: Also compute rFID and the other scores of evaluations.score, which need the weights
+            of the feature extractor.
+        metrics: For rfid: the feature extractor, and the reference; without a reference, the
+            reconstructions are compared with `data` itself.
+        lpips: Also compute LPIPS, which needs the weights of VGG16.
+        vgg_weights: torchvision's vgg16-397923af.pth; null to use its cache or to download it.
+        grid_images: Number of images in reconstructions.png.
+        grid_columns: Images per row.
+        weights: The weights to load; auto takes the EMA weights if there are any.
+        batch_size: Images per forward pass on each process.
         num_workers: Loader processes per rank.
         precision: bf16 or fp32.
         device: auto, cpu, cuda or mps.
@@ -56,11 +59,11 @@ class ReconstructConfig:
     out: Path
     image_size: tuple[int, int] = (256, 256)
     rfid: bool = False
-    judge: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     lpips: bool = False
     vgg_weights: Path | None = None
-    shown: int = 16
-    columns: int = 8
+    grid_images: int = 16
+    grid_columns: int = 8
     weights: Weights = "auto"
     batch_size: int = 32
     num_workers: int = 8
@@ -68,13 +71,13 @@ class ReconstructConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.shown, self.columns, self.batch_size) < 1 or self.num_workers < 0:
-            raise ValueError("shown, columns and batch_size must be >= 1, num_workers >= 0")
+        if min(self.grid_images, self.grid_columns, self.batch_size) < 1 or self.num_workers < 0:
+            raise ValueError("grid_images, grid_columns, batch_size must be >= 1, num_workers >= 0")
 
 
 def reconstruct(config: ReconstructConfig, world: World) -> None:
-    """Score every image once, each on one rank, and write what came out."""
-    images = find_images(config.data)
+    """Score every image on one of the ranks and write the results."""
+    images = open_images(config.data)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     if any(side < 1 or side % vq.config.downsample for side in config.image_size):
         raise InputError(
@@ -85,7 +88,7 @@ def reconstruct(config: ReconstructConfig, world: World) -> None:
     rfid = RFID(config, world) if config.rfid else None
     dataset = OrderedImages(images, CenterCrop(*config.image_size))
     mine = list(range(world.rank, len(images), world.size))
-    usage = CodebookUsage(vq.config.vocab_size, world.device)
+    usage = CodebookUsage(vq.quantize.vocab_size, world.device)
     sums: dict[str, torch.Tensor] = {}
     count, skipped, shown = 0, [], []
     with tqdm(total=len(images), unit="image", disable=not world.is_main) as bar:
@@ -101,55 +104,56 @@ def reconstruct(config: ReconstructConfig, world: World) -> None:
                 sums[name] = sums.get(name, 0) + values.double().sum()
             if rfid:
                 rfid.update(real, fake, batch.indices)
-            if count < config.shown:
+            if count < config.grid_images:
                 shown.append((real.cpu(), fake.cpu()))
             count += len(real)
     distances = rfid.scores() if rfid else {}
     write(config, world, usage, sums, distances, count, skipped, sha256)
     if world.is_main and shown:
-        real, fake = (torch.cat(part)[: config.shown] for part in zip(*shown, strict=True))
-        save_png(side_by_side(real, fake, config.columns), config.out / "reconstructions.png")
+        real, fake = (torch.cat(part)[: config.grid_images] for part in zip(*shown, strict=True))
+        save_png(side_by_side(real, fake, config.grid_columns), config.out / "reconstructions.png")
         print(config.out / "reconstructions.png")
 
 
 class RFID:
-    """The distance of the rebuilt pictures to a reference file, or to the originals themselves."""
+    """Compares reconstructions with a reference file, or with the original images."""
 
     def __init__(self, config: ReconstructConfig, world: World) -> None:
         self.config, self.world = config, world
-        judge = config.judge
-        self.judge = open_scorer(judge, "reconstruction", world) if judge.reference else None
-        if self.judge:
-            check_size(config.image_size, config.data, self.judge.reference)
-        detector = self.judge.detector if self.judge else judge.build_detector(world)
-        self.real, self.fake = (Evaluator(detector, world.device, judge.batch_size) for _ in "rf")
+        metrics, self.scorer = config.metrics, None
+        if metrics.reference:
+            self.scorer = open_scorer(metrics, "reconstruction", world)
+            check_size(config.image_size, config.data, self.scorer.reference)
+        extractor = self.scorer.extractor if self.scorer else metrics.build_extractor(world)
+        self.real = Evaluator(extractor, world.device, metrics.batch_size)
+        self.fake = Evaluator(extractor, world.device, metrics.batch_size)
 
     def update(self, real: torch.Tensor, fake: torch.Tensor, ids: np.ndarray) -> None:
-        """Pixels (n, h, w, 3) uint8 of the pictures `ids` (n,), before and after."""
+        """Add originals and reconstructions, pixels (n, h, w, 3) uint8, with ids (n,)."""
         self.fake.update(fake, ids)
-        if self.judge is None:
+        if self.scorer is None:
             self.real.update(real, ids)
 
     def scores(self) -> dict[str, float]:
-        """rfid and what comes with it; all ranks call it."""
+        """The scores by name on rank 0, {} on other ranks; all ranks call it."""
         fake, real = self.fake.merge(self.world), self.real.merge(self.world)
         if not self.world.is_main or len(fake.ids) < 2:
             return {}
-        judge = self.judge or scorer_from_originals(
-            self.config.judge, self.fake.detector, self.config.data, real
+        scorer = self.scorer or scorer_from_originals(
+            self.config.metrics, self.fake.extractor, self.config.data, real
         )
-        return score(judge, fake).values
+        return score(scorer, fake).values
 
 
 @torch.no_grad()
 def rebuild(vq: VQModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (n, h, w, 3) uint8 -> the same through the codes, and the codes."""
+    """Pixels (n, h, w, 3) uint8 -> reconstructed pixels, and codes (n, rows, columns) int64."""
     codes = vq.encode(pixels_to_images(pixels))
     return images_to_pixels(vq.decode(codes)), codes
 
 
 def scores(real: torch.Tensor, fake: torch.Tensor, lpips: LPIPS | None) -> dict[str, torch.Tensor]:
-    """Every score of pixels (n, h, w, 3) uint8, per picture (n,)."""
+    """The scores by name, per image (n,), of pixels (n, h, w, 3) uint8."""
     result = {
         "psnr": psnr(real, fake),
         "ssim": ssim(real, fake),
@@ -170,10 +174,10 @@ def write(
     skipped: list[Skipped],
     sha256: str,
 ) -> None:
-    """Means over all ranks -> scores.json, with what they depend on."""
+    """Write scores.json: the means over all ranks, and the settings. All ranks call it."""
     counts = world.gather(count)
     means: dict[str, float] = {}
-    # Ranks without a picture still take part in every sum.
+    # Ranks without images still take part in every sum.
     for name in sorted(set().union(*world.gather(list(sums)))):
         total = sums.get(name, torch.zeros((), dtype=torch.float64, device=world.device))
         means[name] = float(world.sum(total)) / sum(counts)
@@ -182,7 +186,7 @@ def write(
     if not world.is_main:
         return
     if not sum(counts):
-        raise InputError(f"{config.data}: no picture can be read")
+        raise InputError(f"{config.data}: no image can be read")
     config.out.mkdir(parents=True, exist_ok=True)
     found = means | used | distances
     result = {

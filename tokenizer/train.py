@@ -20,9 +20,9 @@ from PIL import Image
 from torch import nn
 
 from core.config import parse_config, run_command
-from core.data.image_list import ImageList, find_images
 from core.data.images import image_to_pixels, pixels_to_images, random_crop
 from core.data.loader import TrainingImages, training_batches
+from core.data.open import Images, open_images
 from core.data.order import check_batch_size, local_positions
 from core.data.skip_log import SkipLog, Skipped
 from core.distributed.parallel import ParallelConfig, no_sync, prepare
@@ -186,7 +186,7 @@ def build_models(config: TrainConfig, world: World) -> TrainingModels:
 def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
-    images_on_disk = find_images(config.data)
+    images_on_disk = open_images(config.data)
     validation = load_pictures(
         config.validation or config.data, config.validation_images, config.image_size
     )
@@ -269,7 +269,7 @@ def plan_training(config: TrainConfig, num_images: int) -> Plan:
 
 
 def open_batches(
-    config: TrainConfig, images: ImageList, world: World, samples: int
+    config: TrainConfig, images: Images, world: World, samples: int
 ) -> Iterator[tuple[torch.Tensor, list[Skipped]]]:
     """This rank's micro-batches of training crops, after `samples` samples."""
     crop = RandomCrop(*config.image_size, config.crop_scale)

@@ -1,1 +1,1 @@
-"""Codes and captions for training."""
+"""Training data: codes with classes or captions."""

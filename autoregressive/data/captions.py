@@ -1,4 +1,4 @@
-"""Codes and captions for training: codes of tokenizer.encode, features of language.encode."""
+"""Training data with captions: codes of tokenizer.encode, features of language.encode."""
 
 import gc
 from typing import Any
@@ -16,7 +16,7 @@ from language.text_encoder import load_text_encoder
 
 
 class TextDataset:
-    """The pictures that have both codes and features, joined by their place among the pairs."""
+    """The images that have both codes and features, joined by their number among the pairs."""
 
     def __init__(self, config: DataConfig) -> None:
         assert config.features is not None
@@ -28,23 +28,25 @@ class TextDataset:
         )
         if ours != theirs:
             raise InputError(
-                f"{config.features}: captions of other pictures than {config.codes[0]} has; encode "
-                "both from the same pairs"
+                f"{config.features}: these captions belong to other images than {config.codes[0]}; "
+                "encode both from the same pairs"
             )
         ids = ShardReader(config.codes[0], "images")
         pairs = ids[np.arange(len(ids))]
         self.rows = np.flatnonzero(np.isin(pairs, self.features.ids))
         self.pairs = pairs[self.rows]
         if not len(self.rows):
-            raise InputError(f"{config.features}: no picture of {config.codes[0]} has a caption")
+            raise InputError(f"{config.features}: no image of {config.codes[0]} has a caption")
         self.config = config
-        chosen_captions(np.arange(1), 0, self.features.variants, config)  # refuses unknown ones
+        chosen_captions(
+            np.arange(1), 0, self.features.variants, config
+        )  # raises InputError for unknown ones
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def model_fields(self) -> dict[str, Any]:
-        """What the data decides of the model: fields of GPTConfig."""
+        """The fields of GPTConfig that follow from the data."""
         return {
             "condition": "text",
             "text_dim": self.features.dim,
@@ -58,7 +60,7 @@ class TextDataset:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Rows (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
-        Which caption a sample shows depends on (seed, its position in the training order) alone.
+        The choice of a caption depends only on (seed, position in the training order).
         """
         codes = self.codes.code_batch(self.rows[rows], positions, seed)
         variants = chosen_captions(positions, seed, self.features.variants, self.config)

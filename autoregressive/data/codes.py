@@ -1,4 +1,4 @@
-"""Codes and classes for training: our shards, or the reference's one file per image."""
+"""Training data with classes: our shards, or the published layout of one file per image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,8 @@ from core.config import InputError
 from core.data.shards import ShardReader, read_index
 from core.rng import random_uniform
 
-CROP_STREAM = 1  # tells the draws of one training position apart
-
-
-DROP_STREAM = 2
-
-
-CAPTION_STREAM = 4
+# Independent random streams of a training position.
+CROP_STREAM, DROP_STREAM, CAPTION_STREAM = 1, 2, 4
 
 
 class _Source(Protocol):
@@ -35,7 +30,7 @@ class _Source(Protocol):
 
 
 class ReferenceCodes:
-    """The reference's layout: `{i}.npy`, int64 (1, crops, tokens), one file per image."""
+    """The layout of the published code: `{i}.npy`, int64 (1, crops, tokens), one per image."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -50,7 +45,7 @@ class ReferenceCodes:
         return self.size
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Row numbers (n,) -> whatever the files hold, stacked without their first dimension."""
+        """Row numbers (n,) -> the arrays of the files, stacked without their first dimension."""
         return np.stack([self._load(int(row)) for row in rows])
 
     @property
@@ -59,7 +54,7 @@ class ReferenceCodes:
         return self._load(0).shape
 
     def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Of each row (n,) the one crop (n,)."""
+        """One crop of each row: row numbers (n,) and crop numbers (n,) -> (n, tokens)."""
         return np.stack([self._load(int(r))[i] for r, i in zip(rows, items, strict=True)])
 
     def _load(self, row: int) -> np.ndarray:
@@ -71,7 +66,7 @@ class ReferenceCodes:
 
 
 class CodeDataset:
-    """Every image's codes under its crops, and its class.
+    """The codes of every crop of every image, and its class.
 
     vocab_size, classes, grid (rows, columns) and tokenizer_sha256 come from `index.json`.
     """
@@ -84,10 +79,10 @@ class CodeDataset:
             self._open_ours(config.codes)
         sizes = {len(source) for source in self.sources}
         if sizes != {len(self.labels)}:
-            raise InputError(f"data.codes: folders of different sizes ({sizes}); they must match")
+            raise InputError(f"data.codes: folders with different numbers of images ({sizes})")
         tokens = self.sources[0][np.array([0])].shape[-1]
         if tokens != self.grid[0] * self.grid[1]:
-            raise InputError(f"{config.codes[0]}: {tokens} codes an image, but a grid {self.grid}")
+            raise InputError(f"{config.codes[0]}: {tokens} codes per image, but a grid {self.grid}")
 
     def _open_ours(self, folders: tuple[Path, ...]) -> None:
         indices = [read_index(folder) for folder in folders]
@@ -106,7 +101,7 @@ class CodeDataset:
         self.sources = [ShardReader(folder, "codes") for folder in folders]
         labels = [_all(ShardReader(folder, "labels")) for folder in folders]
         if any(not np.array_equal(labels[0], other) for other in labels[1:]):
-            raise InputError("data.codes: the folders hold different images")
+            raise InputError("data.codes: the folders contain different images")
         self.labels = labels[0]
 
     def _open_reference(self, config: DataConfig) -> None:
@@ -115,15 +110,15 @@ class CodeDataset:
         self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
         self.tokenizer_sha256, self.index = "", {}
         side = round(self.sources[0][np.array([0])].shape[-1] ** 0.5)
-        self.grid = (side, side)  # the reference has square images only
+        self.grid = (side, side)  # the published code only has square images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def model_fields(self) -> dict[str, Any]:
-        """What the data decides of the model: fields of GPTConfig.
+        """The fields of GPTConfig that follow from the data.
 
-        Raises InputError where the images had no classes.
+        Raises InputError if the images have no classes.
         """
         if not self.num_classes:
             raise InputError(
@@ -133,7 +128,7 @@ class CodeDataset:
         return {"condition": "class", "num_classes": self.num_classes, **self.code_fields()}
 
     def code_fields(self) -> dict[str, Any]:
-        """The fields that the codes alone decide."""
+        """The fields that follow from the codes, with classes or captions."""
         names = ("vocab_size", "grid", "tokenizer_sha256")
         return {name: getattr(self, name) for name in names}
 
@@ -144,14 +139,14 @@ class CodeDataset:
         return self.code_batch(rows, positions, seed), torch.from_numpy(self.labels[rows])
 
     def conditions(self, ids: np.ndarray) -> torch.Tensor:
-        """What image number ids (n,) of a sample shows: all classes in turn, (n,) int64."""
+        """The classes of sampled images ids (n,): all classes in turn, (n,) int64."""
         return torch.from_numpy(ids % self.num_classes)
 
     def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
         """Rows (n,) of the data set -> codes (n, tokens) int64.
 
-        Which folder and crop each sample shows depends on (seed, its position in the training
-        order) alone. Raises InputError for a code outside the vocabulary.
+        The choice of folder and crop depends only on (seed, position in the training order).
+        Raises InputError for a code outside the vocabulary.
         """
         uniform = random_uniform(
             seed, torch.tensor([CROP_STREAM]), torch.from_numpy(positions)[:, None], torch.arange(2)
@@ -173,9 +168,9 @@ class CodeDataset:
 def chosen_captions(
     positions: np.ndarray, seed: int, variants: Sequence[str], config: DataConfig
 ) -> np.ndarray:
-    """Which variant of its caption each training position (n,) shows -> (n,) int64.
+    """The caption variant of each training position (n,) -> (n,) int64.
 
-    Depends on (seed, position) alone. Raises InputError for a variant that there is not.
+    It depends only on (seed, position). Raises InputError for an unknown variant.
     """
     wanted = [config.caption, config.short_caption or config.caption]
     for name in wanted:
@@ -188,7 +183,7 @@ def chosen_captions(
 
 
 def drop_condition(positions: np.ndarray, rate: float, seed: int) -> torch.Tensor:
-    """Which training positions (n,) see the null condition -> (n,) bool, from (seed, position)."""
+    """Which training positions (n,) drop their condition -> (n,) bool, from (seed, position)."""
     stream = torch.tensor([DROP_STREAM])
     return random_uniform(seed, stream, torch.from_numpy(positions)) < rate
 

@@ -9,22 +9,22 @@ from core.data.image_text import ImageTextConfig
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Pictures and captions that are encoded while training, on each process's device.
+    """Images and captions that are encoded during training, on the device of each process.
 
     Args:
-        pairs: The pictures with captions; with a source, nothing else of `data` is read but the
-            captions' variants.
-        tokenizer: Encodes the pictures: a run or checkpoint folder, a released file, or a Hub id.
+        pairs: The images with captions. If pairs.source is given, the only other settings of `data`
+            that are used are those of the caption variants.
+        tokenizer: Encodes the images: a run or checkpoint folder, a released file, or a Hub id.
         t5: Encodes the captions: a folder or a Hub id.
         image_size: Height and width of the crops.
-        crop_scale: The least share of the resized short side that a random crop keeps.
-        max_tokens: Longer captions are cut.
+        crop_scale: Smallest share of the resized short side that a random crop keeps, in (0, 1].
+        max_tokens: Longer captions are truncated.
         clean: clean, reference or none, as for language.encode.
-        num_workers: Threads that read pictures, per rank.
+        num_workers: Threads that read images, per rank.
     """
 
     pairs: ImageTextConfig = field(default_factory=ImageTextConfig)
-    tokenizer: str = ""
+    tokenizer: str | None = None
     t5: str = "google/flan-t5-xl"
     image_size: tuple[int, int] = (256, 256)
     crop_scale: float = 0.9
@@ -34,27 +34,28 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1 or min(*self.image_size, self.max_tokens) < 1:
-            raise ValueError("data.live: crop_scale in (0, 1], image_size and max_tokens >= 1")
+            raise ValueError("data.online: crop_scale in (0, 1], image_size and max_tokens >= 1")
         if self.num_workers < 1:
-            raise ValueError("data.live.num_workers must be >= 1")
+            raise ValueError("data.online.num_workers must be >= 1")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the codes are.
+    """The training data.
 
     Args:
-        codes: Folders of tokenizer.encode. Several must hold the same images in the same order,
-            e.g. at two crop ranges: each sample is taken from one of them at random.
-        labels: Only for the reference's layout: the label folder of each code folder, both with
-            one `{i}.npy` per image. Vocabulary and classes then come from the next two fields.
-        vocab_size: Entries of the codebook, for the reference's layout.
-        num_classes: Classes, for the reference's layout.
-        features: A folder of language.encode, of the same pictures: trains on captions.
-        caption: For features: the variant of the caption to take.
-        short_caption: The variant to take instead at short_caption_rate; empty for none.
-        short_caption_rate: Share of the samples with the short caption (paper: 0.3).
-        live: Instead of codes and features: pictures and captions encoded while training.
+        codes: Folders of tokenizer.encode. Several must contain the same images in the same
+            order, e.g. with different crops; each sample uses one of them at random.
+        labels: Only for the layout of the published code, with one `{i}.npy` per image: the label
+            folder of each code folder. The next two fields then give vocabulary and classes.
+        vocab_size: Size of the codebook, for the layout of the published code.
+        num_classes: Number of classes, for the layout of the published code.
+        features: A folder of language.encode for the same images, to train on captions; null to
+            train on classes.
+        caption: The caption variant to use.
+        short_caption: The variant to use instead at short_caption_rate; null for none.
+        short_caption_rate: Share of samples that use the short caption (paper: 0.3).
+        online: Instead of codes and features: images and captions to encode during training.
     """
 
     codes: tuple[Path, ...] = ()
@@ -63,13 +64,13 @@ class DataConfig:
     num_classes: int = 1000
     features: Path | None = None
     caption: str = "long"
-    short_caption: str = ""
+    short_caption: str | None = None
     short_caption_rate: float = 0.3
-    live: OnlineConfig = field(default_factory=OnlineConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def __post_init__(self) -> None:
-        if bool(self.codes) == bool(self.live.pairs.source):
-            raise ValueError("data: give codes, or live.pairs.source; one of them")
+        if bool(self.codes) == bool(self.online.pairs.source):
+            raise ValueError("data: give either codes or online.pairs.source")
         if self.labels and len(self.labels) != len(self.codes):
             raise ValueError("data.labels: give one label folder per code folder")
         if self.labels and self.features:

@@ -1,4 +1,4 @@
-"""Pictures and captions encoded while training: no codes or features on disk."""
+"""Images and captions encoded during training, without codes or features on disk."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,42 +17,44 @@ from core.distributed.world import World
 from language.text_encoder import load_text_encoder
 from tokenizer.models.pretrained import load_tokenizer
 
-TRIES = 100  # bad pairs in a row before a data set is given up
+TRIES = 100  # unusable pairs in a row before training stops with an error
 
 
 class OnlineDataset:
-    """The pairs of a source. One that cannot be used gives its place to another, and is named."""
+    """The pairs of a source. An unusable pair is reported and replaced by a random other one."""
 
     def __init__(self, config: DataConfig, world: World, out: Path) -> None:
-        live = config.live
-        if not live.tokenizer:
-            raise InputError("data.live.tokenizer: give the tokenizer that encodes the pictures")
-        self.config, self.pairs, self.device = config, ImageTextPairs(live.pairs), world.device
-        self.vq, self.sha256 = load_tokenizer(live.tokenizer)
+        online = config.online
+        if not online.tokenizer:
+            raise InputError("data.online.tokenizer: give the tokenizer that encodes the images")
+        self.config, self.pairs, self.device = config, ImageTextPairs(online.pairs), world.device
+        self.vq, self.sha256 = load_tokenizer(online.tokenizer)
         self.vq.for_inference(world.device, torch.float32)
         self.encoder = load_text_encoder(
-            live.t5, world.device, torch.bfloat16, live.max_tokens, live.clean
+            online.t5, world.device, torch.bfloat16, online.max_tokens, online.clean
         )
         self.skips = SkipLog(out / f"skipped_rank{world.rank}.txt")
-        self.threads = ThreadPoolExecutor(live.num_workers)
-        self.index = {"tokenizer": live.tokenizer, "tokenizer_sha256": self.sha256}
-        chosen_captions(np.arange(1), 0, live.pairs.variants, config)  # refuses unknown ones
+        self.threads = ThreadPoolExecutor(online.num_workers)
+        self.index = {"tokenizer": online.tokenizer, "tokenizer_sha256": self.sha256}
+        chosen_captions(
+            np.arange(1), 0, online.pairs.variants, config
+        )  # raises InputError for unknown ones
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def model_fields(self) -> dict[str, Any]:
-        """What the data decides of the model: fields of GPTConfig."""
-        live, downsample = self.config.live, self.vq.config.downsample
-        if any(side % downsample for side in live.image_size):
-            raise InputError(f"data.live.image_size must be divisible by {downsample}")
+        """The fields of GPTConfig that follow from the data."""
+        online, downsample = self.config.online, self.vq.config.downsample
+        if any(side % downsample for side in online.image_size):
+            raise InputError(f"data.online.image_size must be divisible by {downsample}")
         return {
             "condition": "text",
             "text_dim": self.encoder.dim,
-            "max_text_tokens": live.max_tokens,
+            "max_text_tokens": online.max_tokens,
             "text_encoder": self.encoder.identity,
             "vocab_size": self.vq.config.vocab_size,
-            "grid": tuple(side // downsample for side in live.image_size),
+            "grid": tuple(side // downsample for side in online.image_size),
             "tokenizer_sha256": self.sha256,
         }
 
@@ -62,9 +64,9 @@ class OnlineDataset:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
-        Crop, flip and caption depend on (seed, the position in the training order) alone.
+        Crop, flip and caption depend only on (seed, position in the training order).
         """
-        variants = chosen_captions(positions, seed, self.config.live.pairs.variants, self.config)
+        variants = chosen_captions(positions, seed, self.config.online.pairs.variants, self.config)
         asked = zip(rows.tolist(), positions.tolist(), variants.tolist(), strict=True)
         tasks = [self.threads.submit(self._sample, *one, seed) for one in asked]
         found = [task.result() for task in tasks]
@@ -77,14 +79,14 @@ class OnlineDataset:
     def _sample(
         self, row: int, position: int, variant: int, seed: int
     ) -> tuple[np.ndarray, str, list[Skipped]]:
-        """Pixels of a random crop, the caption, and what was skipped on the way."""
+        """Pixels of a random crop, the caption, and the pairs that were skipped."""
         random, skipped = np.random.default_rng((seed, position)), []
-        live = self.config.live
+        online = self.config.online
         while True:
             try:
                 captions = self.encoder.captions(self.pairs, row)
                 image = self.pairs.load(row)
-                crop = random_crop(image, *live.image_size, random, live.crop_scale)
+                crop = random_crop(image, *online.image_size, random, online.crop_scale)
                 return image_to_pixels(crop), captions[variant], skipped
             except (CaptionError, ImageError) as error:
                 reason = error.reason if isinstance(error, ImageError) else str(error)
@@ -98,7 +100,7 @@ class OnlineDataset:
 
     def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What image number ids (n,) of a sample shows: the captions in turn."""
-        long = self.config.live.pairs.variants.index(self.config.caption)
+        long = self.config.online.pairs.variants.index(self.config.caption)
         rows = (ids % len(self.pairs)).tolist()
         return self.encoder.encode_cleaned([self._sample(row, row, long, 0)[1] for row in rows])
 

@@ -12,7 +12,7 @@ Dataset = CodeDataset | TextDataset | OnlineDataset
 
 
 def open_data(config: DataConfig, world: World, out: Path) -> Dataset:
-    """Codes with classes or captions, or pairs encoded as they come (skips are listed in `out`)."""
-    if config.live.pairs.source:
+    """Open codes with classes or captions, or images encoded online (skips listed in `out`)."""
+    if config.online.pairs.source:
         return OnlineDataset(config, world, out)
     return TextDataset(config) if config.features else CodeDataset(config)

@@ -1,4 +1,4 @@
-"""DINOv2's ViT-L/14, whose class token is what FD-DINOv2 compares (Stein et al. 2023)."""
+"""DINOv2's ViT-L/14. FD-DINOv2 compares its class tokens (Stein et al. 2023)."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ ARCHITECTURE = "vit_large_patch14_dinov2"
 HUB_ID = "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors"
 SIDE, PATCH = 224, 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OFFSET = 0.1  # added to the table's target size, as DINOv2's own code does when it interpolates
+OFFSET = 0.1  # DINOv2 adds this to the target size when it interpolates position embeddings
 
 
 def load_dinov2(weights: str) -> tuple[nn.Module, str]:
-    """The network in eval mode, and its file's sha256; raises InputError where it is missing."""
+    """The network in eval mode and the sha256 of its file; raises InputError if it is missing."""
     try:
         path = find_weights(weights, "model.safetensors")
     except InputError as error:
         raise InputError(
             f"{error}. FD-DINOv2 needs dinov2_vitl14_pretrain.pth (published by DINOv2) or "
-            f"{HUB_ID} (the Hub): give the file with --dinov2_weights, or take --detector proxy "
-            "(which is NOT FID)"
+            f"{HUB_ID} (the Hub): give the file with --metrics.dinov2_weights, or use "
+            "--metrics.extractor proxy (which is NOT FID)"
         ) from error
     network = build_dinov2()
     load_weights(network, _for_our_size(read_file(path).weights("model", path), path), path)
@@ -32,24 +32,24 @@ def load_dinov2(weights: str) -> tuple[nn.Module, str]:
 
 
 def build_dinov2() -> nn.Module:
-    """timm's ViT-L/14 for pictures of 224 x 224, without weights."""
+    """timm's ViT-L/14 for images of 224 x 224, with random weights."""
     import timm
 
     return timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIDE, num_classes=0)
 
 
 def _for_our_size(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """The published table of positions is for 518 x 518: interpolated; the mask token is unused."""
+    """Interpolate the position embeddings from 518 x 518 to 224 x 224; drop the mask token."""
     tensors.pop("mask_token", None)
     table, side = tensors.get("pos_embed"), SIDE // PATCH
     if table is None or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
         raise InputError(f"{path}: no square pos_embed; is it DINOv2's ViT-L/14 (no registers)?")
-    places = round((table.shape[1] - 1) ** 0.5)
-    if places != side:
-        cells = table[:, 1:].unflatten(1, (places, places)).movedim(-1, 1)
-        scale = (side + OFFSET) / places
-        cells = F.interpolate(cells, scale_factor=(scale, scale), mode="bicubic")
-        tensors["pos_embed"] = torch.cat([table[:, :1], cells.flatten(2).movedim(1, 2)], dim=1)
+    stored = round((table.shape[1] - 1) ** 0.5)
+    if stored != side:
+        grid = table[:, 1:].unflatten(1, (stored, stored)).movedim(-1, 1)
+        scale = (side + OFFSET) / stored
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+        tensors["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).movedim(1, 2)], dim=1)
     return tensors
 
 

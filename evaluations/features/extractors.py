@@ -1,7 +1,7 @@
-"""The networks whose features are compared: the 2015 Inception, DINOv2, and what needs no weights.
+"""Feature extractors: the 2015 Inception, DINOv2, and networks that need no weights.
 
-A Frechet distance is called FID on the 2015 Inception's weights alone. The others' distances rise
-with blur, noise and lost variety, but may not be compared with any published FID.
+A Frechet distance is called FID only on the weights of the 2015 Inception. Distances on the other
+networks also rise with blur, noise and lost variety, but must not be compared with published FIDs.
 """
 
 import contextlib
@@ -21,37 +21,41 @@ ExtractorName = Literal["inception", "dinov2", "proxy", "random_inception"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorConfig:
-    """Which network looks at the pictures.
+    """Which network extracts features.
 
     Args:
-        detector: inception (FID); dinov2 (FD-DINOv2); or without weights proxy or random_inception
-            (both NOT FID).
-        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; by default the cache's.
+        extractor: inception (FID); dinov2 (FD-DINOv2); or, without weights, proxy or
+            random_inception (both NOT FID).
+        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; null to use torch.hub's
+            cache or to download it.
         dinov2_weights: DINOv2's ViT-L/14: dinov2_vitl14_pretrain.pth, timm's file, or a Hub id.
-        batch_size: Pictures that the network sees at a time, on each process.
+        batch_size: Images per forward pass, on each process.
     """
 
-    detector: ExtractorName = "inception"
+    extractor: ExtractorName = "inception"
     inception_weights: Path | None = None
     dinov2_weights: str = dinov2.HUB_ID
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, must be >= 1")
+            raise ValueError(f"metrics.batch_size is {self.batch_size}, must be >= 1")
 
-    def build_detector(self, world: World) -> "FeatureExtractor":
-        """The network, on this process's device; InputError where its weights are missing."""
-        if self.detector == "proxy":
+    def build_extractor(self, world: World) -> "FeatureExtractor":
+        """The network on this process's device; raises InputError if its weights are missing."""
+        if self.extractor == "proxy":
             return ProxyExtractor(world.device)
-        if self.detector == "dinov2":
+        if self.extractor == "dinov2":
             return DinoV2Extractor(self.dinov2_weights, world.device)
-        random = self.detector == "random_inception"
+        random = self.extractor == "random_inception"
         return InceptionExtractor(self.inception_weights, world.device, random)
 
 
 class Features(NamedTuple):
-    """Pooled features (n, dim) float32, and spatial ones (n, spatial_dim) where there are any."""
+    """Features of n images, float32.
+
+    pooled: (n, dim). spatial: (n, spatial_dim), for sFID; None if the network has none.
+    """
 
     pooled: torch.Tensor
     spatial: torch.Tensor | None
@@ -60,8 +64,9 @@ class Features(NamedTuple):
 class FeatureExtractor(Protocol):
     """Pixels (n, h, w, 3) uint8 -> Features.
 
-    `metric` is what its Frechet distance is called, `classifier` (classes, dim) turns pooled
-    features into the logits of the Inception Score, `weights_sha256` says which weights it has.
+    metric: The name of the Frechet distance on these features. spatial_dim: 0 without spatial
+    features. classifier: (classes, dim), maps pooled features to the logits of the Inception Score.
+    weights_sha256: Identifies the weights.
     """
 
     metric: str
@@ -71,17 +76,17 @@ class FeatureExtractor(Protocol):
     weights_sha256: str
 
     def __call__(self, pixels: torch.Tensor) -> Features:
-        """Look at a batch."""
+        """Extract the features of a batch."""
         ...
 
 
-def note_of(detector: FeatureExtractor) -> str:
-    """What every output says beside the distance of a detector that is not FID's."""
-    return "" if detector.metric == "fid" else "NOT FID"
+def note_of(extractor: FeatureExtractor) -> str:
+    """The note that accompanies every distance that is not FID, else ""."""
+    return "" if extractor.metric == "fid" else "NOT FID"
 
 
 class ProxyExtractor:
-    """Means of three seeded random convolution layers. NOT FID."""
+    """Spatial means of three seeded random convolution layers. NOT FID."""
 
     metric = "proxy_fd"
     spatial_dim = 0
@@ -100,7 +105,7 @@ class ProxyExtractor:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Features:
-        """See Detector."""
+        """See FeatureExtractor."""
         x = pixels.to(self.kernels[0].device).movedim(-1, 1).float() / 127.5 - 1
         pooled = []
         with full_float32(x.device):
@@ -111,7 +116,7 @@ class ProxyExtractor:
 
 
 class InceptionExtractor:
-    """FID's network; on other weights than FID's its distance is not called so."""
+    """The network of FID. With other weights, the distance has another name."""
 
     dim = 2048
     spatial_dim = 17 * 17 * inception.SPATIAL_CHANNELS
@@ -126,12 +131,12 @@ class InceptionExtractor:
             published = self.weights_sha256.startswith(inception.INCEPTION_SHA256)
             self.metric = "fid" if published else "unverified_inception_fd"
         self.network, self.device = network.to(device), device
-        # The Inception Score leaves the bias out.
+        # The Inception Score ignores the bias.
         self.classifier: torch.Tensor | None = network.get_parameter("fc.weight")
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Features:
-        """See Detector."""
+        """See FeatureExtractor."""
         with full_float32(self.device):
             return Features(*inception.features(self.network, pixels))
 
@@ -150,14 +155,14 @@ class DinoV2Extractor:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Features:
-        """See Detector."""
+        """See FeatureExtractor."""
         with full_float32(self.device):
             return Features(dinov2.features(self.network, pixels.to(self.device)), None)
 
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32, whatever surrounds it: in bf16 an FID is off by percents."""
+    """Disable autocast and TF32: in bf16 an FID is wrong by several percent."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

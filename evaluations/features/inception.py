@@ -1,4 +1,4 @@
-"""The TensorFlow Inception of 2015-12-05, the network that FID, sFID and IS are defined on."""
+"""The TensorFlow Inception of 2015-12-05, on which FID, sFID and IS are defined."""
 
 import hashlib
 import logging
@@ -15,19 +15,19 @@ from core.weights import file_sha256, load_weights, read_file
 logger = logging.getLogger(__name__)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256 = "6726825d"  # how the published file's sha256 begins
+INCEPTION_SHA256 = "6726825d"  # the first digits of the published file's sha256
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 )
 SIDE = 299
-SPATIAL_CHANNELS = 7  # of 192, as many as make about 2,048 values of 17 x 17 places
+SPATIAL_CHANNELS = 7  # of 192: sFID takes about 2,048 values from a map of 17 x 17
 
 
 def load_inception(weights: Path | None) -> tuple[nn.Module, str]:
     """The network with the published weights, in eval mode, and the file's sha256.
 
     weights: pytorch-fid's or torch-fidelity's file; None for torch.hub's cache or a download.
-    Raises InputError, naming the file and the flag, where they are not to be had.
+    Raises InputError, which names the file and the flag, if they are unavailable.
     """
     path = weights or _cached_file()
     if not path.is_file():
@@ -46,12 +46,12 @@ def load_inception(weights: Path | None) -> tuple[nn.Module, str]:
 _ADVICE = (
     f"FID needs {INCEPTION_FILE}, a release of pytorch-fid on GitHub (fid_weights), or the same "
     "values as weights-inception-2015-12-05-6726825d.pth, a release of torch-fidelity; give the "
-    "file with --inception_weights, or take --detector proxy (which is NOT FID)"
+    "file with --metrics.inception_weights, or use --metrics.extractor proxy (which is NOT FID)"
 )
 
 
 def _cached_file() -> Path:
-    """The file in torch.hub's cache; downloaded, and announced, where it is not there."""
+    """The file in torch.hub's cache; downloads it if it is missing."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not cached.is_file():
         print(f"FID: downloading the Inception (91 MB) to {cached}", flush=True)
@@ -64,7 +64,7 @@ def _cached_file() -> Path:
 
 
 def build_inception() -> nn.Module:
-    """The graph of the 2015 network, without weights: torchvision's, with pytorch-fid's blocks."""
+    """The 2015 network without its weights: torchvision's Inception with pytorch-fid's blocks."""
     from pytorch_fid import inception as blocks
     from torchvision.models import Inception3
 
@@ -81,9 +81,9 @@ def build_inception() -> nn.Module:
 
 @torch.no_grad()
 def fill_random(network: nn.Module) -> str:
-    """Seeded weights for self-tests, which make no FID -> a name for them.
+    """Fill the network with seeded random weights, for self-tests (NOT FID) -> their name.
 
-    Every tensor is drawn from its key, scaled so that the activations keep their size.
+    The seed of each tensor is its key. The scale preserves the size of activations.
     """
     for key, value in network.state_dict().items():
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
@@ -110,18 +110,19 @@ def features(network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, to
     x = F.max_pool2d(x, 3, stride=2)
     for name in ("5b", "5c", "5d", "6a", "6b", "6c"):
         x = network.get_submodule(f"Mixed_{name}")(x)
-    # TensorFlow's mixed_6/conv: the first branch of the block that comes next.
+    # TensorFlow's mixed_6/conv is the first branch of the next block.
     spatial = network.get_submodule("Mixed_6d.branch1x1")(x)[:, :SPATIAL_CHANNELS]
     for name in ("6d", "6e", "7a", "7b", "7c"):
         x = network.get_submodule(f"Mixed_{name}")(x)
-    # Height, width, channel: the order of the published statistics (sFID is 299, not 6, without).
+    # The published statistics are in the order height, width, channel; any other order gives an
+    # sFID of 299 instead of 6.
     return x.mean((2, 3)), spatial.movedim(1, -1).flatten(1)
 
 
 def tf1_resize(x: torch.Tensor, side: int) -> torch.Tensor:
     """TensorFlow 1's bilinear resize of (n, c, h, w) to (n, c, side, side).
 
-    Corners not aligned, no half-pixel shift, no antialiasing: other resizes give other FIDs.
+    Without aligned corners, half-pixel centres or antialiasing; any other resize changes the FID.
     """
     top, bottom, down = _taps(x.shape[2], side, x)
     left, right, across = _taps(x.shape[3], side, x)
@@ -132,17 +133,17 @@ def tf1_resize(x: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _taps(size: int, side: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each output place: the two inputs that it mixes, and the second one's share."""
+    """For each output position: the two input positions, and the weight of the second."""
     scale = torch.tensor(size, dtype=torch.float32) / torch.tensor(side, dtype=torch.float32)
-    places = torch.arange(side, dtype=torch.float32) * scale
-    first = places.floor().long()
-    share = (places - first).to(x.device, x.dtype)
+    positions = torch.arange(side, dtype=torch.float32) * scale
+    first = positions.floor().long()
+    share = (positions - first).to(x.device, x.dtype)
     first = first.to(x.device)
     return first, (first + 1).clamp(max=size - 1), share
 
 
 def _with_counters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published file has no num_batches_tracked; inference does not read it."""
+    """Add num_batches_tracked, which the published file lacks and inference ignores."""
     counters = {
         key.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
         for key in tensors

@@ -8,16 +8,14 @@ import torch
 
 from core.distributed.world import World
 
-INFINITY_SIZES = (
-    15  # sample sizes that the line through 1 / n is fitted to (Chong and Forsyth 2020)
-)
+INFINITY_SIZES = 15  # sample sizes for the linear fit in 1 / n (Chong and Forsyth 2020)
 INFINITY_SEED = 0
 
 
 class Gaussian(NamedTuple):
     """Mean (d,) and covariance (d, d; divisor n - 1) of n features, float64.
 
-    `factor` (d, n) has covariance = factor factor^T where the features are fewer than dimensions.
+    factor: (d, n) with covariance = factor factor^T, if there are at most d features, else None.
     """
 
     mean: torch.Tensor
@@ -33,17 +31,14 @@ class Gaussian(NamedTuple):
         return cls(mean, centred.T @ centred, centred.T if len(rows) <= rows.shape[1] else None)
 
     def to(self, device: torch.device) -> "Gaussian":
-        """The same on another device."""
+        """Copy to a device."""
         factor = None if self.factor is None else self.factor.to(device)
         return Gaussian(self.mean.to(device), self.covariance.to(device), factor)
 
 
 @dataclass
 class FeatureSums:
-    """Count, sum and sum of outer products of features, in float64, on the features' device.
-
-    Sums of disjoint sets simply add up, over batches and over ranks.
-    """
+    """Count, sum and sum of outer products of features, float64; additive over ranks."""
 
     count: int
     total: torch.Tensor  # (d,)
@@ -51,12 +46,12 @@ class FeatureSums:
 
     @classmethod
     def empty(cls, dim: int, device: torch.device) -> "FeatureSums":
-        """The sums of no features."""
+        """Sums over zero features."""
         zeros = torch.zeros(dim, dtype=torch.float64, device=device)
         return cls(0, zeros, zeros.new_zeros(dim, dim))
 
     def add(self, features: torch.Tensor, sign: int = 1) -> None:
-        """Add features (n, d), or with sign -1 take them away again."""
+        """Add features (n, d); sign -1 removes them."""
         features = features.to(self.total.device).double()
         self.count += sign * len(features)
         self.total += sign * features.sum(0)
@@ -68,7 +63,7 @@ class FeatureSums:
         return FeatureSums(count, world.sum(self.total.clone()), world.sum(self.outer.clone()))
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance; raises ValueError below two features."""
+        """Mean and covariance; raises ValueError for fewer than two features."""
         if self.count < 2:
             raise ValueError(f"{self.count} features have no covariance")
         mean = self.total / self.count
@@ -84,10 +79,10 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 def _trace_of_root(first: Gaussian, second: Gaussian) -> torch.Tensor:
-    """tr (S1 S2)^(1/2), through symmetric problems alone, so that nothing turns complex.
+    """tr (S1 S2)^(1/2), computed from symmetric matrices only, so it stays real.
 
-    With S = F F^T for both, it is the sum of the singular values of F1^T F2: exact where samples
-    are few. Otherwise of the roots of the eigenvalues of F1^T S2 F1, which is faster.
+    With S = F F^T it equals the sum of singular values of F1^T F2, which is accurate for few
+    samples; otherwise the sum of square roots of the eigenvalues of F1^T S2 F1, which is faster.
     """
     ours, theirs = _factor(first), _factor(second)
     if max(ours.shape[1], theirs.shape[1]) < len(ours):
@@ -97,7 +92,7 @@ def _trace_of_root(first: Gaussian, second: Gaussian) -> torch.Tensor:
 
 
 def _factor(gaussian: Gaussian) -> torch.Tensor:
-    """F (d, r) with F F^T = S: as known, by Cholesky, or from S's non-zero eigenvalues."""
+    """F (d, r) with F F^T = S: the known factor, Cholesky, or from the non-zero eigenvalues."""
     if gaussian.factor is not None:
         return gaussian.factor
     factor, failed = torch.linalg.cholesky_ex(gaussian.covariance)
@@ -107,21 +102,21 @@ def _factor(gaussian: Gaussian) -> torch.Tensor:
 
 
 def _eigenvectors(matrix: torch.Tensor, power: float) -> torch.Tensor:
-    """Eigenvectors (d, r) of the eigenvalues that are not rounding errors, times value^power."""
+    """Eigenvectors (d, r) times eigenvalue^power, without eigenvalues within rounding error."""
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept] ** power
 
 
 def influence(rows: torch.Tensor, reference: Gaussian) -> torch.Tensor:
-    """How much each feature (n, d) raises the distance to `reference`, to first order -> (n,).
+    """The influence of each feature (n, d) on the distance to `reference`, to first order -> (n,).
 
-    The mean is 0; the standard deviation over sqrt(n) is the distance's standard error (the delta
-    method), not counting the bias of small n. Removing a share of features with mean influence h
-    lowers the distance by share * h / (1 - share). Needs more features than dimensions.
+    The mean is 0. The standard deviation over sqrt(n) is the standard error of the distance (delta
+    method), without the bias of small n. Removing a share of the features with mean influence h
+    lowers the distance by share * h / (1 - share). Requires n > d.
     """
     own = Gaussian.of_rows(rows)
-    # The gradient by S1 is I - T, where T maps the one Gaussian onto the other.
+    # The gradient with respect to S1 is I - T, where T is the optimal transport map.
     half = _eigenvectors(own.covariance, 0.25)
     root, inverse = half @ half.T, _eigenvectors(own.covariance, -0.25)
     inverse = inverse @ inverse.T
@@ -135,7 +130,10 @@ def influence(rows: torch.Tensor, reference: Gaussian) -> torch.Tensor:
 
 
 def frechet_at_infinity(rows: torch.Tensor, reference: Gaussian) -> float:
-    """The distance of endlessly many samples like `rows` (n, d): a line through 1 / n, at 0."""
+    """The distance extrapolated to infinitely many samples: a linear fit in 1 / n, at 0.
+
+    rows: Features (n, d). Chong and Forsyth 2020.
+    """
     generator = torch.Generator().manual_seed(INFINITY_SEED)
     smallest = min(5000, max(len(rows) // 10, 2))
     sizes = np.linspace(smallest, len(rows), INFINITY_SIZES).astype(int)

@@ -1,4 +1,4 @@
-"""The Inception Score: how sure the network is of each image, and how varied the images are."""
+"""The Inception Score (Salimans et al. 2016): confidence per image and variety over images."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ SEED = 2020
 
 
 def inception_scores(logits: torch.Tensor) -> dict[str, float]:
-    """Logits (n, classes) in the order of the images' ids -> the score under every split rule.
+    """Logits (n, classes), ordered by image id -> the score for each way to split the images.
 
-    inception_score: splits of 5,000 after a seeded shuffle, so that classes in order do no harm.
-    inception_score_adm: ADM's rule to the letter, splits of 5,000 in the given order.
-    inception_score_fidelity: torch-fidelity's rule, 10 splits after its shuffle.
+    inception_score: splits of 5,000 after a seeded shuffle, so that sorted classes do not matter.
+    inception_score_adm: exactly as ADM, splits of 5,000 in the given order.
+    inception_score_fidelity: as torch-fidelity, 10 splits after its shuffle.
     """
     shuffled = logits[np.random.RandomState(SEED).permutation(len(logits))]
     parts = [len(logits) * i // FIDELITY_SPLITS for i in range(1, FIDELITY_SPLITS)]

@@ -7,8 +7,9 @@ KERNEL_SUBSETS, KERNEL_SIZE, KERNEL_SEED = 100, 1000, 2020  # as torch-fidelity
 
 
 def kernel_distance(samples: torch.Tensor, reference: torch.Tensor) -> float:
-    """KID (Binkowski et al. 2018): the mean over subsets of the unbiased squared MMD, kernel
-    (x y / d + 1)^3.
+    """KID of features (n, d) and (m, d): the mean unbiased squared MMD over random subsets.
+
+    The kernel is (x y / d + 1)^3. Binkowski et al. 2018; subsets as in torch-fidelity.
     """
     random = np.random.RandomState(KERNEL_SEED)
     samples, reference = samples.double(), reference.double()

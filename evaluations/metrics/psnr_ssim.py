@@ -1,4 +1,4 @@
-"""How well pictures were rebuilt: PSNR and SSIM, from pixels."""
+"""PSNR and SSIM of reconstructed pixels."""
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ _UNIFORM_WINDOW = 7
 def psnr(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of pixels (n, h, w, 3) uint8 -> (n,) float64, in dB.
 
-    Equal pictures give 100 dB rather than infinity, so that means stay finite.
+    Capped at 100 dB, so that means stay finite when images are equal.
     """
     error = (real.double() - fake.double()).square().mean((1, 2, 3))
     return (10 * torch.log10(255**2 / error)).clamp(max=100.0)
@@ -20,7 +20,7 @@ def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Structural similarity of pixels (n, h, w, 3) uint8 -> (n,) float64.
 
     The usual definition (Wang et al. 2004): Gaussian window of 11 with sigma 1.5, population
-    moments, data range 255, mean over channels and over all places where the window fits.
+    moments, data range 255, mean over channels and all positions where the window fits.
     """
     offsets = torch.arange(_WINDOW, dtype=torch.float64, device=real.device) - _WINDOW // 2
     taps = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
@@ -28,10 +28,10 @@ def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def ssim_reference_inflated(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """The reference's published SSIM: pixels in [0, 1] scored with data range 2, which inflates it.
+    """The SSIM of the published code: pixels in [0, 1] with data range 2, which inflates it.
 
-    Uniform window of 7 and sample moments, as scikit-image's default. Only to compare with numbers
-    of that origin.
+    Uniform window of 7 and sample moments, the defaults of scikit-image. Use it only to compare
+    with numbers of that code. Pixels (n, h, w, 3) uint8 -> (n,) float64.
     """
     taps = torch.full((_UNIFORM_WINDOW,), 1 / _UNIFORM_WINDOW, dtype=torch.float64)
     count = _UNIFORM_WINDOW**2
@@ -54,7 +54,7 @@ def _ssim(
 
 
 def _blur(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """Separable window over (n, 3, h, w), only where it fits."""
+    """Apply a separable window to (n, 3, h, w), without padding."""
     channels = x.shape[1]
     column = taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
     row = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)

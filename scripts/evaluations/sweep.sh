@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sample a run per guidance scale, then score them all against one reference:
 #   CFG_SCALES="1.5 1.75 2.0" GPT=runs/gpt_b TOKENIZER=weights/vq16 OUT=runs/sweep \
-#     scripts/evaluations/sweep.sh --reference VIRTUAL_imagenet256_labeled.npz
+#     scripts/evaluations/sweep.sh --metrics.reference VIRTUAL_imagenet256_labeled.npz
 # NPROC=1 for one process; SAMPLE_FLAGS="--num_images 10000 --sampling.top_k 2000" for other settings.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

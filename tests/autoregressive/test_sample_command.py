@@ -16,6 +16,7 @@ from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz
 from core.data.shards import ShardReader
+from evaluations.features.extractors import ExtractorConfig
 from evaluations.reference import ReferenceConfig, build_reference
 from evaluations.score import ScoreConfig, evaluate
 from evaluations.scorer import MetricsConfig, open_scorer
@@ -122,9 +123,14 @@ def metrics(tmp_path, world) -> MetricsConfig:
     real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     save_npz(tmp_path / "real.npz", 40, [real])
     path = tmp_path / "reference.npz"
-    made = ReferenceConfig(images=tmp_path / "real.npz", out=path, detector="proxy", device="cpu")
+    made = ReferenceConfig(
+        images=tmp_path / "real.npz",
+        out=path,
+        metrics=ExtractorConfig(extractor="proxy"),
+        device="cpu",
+    )
     build_reference(made, world)
-    return MetricsConfig(reference=path, detector="proxy", batch_size=7)
+    return MetricsConfig(reference=path, extractor="proxy", batch_size=7)
 
 
 def test_images_scored_while_they_are_sampled_get_the_scores_of_the_npz(

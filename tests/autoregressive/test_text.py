@@ -120,7 +120,7 @@ def test_features_of_other_pictures_are_refused(made, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     index = read_index(tmp_path)
     write_json(tmp_path / "index.json", {**index, "pairs_fingerprint": "other"})
-    with pytest.raises(InputError, match="captions of other pictures"):
+    with pytest.raises(InputError, match="belong to other images"):
         TextDataset(DataConfig((made / "codes8",), features=tmp_path))
 
 
@@ -171,7 +171,7 @@ def test_pairs_of_a_tar_are_encoded_while_training_and_bad_ones_counted(made, ti
         "max_tokens": 16,
         "num_workers": 2,
     }
-    flags = [word for key, value in live.items() for word in (f"--data.live.{key}", value)]
+    flags = [word for key, value in live.items() for word in (f"--data.online.{key}", value)]
     run_module("autoregressive.train", *flags, *run)
     lines = (tmp_path / "run" / "skipped_rank0.txt").read_text().splitlines()
     assert dict(line.split("\t") for line in lines) == {

@@ -8,15 +8,16 @@ from PIL import Image
 
 from core.config import InputError
 from core.data.npz import save_npz
-from core.distributed.world import choose_device
+from core.distributed.world import World, choose_device
 from core.files import write_json
 from evaluations import reference, score, sweep, verify_adm
-from evaluations.features.extractors import ProxyExtractor
+from evaluations.features.extractors import ExtractorConfig, ProxyExtractor
 from evaluations.image_source import open_image_source
 from evaluations.reference_stats import load_reference
-from evaluations.scorer import open_scorer
+from evaluations.scorer import MetricsConfig
 
 COUNT, SIDE = 45, 16
+READING = {"image_size": (SIDE, SIDE), "num_workers": 0, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +47,27 @@ def made(tmp_path_factory, pixels):
         changed = (pixels + random).clip(0, 255).astype(np.uint8)
         save_npz(run / "samples.npz", COUNT, [changed], arr_1=labels)
         write_json(run / "index.json", {"count": COUNT, "rows": [COUNT], "sampling": {"cfg": name}})
-    run_module(
-        "evaluations.reference", *flags("images", folder / "images"), "--out", folder / "r.npz"
+    config = reference.ReferenceConfig(
+        images=folder / "images",
+        out=folder / "r.npz",
+        metrics=ExtractorConfig(extractor="proxy", batch_size=10),
+        **READING,
     )
+    reference.build_reference(config, World(0, 1, choose_device("cpu")))
     return folder
 
 
-def flags(name, value, batch_size=10):
+def flags(name, value):
     return (
-        *(f"--{name}", value, "--detector", "proxy", "--image_size", f"[{SIDE},{SIDE}]"),
-        *("--num_workers", 0, "--device", "cpu", "--batch_size", batch_size),
+        *(f"--{name}", value, "--image_size", f"[{SIDE},{SIDE}]"),
+        *("--metrics.extractor", "proxy", "--metrics.batch_size", 10),
+        *("--num_workers", 0, "--device", "cpu"),
     )
 
 
 def settings(made, kind=score.ScoreConfig, **changes):
-    shared = {"reference": made / "r.npz", "detector": "proxy", "image_size": (SIDE, SIDE)}
-    return kind(**{**shared, "num_workers": 0, "device": "cpu", "batch_size": 10, **changes})
+    metrics = MetricsConfig(reference=made / "r.npz", extractor="proxy", batch_size=10)
+    return kind(metrics=metrics, **READING, **changes)
 
 
 def test_the_reference_says_how_it_was_made(made):
@@ -75,14 +81,13 @@ def test_the_reference_says_how_it_was_made(made):
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "images"])
-def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
-    run = ("--reference", made / "r.npz", "--out", tmp_path)
-    done = run_module("evaluations.score", *flags("samples", made / name), *run)
+def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, world, capsys, name):
+    score.score_samples(settings(made, samples=made / name, out=tmp_path), world)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert abs(scores["proxy_fd"]) < 1e-6
     assert scores["proxy_precision"] == scores["proxy_recall"] == 1
     assert not {"fid", "gfid", "rfid"} & set(scores)
-    assert "NOT FID" in done.stdout
+    assert "NOT FID" in capsys.readouterr().out
     assert "NOT FID" in scores["name"]
     assert scores["n"] == COUNT
     assert scores["class_balance"] == {"classes": 3, "least": 15, "most": 15}
@@ -94,16 +99,16 @@ def test_an_npz_and_a_folder_are_scored_alike(made, tmp_path, name):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_scores(made, tmp_path, world, processes):
     one = settings(made, samples=made / "cfg_2" / "samples.npz", out=tmp_path / "one")
-    expected = score.evaluate(open_scorer(one, "generation", world), one, world)
+    expected = score.score_samples(one, world)
     run_module(
         "evaluations.score",
         *flags("samples", one.samples),
-        *("--reference", made / "r.npz", "--out", tmp_path / "many"),
+        *("--metrics.reference", made / "r.npz", "--out", tmp_path / "many"),
         processes=processes,
     )
     found = json.loads((tmp_path / "many" / "scores.json").read_text())
     for name, value in expected.items():
-        # The network's own rounding depends on how its pictures are batched.
+        # The network's own rounding depends on how its images are batched.
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
@@ -126,11 +131,14 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
     save_npz(tmp_path / "real.npz", 600, [real])
     save_npz(tmp_path / "fake.npz", 600, [fake], arr_1=np.arange(600) % 3)
     made = reference.ReferenceConfig(
-        images=tmp_path / "real.npz", out=tmp_path / "r.npz", detector="proxy", device="cpu"
+        images=tmp_path / "real.npz",
+        out=tmp_path / "r.npz",
+        metrics=ExtractorConfig(extractor="proxy"),
+        device="cpu",
     )
     reference.build_reference(made, world)
     config = settings(tmp_path, samples=tmp_path / "fake.npz", out=tmp_path / "out")
-    scores = score.evaluate(open_scorer(config, "generation", world), config, world)
+    scores = score.score_samples(config, world)
     assert scores["proxy_standard_error"] > 0
     with (config.out / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -139,55 +147,49 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
     assert (config.out / "classes.png").is_file()
 
 
-def test_verify_refuses_a_detector_that_is_not_fids(made, tmp_path):
-    with pytest.raises(ValueError, match="detector inception"):
-        settings(made, verify_adm.VerifyConfig, samples=made / "samples.npz", out=tmp_path)
+def test_verify_refuses_an_extractor_that_is_not_fids(tmp_path):
+    metrics = MetricsConfig(extractor="proxy")
+    with pytest.raises(ValueError, match=r"metrics\.extractor inception"):
+        verify_adm.VerifyConfig(samples=tmp_path, out=tmp_path, metrics=metrics)
 
 
-def test_verify_prints_both_rows_and_fails_where_they_differ(
-    made, tmp_path, world, monkeypatch, capsys
-):
+def test_verify_prints_both_rows_and_fails_where_they_differ(capsys):
     published = {name: row.value for name, row in verify_adm.PUBLISHED.items()}
-    config = settings(
-        made, verify_adm.VerifyConfig, samples=made, out=tmp_path, detector="inception"
-    )
-    monkeypatch.setattr(verify_adm, "open_scorer", lambda *_: None)
-    monkeypatch.setattr(verify_adm, "evaluate", lambda *_: published)
-    verify_adm.verify(config, world)
+    verify_adm.compare(published)
     assert capsys.readouterr().out.count("pass") == len(published)
     published["sfid"] += 0.1
     with pytest.raises(InputError, match=r"not the published numbers: sfid$"):
-        verify_adm.verify(config, world)
+        verify_adm.compare(published)
 
 
 def test_a_reference_for_reconstruction_is_refused_for_generation(made, tmp_path):
-    detector = ProxyExtractor(choose_device("cpu"))
+    extractor = ProxyExtractor(choose_device("cpu"))
     with pytest.raises(InputError, match="gFID is not rFID"):
-        load_reference(made / "r.npz", detector, "reconstruction")
+        load_reference(made / "r.npz", extractor, "reconstruction")
 
 
-def test_a_reference_of_another_detector_or_damaged_is_refused(made, tmp_path):
-    detector = ProxyExtractor(choose_device("cpu"))
+def test_a_reference_of_another_extractor_or_damaged_is_refused(made, tmp_path):
+    extractor = ProxyExtractor(choose_device("cpu"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(8, np.float32), sigma=np.eye(8))
-    with pytest.raises(InputError, match="belongs to the detector"):
-        load_reference(tmp_path / "other.npz", detector, "generation")
+    with pytest.raises(InputError, match="belongs to the extractor"):
+        load_reference(tmp_path / "other.npz", extractor, "generation")
     np.savez(tmp_path / "objects.npz", mu=np.array([{}], object), sigma=np.eye(8))
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "cut.npz").write_bytes((made / "r.npz").read_bytes()[:5000])
     for name in ("objects", "text", "cut"):
         with pytest.raises(InputError, match="not a reference file"):
-            load_reference(tmp_path / f"{name}.npz", detector, "generation")
+            load_reference(tmp_path / f"{name}.npz", extractor, "generation")
     (tmp_path / "r.npz").write_bytes((made / "r.npz").read_bytes())
     (tmp_path / "r.json").write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(InputError, match="has changed"):
-        load_reference(tmp_path / "r.npz", detector, "generation")
+        load_reference(tmp_path / "r.npz", extractor, "generation")
 
 
 def test_published_references_in_float32_are_read_as_float64(tmp_path):
-    detector = ProxyExtractor(choose_device("cpu"))
+    extractor = ProxyExtractor(choose_device("cpu"))
     arrays = {"mu": np.zeros(224, np.float32), "sigma": np.eye(224)}
     np.savez(tmp_path / "adm.npz", **arrays)
-    found = load_reference(tmp_path / "adm.npz", detector, "generation")
+    found = load_reference(tmp_path / "adm.npz", extractor, "generation")
     assert str(found.pooled.mean.dtype) == "torch.float64"
     assert found.image_size is None
 
@@ -201,18 +203,18 @@ def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, wor
         ("none", "with arr_0"),
         ("float", "float32"),
         ("objects", "expected uint8"),
-        ("cut", "not an npz of pictures"),
+        ("cut", "not an npz of images"),
     ):
         with pytest.raises(InputError, match=message):
             open_image_source(tmp_path / f"{name}.npz", (SIDE, SIDE))
     save_npz(tmp_path / "small.npz", COUNT, [pixels[:, :8, :8]])
     config = settings(made, samples=tmp_path / "small.npz", out=tmp_path)
-    with pytest.raises(InputError, match="pictures of 8 x 8, those of"):
-        score.evaluate(open_scorer(config, "generation", world), config, world)
+    with pytest.raises(InputError, match="images of 8 x 8, those of"):
+        score.score_samples(config, world)
     done = run_module(
         "evaluations.score",
         *flags("samples", tmp_path / "objects.npz"),
-        *("--reference", made / "r.npz", "--out", tmp_path),
+        *("--metrics.reference", made / "r.npz", "--out", tmp_path),
         ok=False,
     )
     assert done.returncode == 2

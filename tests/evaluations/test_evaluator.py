@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from core.distributed.world import World, choose_device
-from evaluations.evaluator import Collected, Evaluator
+from evaluations.evaluator import Evaluator, FeatureStatistics
 from evaluations.features.extractors import Features, ProxyExtractor
 from evaluations.metrics.frechet import Gaussian, frechet_distance
 
@@ -14,15 +14,15 @@ CPU = choose_device("cpu")
 COUNT = 37  # divides by neither 2 nor 4
 
 
-def exact_detector() -> SimpleNamespace:
-    """A detector whose features do not depend on how pictures are batched, unlike a network's."""
+def exact_extractor() -> SimpleNamespace:
+    """An extractor whose features do not depend on how pictures are batched, unlike a network's."""
 
-    class Detector(SimpleNamespace):
+    class Extractor(SimpleNamespace):
         def __call__(self, pixels: torch.Tensor) -> Features:
             flat = pixels.flatten(1).float()
             return Features(flat[:, :8], flat[:, 8:13])
 
-    return Detector(metric="fid", dim=8, spatial_dim=5, classifier=None, weights_sha256="")
+    return Extractor(metric="fid", dim=8, spatial_dim=5, classifier=None, weights_sha256="")
 
 
 def pictures() -> torch.Tensor:
@@ -36,19 +36,21 @@ def padded_share(rank: int, size: int) -> list[int]:
     return padded[rank::size]
 
 
-def evaluate(ids: list[int], world: World, keep_rows: bool = True, batch: int = 5) -> Collected:
-    evaluator = Evaluator(exact_detector(), CPU, 7, keep_rows)
+def evaluate(
+    ids: list[int], world: World, keep_features: bool = True, batch: int = 5
+) -> FeatureStatistics:
+    evaluator = Evaluator(exact_extractor(), CPU, 7, keep_features)
     for start in range(0, len(ids), batch):
         part = torch.tensor(ids[start : start + batch])
         evaluator.update(pictures()[part], part)
     return evaluator.merge(world)
 
 
-def check_against_one_process(found: Collected) -> None:
+def check_against_one_process(found: FeatureStatistics) -> None:
     whole = pictures().flatten(1).float()
     assert found.ids.tolist() == list(range(COUNT))
     assert found.pooled.count == found.spatial.count == COUNT
-    assert torch.equal(found.rows, whole[:, :8])
+    assert torch.equal(found.features, whole[:, :8])
     for sums, rows in ((found.pooled, whole[:, :8]), (found.spatial, whole[:, 8:13])):
         exact = Gaussian.of_rows(rows)
         assert abs(frechet_distance(sums.gaussian(), exact)) < 1e-9
@@ -60,9 +62,9 @@ def run_rank(rank: int, size: int, rendezvous: str) -> None:
     world = World(rank, size, CPU)
     check_against_one_process(evaluate(padded_share(rank, size), world))
     blocks = np.array_split(np.arange(COUNT), size)[rank].tolist()
-    assert evaluate(blocks, world, keep_rows=False).pooled.count == COUNT
+    assert evaluate(blocks, world, keep_features=False).pooled.count == COUNT
     with pytest.raises(ValueError, match="several ranks"):
-        evaluate(padded_share(rank, size), world, keep_rows=False)
+        evaluate(padded_share(rank, size), world, keep_features=False)
     dist.destroy_process_group()
 
 
@@ -83,13 +85,13 @@ def test_scores_do_not_depend_on_the_order_of_the_pictures(world):
 
 
 def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
-    detector = ProxyExtractor(CPU)
-    one, two = Evaluator(detector, CPU, 6), Evaluator(detector, CPU, 6)
+    extractor = ProxyExtractor(CPU)
+    one, two = Evaluator(extractor, CPU, 6), Evaluator(extractor, CPU, 6)
     for ids in torch.arange(COUNT).split(10):
         one.update(pictures()[ids], ids)
         two.update(pictures()[ids].clone(), ids.numpy())
     first, second = one.merge(world), two.merge(world)
     assert torch.equal(first.pooled.outer, second.pooled.outer)
-    assert torch.equal(first.rows, second.rows)
+    assert torch.equal(first.features, second.features)
     # Merging is a snapshot: evaluation may go on.
     assert torch.equal(one.merge(world).pooled.outer, first.pooled.outer)

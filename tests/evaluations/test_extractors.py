@@ -64,7 +64,7 @@ def test_inception_features_equal_the_original(goldens, recipe_network):
         size = case["size"]
         random = np.random.RandomState(100 + size)
         pixels = torch.from_numpy(random.randint(0, 256, (2, 3, size, size)).astype(np.uint8))
-        # No result may depend on what surrounds the detector.
+        # No result may depend on what surrounds the extractor.
         with full_float32(CPU):
             pooled, spatial = inception.features(recipe_network, pixels.movedim(1, -1))
         logits = pooled @ weight.T
@@ -132,7 +132,7 @@ def test_a_weights_file_without_counters_is_read_and_an_unknown_one_is_pointed_o
 
 
 def test_missing_inception_weights_name_the_file_and_the_flag(tmp_path):
-    with pytest.raises(InputError, match=r"--inception_weights.*--detector proxy"):
+    with pytest.raises(InputError, match=r"--metrics.inception_weights.*--metrics.extractor proxy"):
         InceptionExtractor(tmp_path / "nowhere.pth", CPU)
 
 
@@ -142,14 +142,18 @@ def test_without_weights_or_internet_a_command_ends_with_one_line(tmp_path, monk
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
     flags = {
         "reference": ("--images", tmp_path, "--out", tmp_path / "r.npz"),
-        "sweep": ("--runs", f"[{tmp_path}]", "--reference", "r.npz", "--out", tmp_path),
+        "sweep": ("--runs", f"[{tmp_path}]", "--metrics.reference", "r.npz", "--out", tmp_path),
     }
-    other = ("--samples", tmp_path, "--reference", "r.npz", "--out", tmp_path)
+    other = ("--samples", tmp_path, "--metrics.reference", "r.npz", "--out", tmp_path)
     done = run_module(f"evaluations.{module}", *flags.get(module, other), ok=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    for part in ("pt_inception-2015-12-05-6726825d.pth", "--inception_weights", "pytorch-fid"):
+    for part in (
+        "pt_inception-2015-12-05-6726825d.pth",
+        "--metrics.inception_weights",
+        "pytorch-fid",
+    ):
         assert part in line
 
 
@@ -172,7 +176,7 @@ def test_dinov2_files_of_any_picture_size_are_read_and_a_missing_one_is_named(
     assert torch.equal(network.get_parameter("pos_embed")[:, 0], table[:, 0])
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     assert dinov2.features(network, pixels).shape == (2, 384)
-    with pytest.raises(InputError, match=r"dinov2_vitl14_pretrain.pth.*--dinov2_weights"):
+    with pytest.raises(InputError, match=r"dinov2_vitl14_pretrain.pth.*--metrics.dinov2_weights"):
         dinov2.load_dinov2(str(tmp_path / "nowhere.pth"))
 
 
@@ -187,12 +191,12 @@ def test_the_proxy_is_seeded_and_never_called_fid():
     assert torch.equal(features.pooled, second(pixels).pooled)
 
 
-def test_the_detector_runs_in_float32_whatever_surrounds_it():
-    detector = ProxyExtractor(CPU)
+def test_the_extractor_runs_in_float32_whatever_surrounds_it():
+    extractor = ProxyExtractor(CPU)
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    plain = detector(pixels).pooled
+    plain = extractor(pixels).pooled
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(detector(pixels).pooled, plain)
+        assert torch.equal(extractor(pixels).pooled, plain)
     torch.set_float32_matmul_precision("medium")
     try:
         with full_float32(CPU):
@@ -209,10 +213,10 @@ def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
         pytest.skip("the CIFAR-10 pictures are not here")
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
     pixels = np.stack([np.asarray(picture) for picture in pictures])
-    detector = ProxyExtractor(CPU)
+    extractor = ProxyExtractor(CPU)
 
     def look(pixels: np.ndarray) -> Gaussian:
-        return Gaussian.of_rows(detector(torch.from_numpy(pixels)).pooled)
+        return Gaussian.of_rows(extractor(torch.from_numpy(pixels)).pooled)
 
     blurred = [
         np.stack(

@@ -45,7 +45,13 @@ def test_lpips_equals_the_package_on_the_same_trunk(vgg_file):
         )
 
 
-def test_gradients_reach_the_images_alone_and_dropout_never_wakes(vgg_file):
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="another architecture"):
+        LPIPS(tmp_path / "other.pth")
+
+
+def test_only_fake_images_receive_gradients_and_dropout_stays_off(vgg_file):
     lpips = LPIPS(vgg_file).train()
     assert not lpips.training
     assert not [p for p in lpips.parameters() if p.requires_grad]

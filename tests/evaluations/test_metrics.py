@@ -60,8 +60,8 @@ def test_the_frechet_distance_equals_adm(goldens):
 def test_precision_and_recall_in_float16_equal_adm(goldens):
     for case, samples, reference in golden_cases(goldens):
         found = precision_recall(samples, reference, "adm16")
-        assert found.quality == pytest.approx(case["precision_fp16"], abs=0.005)
-        assert found.variety == pytest.approx(case["recall_fp16"], abs=0.005)
+        assert found.precision == pytest.approx(case["precision_fp16"], abs=0.005)
+        assert found.recall == pytest.approx(case["recall_fp16"], abs=0.005)
 
 
 def golden_logits() -> torch.Tensor:
@@ -181,7 +181,7 @@ def test_neighbour_scores_of_known_sets():
     precision, recall = precision_recall(same, modes, "fp32")
     assert precision > 0.85
     assert 0.4 < recall < 0.5
-    assert density_coverage(real, real).variety == 1
+    assert density_coverage(real, real).coverage == 1
     density, coverage = density_coverage(same, modes)
     assert density == pytest.approx(1, abs=0.1)
     assert 0.4 < coverage <= 0.5

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import hflip
 from core.config import save_config
 from core.data.images import center_crop, image_to_pixels, load_image, pixels_to_images
 from core.data.shards import ShardReader
-from tokenizer.encode import Crops
+from tokenizer.crops import Crops
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, p
     run = flags(tokenizer, pictures, out)
     position = run.index("--shard_size")
     del run[position : position + 2]
-    rfid = ("--rfid", "true", "--judge.detector", "proxy", "--judge.batch_size", 4)
+    rfid = ("--rfid", "true", "--metrics.extractor", "proxy", "--metrics.batch_size", 4)
     run_module("tokenizer.reconstruct", *run, *rfid)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["n"] == 6
