@@ -91,7 +91,7 @@ def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) ->
         codes=config.validation,
         features=config.validation_features,
         labels=(),
-        live=OnlineConfig(),
+        online=OnlineConfig(),
     )
     validation = open_data(given, world, config.out)
     for name, theirs in validation.model_fields().items():
