@@ -50,5 +50,5 @@ def _check(key: str, value: Any) -> None:  # noqa: ANN401 - whatever a client se
         raise ValueError(f"{key} is {shown}, must be a finite number")
     if key == "cfg_schedule" and value not in SCHEDULES:
         raise ValueError(f"cfg_schedule is {shown}, must be one of {', '.join(SCHEDULES)}")
-    if key == "cfg_scale" and value < 1:
+    if key == "cfg_scale" and float(value) < 1:
         raise ValueError(f"cfg_scale is {shown}, must be >= 1 (1: no guidance)")

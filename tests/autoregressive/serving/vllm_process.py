@@ -63,6 +63,7 @@ def run_engine(engine: dict, features: dict, several: bool) -> dict:
 
 def run_requests(llm: object, requests: list[dict], features: dict) -> dict:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     def prompt(request: dict) -> dict:
         if "features" in request:
@@ -73,7 +74,7 @@ def run_requests(llm: object, requests: list[dict], features: dict) -> dict:
     parameters = [SamplingParams(**request["sampling"]) for request in requests]
     try:
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return {"codes": [], "error": str(error)}
     return {"codes": [list(output.outputs[0].token_ids) for output in outputs], "error": None}
 
