@@ -1,98 +1,18 @@
 """The GPT in unpatched vLLM draws what `generate` draws; vLLM runs as a process in .venv-vllm."""
 
-import json
-import os
-import subprocess
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import save_file
 from scipy.stats import chi2
+from vllm_job import CLASSES, MARKS, Job, exported, filled, greedy, request
 
 from autoregressive import GPT, generate
 from autoregressive.inference.sampler import filter_logits
 from autoregressive.models.config import GPTConfig
-from autoregressive.serving.export import export_vllm
 from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
-from core.config import save_config
 
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (ROOT / ".venv-vllm" / "ready").exists(), reason="no .venv-vllm: run `make serve-test`"
-    ),
-]
-CLASSES = 12
+pytestmark = MARKS
 SCALES = [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
 LENGTHS = [1, 7, 60, 120]
-
-
-def filled(seed: int = 0, **fields: object) -> GPT:
-    """A small GPT whose every weight matters: a new one's head is zero, so that any code wins."""
-    shape = {"num_layers": 2, "num_heads": 4, "dim": 128, "vocab_size": 96, "grid": (8, 8)}
-    gpt = GPT(GPTConfig(**{**shape, "num_classes": CLASSES, "ffn_multiple": 32, **fields}))
-    return fill(gpt, seed)
-
-
-def fill(gpt: GPT, seed: int = 0) -> GPT:
-    random = torch.Generator().manual_seed(seed)
-    for parameter in gpt.parameters():
-        noise = torch.randn(parameter.shape, generator=random)
-        matrix = noise / parameter.shape[-1] ** 0.5
-        parameter.data = matrix if parameter.ndim > 1 else 1 + 0.1 * noise
-    for table in (gpt.tok_embeddings, getattr(gpt.cls_embedding, "embedding_table", None)):
-        if table is not None:
-            table.weight.data *= gpt.config.dim**0.5
-    return gpt.eval()
-
-
-@dataclass
-class Job:
-    """What one start of vLLM does, and what it answered."""
-
-    folder: Path
-    engines: list[dict] = field(default_factory=list)
-    features: dict[str, torch.Tensor] = field(default_factory=dict)
-    results: dict[str, dict] = field(default_factory=dict)
-
-    def engine(self, name: str, model: Path, runs: dict[str, list[dict]], **options: object):
-        options = {"dtype": "float32", **options}
-        engine = {"name": name, "folder": str(model), "options": options, "runs": runs}
-        self.engines.append(engine)
-
-    def start(self) -> "Job":
-        job, results = self.folder / "job.json", self.folder / "results.json"
-        job.write_text(json.dumps(self.engines))
-        features = self.folder / "features.safetensors"
-        save_file(self.features, features)
-        script = Path(__file__).with_name("vllm_process.py")
-        done = subprocess.run(
-            [PYTHON, script, job, results, features],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=840,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-        self.results = json.loads(results.read_text())
-        return self
-
-    def codes(self, name: str) -> torch.Tensor:
-        assert self.results[name]["error"] is None
-        return torch.tensor(self.results[name]["codes"])
-
-
-def request(gpt: GPT, label: int, codes: list[int] = (), **sampling: object) -> dict:
-    known = {"num_known": len(codes)}
-    arguments = sampling_arguments(gpt.config, temperature=0.0, **known, **sampling)
-    return {**class_prompt(gpt.config, label, codes), "sampling": arguments}
 
 
 def class_runs(gpt: GPT) -> dict[str, list[dict]]:
@@ -118,10 +38,6 @@ MIXED = [
 ]
 
 
-def greedy(gpt: GPT, labels: list[int], **sampling: object) -> torch.Tensor:
-    return generate(gpt, torch.tensor(labels), greedy=True, **sampling).flatten(1)
-
-
 def expected(gpt: GPT, run: str) -> torch.Tensor:
     """What `generate` draws for a run of class_runs, (requests, codes)."""
     some = [0, 3, 5, 11]
@@ -135,11 +51,6 @@ def expected(gpt: GPT, run: str) -> torch.Tensor:
         return greedy(gpt, some, cfg_scale=4.0, cfg_schedule="cosine")
     settings = [{"cfg_scale": 2.0, **one} for one in MIXED]
     return torch.cat([greedy(gpt, [i], **one) for i, one in enumerate(settings)])
-
-
-def exported(gpt: GPT, folder: Path) -> Path:
-    export_vllm(gpt, folder)
-    return folder
 
 
 DRAWS = 20_000
@@ -214,7 +125,6 @@ def job(tmp_path_factory) -> Job:
     job.engine("preempted", model, runs, num_gpu_blocks_override=10, block_size=32)
     job.engine("compiled", model, runs, enforce_eager=False)
 
-    save_config(gpt.config, folder / "config.yaml")
     released = filled(seed=2, num_heads=2, ffn_multiple=256)  # heads of 64: what a file tells
     torch.save({"model": released.state_dict(), "steps": 1}, folder / "released.pt")
     loaded = GPT.from_pretrained(folder / "released.pt", grid=(8, 8))

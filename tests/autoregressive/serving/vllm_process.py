@@ -12,16 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "GOMP_SPINCOUNT": "0",
-}
-
 
 def main() -> None:
     job, results_path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
