@@ -132,3 +132,17 @@ def test_a_token_out_of_range_does_not_end_the_server(server):
     post(server, [99_999])
     post(server, [0, 5, 108])
     assert codes_of(post(server, [97])) == greedy(filled(), [1])[0].tolist()
+
+
+def test_the_adapter_of_the_v2_runner_computes_places_and_scales():
+    """Its arithmetic on CPU with a stand-in batch: the V2 runner itself needs a GPU."""
+    script = Path(__file__).with_name("vllm_state_process.py")
+    done = subprocess.run([PYTHON, script], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:1] in "RD")
+    positions, scales = json.loads(answers["RESULT"])
+    # A caption of 3 ends at place 5, so the token at index 4 is code 1, at place 7. One of 6 fills
+    # places 0 to 5. Code 2 of 4 has half of a linear schedule to 5; the usual scale is 7.5.
+    assert positions == [7, 0, 1, 2, 3, 4, 5, 0]
+    assert scales == [[3.0], [7.5]]
+    assert json.loads(answers["DUMMY"]) == [[1.0]] * 3
