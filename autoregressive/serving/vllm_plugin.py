@@ -13,13 +13,10 @@ MODEL_TYPE = "llamagen"
 
 def register() -> None:
     """Register the config and both model classes; safe to call more than once."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    class LlamaGenConfig(PretrainedConfig):
-        """config.json of an exported GPT: vLLM's own fields, and GPTConfig's under `gpt`."""
-
-        model_type = MODEL_TYPE
+    from autoregressive.serving.vllm_config import LlamaGenConfig
 
     AutoConfig.register(MODEL_TYPE, LlamaGenConfig, exist_ok=True)
     known = ModelRegistry.get_supported_archs()

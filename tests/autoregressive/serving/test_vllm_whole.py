@@ -50,6 +50,7 @@ def server(tmp_path_factory) -> Iterator[int]:
         port = free.getsockname()[1]
     flags = ["--model", model, "--served-model-name", "gpt", "--host", "127.0.0.1"]
     flags += ["--port", str(port), "--skip-tokenizer-init", "--enforce-eager", "--max-num-seqs=8"]
+    flags += ["--dtype", "float32"]  # auto serves float32 weights in bfloat16
     flags += ["--logits-processors", "autoregressive.serving.vllm_guidance:Guidance"]
     with (folder / "log").open("w") as log:
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *flags]
