@@ -147,7 +147,8 @@ Install the `llamagen` package beside vLLM (`pip install -e .` in its repository
     vllm serve . --skip-tokenizer-init$flags \\
         --logits-processors autoregressive.serving.vllm_guidance:Guidance
 
-vLLM serves float32 weights in bfloat16 unless `--dtype float32` is given. On CUDA set `VLLM_USE_V2_MODEL_RUNNER=0` with this processor. vLLM's V2 runner takes
+vLLM serves float32 weights in bfloat16 unless `--dtype float32` is given. On CUDA, set
+`VLLM_USE_V2_MODEL_RUNNER=0` with this processor. vLLM's V2 runner takes
 `autoregressive.serving.vllm_state:GuidanceParameters` instead; that path has not run on a GPU yet.
 Do not expose this server to strangers: it checks guidance, but not token ids or caption lengths.
 
