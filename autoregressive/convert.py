@@ -1,12 +1,15 @@
-"""Convert a GPT to the format of this project (config.yaml and model.safetensors).
+"""Convert a GPT to a folder of this project (config.yaml, model.safetensors), or of vLLM.
 
 python -m autoregressive.convert --source c2i_L_384.pt --grid [24,24] --out weights/gpt_l_384
+python -m autoregressive.convert --source runs/gpt_b --format vllm --out weights/gpt_b_vllm
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from autoregressive.models.pretrained import load_gpt
+from autoregressive.serving.export import export_vllm
 from core.config import parse_config, run_command, save_config
 from core.weights import Weights, save_tensors
 
@@ -17,14 +20,17 @@ class ConvertConfig:
 
     Args:
         source: A released file, a run or checkpoint folder, or `owner/name[/file]` on the Hub.
-        out: Output folder: config.yaml and model.safetensors.
+        out: Output folder.
         weights: Which weights to take; auto takes the EMA weights of our runs.
+        format: folder: config.yaml and model.safetensors; vllm: a folder that vLLM loads with the
+            plugin in autoregressive/serving.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
     """
 
     source: str
     out: Path
     weights: Weights = "auto"
+    format: Literal["folder", "vllm"] = "folder"
     grid: tuple[int, int] | None = None
 
 
@@ -33,9 +39,12 @@ def main() -> None:
     config = parse_config(ConvertConfig)
     overrides = {} if config.grid is None else {"grid": config.grid}
     gpt = load_gpt(config.source, config.weights, **overrides).gpt
-    config.out.mkdir(parents=True, exist_ok=True)
-    save_tensors(gpt.state_dict(), config.out / "model.safetensors")
-    save_config(gpt.config, config.out / "config.yaml")
+    if config.format == "vllm":
+        export_vllm(gpt, config.out)
+    else:
+        config.out.mkdir(parents=True, exist_ok=True)
+        save_tensors(gpt.state_dict(), config.out / "model.safetensors")
+        save_config(gpt.config, config.out / "config.yaml")
     count = sum(parameter.numel() for parameter in gpt.parameters())
     print(f"{config.out}: {count:,} parameters, grid {gpt.config.grid}")
 

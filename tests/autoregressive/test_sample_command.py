@@ -18,8 +18,8 @@ from core.data.npz import save_npz
 from core.data.shards import ShardReader
 from evaluations.features.extractors import ExtractorConfig
 from evaluations.reference import ReferenceConfig, build_reference
-from evaluations.score import ScoreConfig, evaluate
-from evaluations.scorer import MetricsConfig, open_scorer
+from evaluations.score import ScoreConfig, score_samples
+from evaluations.scorer import MetricsConfig
 
 COMPUTE = ComputeConfig(precision="fp32", device="cpu")
 BALANCED = ConditionConfig(labels="balanced")
@@ -144,9 +144,9 @@ def test_images_scored_while_they_are_sampled_get_the_scores_of_the_npz(
     assert not list(stream.out.glob("pixels*"))
     sample(settings(models, tmp_path / "file"), world)
     of_file = ScoreConfig(
-        **vars(metrics), samples=tmp_path / "file", out=tmp_path / "scored", device="cpu"
+        samples=tmp_path / "file", out=tmp_path / "scored", metrics=metrics, device="cpu"
     )
-    evaluate(open_scorer(metrics, "generation", world), of_file, world)
+    score_samples(of_file, world)
     expected = scores(tmp_path / "scored")
     assert scores(stream.out) == expected
     assert expected["n"] == 30

@@ -5,7 +5,7 @@ from helpers.models import tiny
 from autoregressive import generate
 from autoregressive.inference import generate as generate_module
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
-from autoregressive.inference.generate import request_of
+from autoregressive.inference.generate import generation_request, sample_codes
 from autoregressive.inference.sampler import TopKTopPSampler, filter_logits
 from autoregressive.inference.sampling_config import SamplingConfig
 from core.config import InputError
@@ -136,17 +136,17 @@ def test_python_and_the_commands_have_one_set_of_defaults(monkeypatch, condition
     asked = []
 
     def request(*arguments) -> GenerationRequest:
-        asked.append(request_of(*arguments))
+        asked.append(generation_request(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(generate_module, "request_of", request)
+    monkeypatch.setattr(generate_module, "generation_request", request)
     gpt = tiny() if condition == "class" else tiny(condition="text", text_dim=8, max_text_tokens=4)
     shown = torch.tensor([1]) if condition == "class" else (torch.randn(1, 4, 8), torch.tensor([4]))
     generate(gpt, shown)
-    generate(gpt, shown, **SamplingConfig().arguments(condition))
-    # Saved configurations of before spelt it like this.
-    generate(gpt, shown, **SamplingConfig(cfg_scale=0.0, top_k=-1).arguments(condition))
+    sample_codes(gpt, shown, SamplingConfig())
+    # The spelling of configurations that earlier versions saved.
+    sample_codes(gpt, shown, SamplingConfig(cfg_scale=0.0, top_k=-1))
     for one in asked:
-        assert (one.scales[0], one.draw.top_k) == usual
+        assert (one.cfg_scales[0], one.sampler.top_k) == usual
     assert SamplingConfig().cfg_scale is None
     assert SamplingConfig().top_k is None

@@ -28,7 +28,7 @@ CONFIGS = {
     "class": GPTConfig(**SHAPE, num_classes=10, grid=(4, 4)),
     "text": GPTConfig(**SHAPE, condition="text", text_dim=12, max_text_tokens=9, grid=(4, 4)),
 }
-WORLDS = [("ddp", 1, 0), ("fsdp", 1, 0), ("fsdp", 2, 0), ("fsdp", 4, 0), ("hsdp", 4, 2)]
+WORLDS = [("ddp", 1, None), ("fsdp", 1, None), ("fsdp", 2, None), ("fsdp", 4, None), ("hsdp", 4, 2)]
 
 
 @contextlib.contextmanager
