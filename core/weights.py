@@ -1,7 +1,6 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
-import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.config import InputError
+from core.files import file_sha256 as file_sha256  # also imported from here
+from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
+from core.released import ReleasedModel, find_released
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -139,46 +141,36 @@ def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bo
     module.load_state_dict(tensors, assign=assign)
 
 
-def find_weights(path_or_hub_id: str | Path, filename: str) -> Path:
-    """A local file or folder as it is; else `owner/name[/file]` from the Hub, through its cache.
+def find_weights(source: str | Path, filename: str, revision: str | None = None) -> Path:
+    """The file or folder of a local path, a released name, or `owner/name[/file][@revision]`.
 
-    For `owner/name` alone, `filename` and `config.yaml` are fetched and their folder is returned.
+    A local path wins. For `owner/name` alone, `filename` and its configuration are fetched and
+    their folder is returned. Raises InputError where there is none of these.
     """
-    local = Path(path_or_hub_id)
+    local = Path(source)
     if local.exists():
         return local
-    parts = str(path_or_hub_id).split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{path_or_hub_id}: no such file or folder")
-    repository, wanted = "/".join(parts[:2]), "/".join(parts[2:])
-    if wanted:
-        return fetch(repository, wanted)
-    fetch(repository, "config.yaml")
-    return fetch(repository, filename).parent
-
-
-def fetch(repository: str, filename: str) -> Path:
-    """A file of a Hub repository, through its cache; InputError where it is not to be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # its retries are not our one line
+    released = find_released(source)
+    if released:
+        return fetch(hub_file(released))
+    file = parse_hub_id(str(source))
+    if file is None:
+        raise InputError(f"{source}: no such file or folder, and no released model of this name")
+    file = file._replace(revision=revision or file.revision)
+    if file.filename:
+        return fetch(file)
     try:
-        return Path(hf_hub_download(repository, filename))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{repository}/{filename}: neither a local path nor to be had from the Hub ({error})"
-        ) from error
+        fetch(file._replace(filename="config.yaml"))
+    except NotOnHubError:  # a folder as huggingface_hub's model mixin writes it
+        fetch(file._replace(filename="config.json"))
+    return fetch(file._replace(filename=filename)).parent
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def hub_file(released: ReleasedModel) -> HubFile:
+    """Where a released model is; raises InputError where the table does not say."""
+    if not released.repository or not released.file:
+        raise InputError(f"{released.name}: {released.note or 'not on the Hub'}")
+    return HubFile(released.repository, released.file, released.revision, released.sha256)
 
 
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
