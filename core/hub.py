@@ -47,17 +47,17 @@ def fetch(file: HubFile) -> Path:
     """The path of a file in the Hub's cache, downloaded if need be; a broken download resumes.
 
     A fresh download is compared with the sha256 that the Hub publishes for it, and every one with
-    `file.sha256`. Raises NotOnHubError where the repository lacks it, InputError for everything else.
+    `file.sha256`. Raises NotOnHubError where the repository lacks it, else InputError.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # its retries are not our one line
-    file = resolve(file)
-    where = {"revision": file.revision}
-    cached = try_to_load_from_cache(file.repository, file.filename, **where)
+    repository, filename, revision, _ = file = resolve(file)
+    with _explained(file):
+        cached = try_to_load_from_cache(repository, filename, revision=revision)
     with _explained(file, known_missing=not isinstance(cached, str | None)):
-        path = Path(hf_hub_download(file.repository, file.filename, **where))
+        path = Path(hf_hub_download(repository, filename, revision=revision))
     fresh = not isinstance(cached, str)
     published = path.resolve().name  # the Hub's cache names a large file by its sha256
     expected = file.sha256 or (published if fresh and len(published) == SHA256_DIGITS else None)
@@ -72,7 +72,7 @@ def fetch(file: HubFile) -> Path:
 
 
 def resolve(file: HubFile) -> HubFile:
-    """The file that a pattern means; raises NotOnHubError unless exactly one of the repository does."""
+    """The file that a pattern means; raises NotOnHubError unless exactly one matches."""
     if "*" not in file.filename:
         return file
     from huggingface_hub import HfApi
@@ -94,11 +94,11 @@ def download_size(file: HubFile) -> int:
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(file.repository, file.filename, revision=file.revision)
-    if isinstance(cached, str):
-        return 0
     file = resolve(file)
     with _explained(file):
+        cached = try_to_load_from_cache(file.repository, file.filename, revision=file.revision)
+        if isinstance(cached, str):
+            return 0
         url = hf_hub_url(file.repository, file.filename, revision=file.revision)
         return get_hf_file_metadata(url).size or 0
 
@@ -188,7 +188,7 @@ def _explained(file: HubFile, known_missing: bool = False) -> Iterator[None]:
         raise InputError(f"{file}: {reason}") from error
     except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
         raise NotOnHubError(f"{file}: no such file or revision at {home}") from error
-    except (connection, OSError, ValueError) as error:
+    except (connection, OSError, ValueError) as error:  # pyright: ignore[reportGeneralTypeIssues]
         text = " ".join(str(error).split())[:200]
         reason = f"neither a local path nor to be had from the Hub ({text}); see {home}"
         raise InputError(f"{file}: {reason}") from error
