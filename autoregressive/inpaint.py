@@ -23,9 +23,9 @@ from autoregressive.models.conditioning import repeat
 from autoregressive.pipeline import PipelineConfig, decode_pixels, load_pair, make_ready
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
-from core.data.image_list import find_images
 from core.data.images import pixels_to_images, save_png
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
 from core.distributed.world import World, distributed
 from core.files import write_json
 from tokenizer.models.vq_model import VQModel
@@ -78,7 +78,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
     """Draw every picture's missing part and write the results."""
     pair = load_pair(config)
     cells = positions_to_inpaint(config, pair.gpt.config.grid)
-    images = find_images(config.images)
+    images = open_images(config.images)
     count = min(config.num_images or len(images), len(images))
     asked = dataclasses.replace(config, num_images=count)
     shown = open_conditions(asked, pair.gpt.config, config.sampling.seed, world)

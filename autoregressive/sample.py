@@ -36,7 +36,7 @@ from core.config import config_values, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png
 from core.data.npz import save_npz
-from core.data.shards import ShardReader, ShardWriter
+from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World, distributed
 from evaluations.report import Scored, publish
 from evaluations.scorer import MetricsConfig, Scorer, check_size, open_scorer, score
@@ -152,7 +152,9 @@ def sample(config: SampleConfig, world: World) -> None:
                     pixels = decode_pixels(vq, codes, config.resize)
                     if evaluator:
                         evaluator.update(pixels, part)
-                    kept["codes"].append(codes.cpu().numpy().astype(np.uint16))
+                    kept["codes"].append(
+                        codes.cpu().numpy().astype(codes_dtype(vq.config.vocab_size))
+                    )
                     kept["pixels"].append(pixels.cpu().numpy())
                 bar.update(len(part) * world.size)
             if written:

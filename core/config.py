@@ -17,11 +17,10 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 import yaml
 
+from core.errors import InputError
+from core.files import write_text
+
 Config = TypeVar("Config")
-
-
-class InputError(ValueError):
-    """The user gave something that cannot work: the message says what, where, and what to do."""
 
 
 def _parser(config_class: type) -> jsonargparse.ArgumentParser:
@@ -78,11 +77,7 @@ def load_config(config_class: type[Config], path: Path) -> Config:
 
 def save_config(config: Any, path: Path) -> None:  # noqa: ANN401 - any config dataclass
     """Write every field, defaults included, so that the file alone reproduces the run."""
-    path = Path(path)
-    text = config_text(config)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    write_text(Path(path), config_text(config))
 
 
 def config_text(config: Any) -> str:  # noqa: ANN401 - any config dataclass

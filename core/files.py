@@ -1,23 +1,66 @@
-"""Small files: JSON written atomically, and fingerprints of settings."""
+"""Files: atomic writing, JSON, and fingerprints of settings."""
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
-from core.config import InputError
+from core.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, which replaces `path` when the block succeeds.
+
+    Use it with libraries that write to a path; use `atomic_write` for everything else. Readers see
+    the old file or the complete new one. If the block raises, the temporary file is removed and
+    `path` is left as it was. The temporary name is unique, so processes may write concurrently.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(
+    path: Path, mode: Literal["wb", "w"] = "wb", fsync: bool = False
+) -> Iterator[IO[Any]]:
+    """Open a file for writing that appears at `path` complete or not at all.
+
+    mode: "wb" for bytes, "w" for UTF-8 text. fsync: return only when the content is on the disk.
+    """
+    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    with (
+        atomic_path(path) as temporary,
+        temporary.open(mode, encoding=encoding, newline=newline) as file,
+    ):
+        yield file
+        file.flush()
+        if fsync:
+            os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write JSON, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
+    """Write a JSON file atomically; raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
-    """Read JSON; raises InputError for a missing or damaged file."""
+    """Read a JSON file; raises InputError if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -27,7 +70,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """A short sha256 of a JSON value, to tell one set of settings from another."""
+    """The first 16 hex digits of a JSON value's sha256, to tell settings apart."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

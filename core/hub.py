@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from core.config import InputError
+from core.errors import InputError
 from core.files import file_sha256
 
 SHA256_DIGITS = 64

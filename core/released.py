@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from core.config import InputError
+from core.errors import InputError
 
 FOLDER = Path(__file__).parent.parent / "configs" / "released"
 SAMPLES = 50_000  # images behind a published FID, unless the entry says otherwise

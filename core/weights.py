@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.config import InputError
+from core.errors import InputError
+from core.files import atomic_path
 from core.files import file_sha256 as file_sha256  # also imported from here
 from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
 from core.released import ReleasedModel, find_released
@@ -109,7 +110,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write tensors as safetensors; raises OSError where the disk is full."""
     try:
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+        with atomic_path(path) as temporary:
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, temporary
+            )
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from core.config import InputError
-from core.data.image_list import ImageList, find_images
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.npz import npz_images_shape, read_npz_images
+from core.data.open import Images, open_images
 from core.data.shards import read_index
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName
@@ -49,7 +49,7 @@ class ImageSource:
     size: tuple[int, int]
     labels: np.ndarray | None
     classes: tuple[str, ...] = ()
-    images: ImageList | None = None
+    images: Images | None = None
     skipped: list[Skipped] = field(default_factory=list)
 
     def batches(
@@ -90,7 +90,7 @@ def open_image_source(source: Path, image_size: tuple[int, int]) -> ImageSource:
     if source.is_file() and source.suffix == ".npz":
         count, height, width, _ = npz_images_shape(source)
         return ImageSource(source, count, (height, width), _npz_labels(source, count))
-    images = find_images(source)
+    images = open_images(source)
     labels = images.labels if (images.labels >= 0).all() else None
     return ImageSource(source, len(images), image_size, labels, images.classes, images)
 

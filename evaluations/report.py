@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from core.data.skip_log import Skipped
 from core.distributed.world import World
-from core.files import write_json
+from core.files import atomic_write, write_json
 from evaluations.evaluator import Collected
 from evaluations.features.extractors import note_of
 from evaluations.metrics.inception_score import ADM_SPLIT, FIDELITY_SPLITS, SEED
@@ -135,12 +134,10 @@ def plot_trade(rows: Sequence[dict[str, Any]], x: str, y: str, note: str, path: 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Rows as CSV, whole or not at all; the columns are those of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", newline="") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
 
 
 def _figure() -> tuple[Any, Any]:
@@ -155,8 +152,7 @@ def _figure() -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:  # noqa: ANN401 - a matplotlib figure
     from matplotlib import pyplot
 
-    aside = path.with_name(f".{path.name}.tmp")
     figure.tight_layout()
-    figure.savefig(aside, format="png", dpi=100)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
-    os.replace(aside, path)

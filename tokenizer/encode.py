@@ -1,4 +1,4 @@
-"""Turn images into code shards, once, for training the decoder; run it again and it continues.
+"""Encode images as codes in shards, to train the transformer on. Run it again to continue.
 
 python -m tokenizer.encode --tokenizer runs/vq16 --data imagenet/train --out codes/imagenet256 \
     --crop ten --crop_ranges [1.1,1.05]
@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import ten_crop
 from tqdm import tqdm
 
 from core.config import InputError, parse_config, run_command, save_config
-from core.data.image_list import find_images
 from core.data.image_text import ImageTextConfig, ImageTextPairs
-from core.data.images import center_crop, pixels_to_images
 from core.data.loader import OrderedImages, ordered_batches
-from core.data.shards import ShardWriter
-from core.data.skip_log import Skipped
+from core.data.open import open_images
+from core.data.shards import ShardWriter, codes_dtype
+from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
 from core.weights import Weights
+from tokenizer.crops import Crops, encode_crops
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
@@ -36,19 +33,21 @@ class EncodeConfig:
 
     Args:
         tokenizer: A run or checkpoint folder, a released file, or a Hub id.
-        data: Images: a folder of class folders, a flat folder, or a list file.
-        pairs: Instead of `data`: pictures with captions, as language.encode reads them.
-        out: The folder to write codes_*.npy, labels_*.npy and index.json to.
+        data: Images: a folder of class folders, a flat folder, a list file, tars, or a folder of
+            jsonl files.
+        pairs: Filters for tars and jsonl folders. pairs.source replaces `data` for a folder of
+            images with captions, as in language.encode.
+        out: The folder for codes_*.npy, labels_*.npy and index.json.
         image_size: Height and width of a crop, divisible by the tokenizer's downsampling.
-        crop: center, one crop; or ten, the corners and the centre and all five flipped.
-        crop_ranges: For crop ten: images are first covered to image_size times each range; their
-            crops follow one another (the published recipe: [1.1, 1.05]).
+        crop: center (one crop), or ten (corners and centre, and the five flipped).
+        crop_ranges: For crop ten: the image is resized to cover image_size times each range, and
+            ten crops are taken at each (the published recipe: [1.1, 1.05]).
         flip: For crop center: add the flipped crop.
-        weights: Which weights to take; auto prefers averaged ones.
-        batch_size: Crops encoded at a time on each process.
-        shard_size: Images a shard: what a killed run loses at most, on each process.
+        weights: The weights to load; auto takes the EMA weights if there are any.
+        batch_size: Crops per forward pass on each process.
+        shard_size: Images per shard. A killed run loses at most one shard per process.
         num_workers: Loader processes per rank.
-        precision: bf16 or fp32 for the network; the code search is always in float32.
+        precision: bf16 or fp32 for the network; the codebook search is always in float32.
         device: auto, cpu, cuda or mps.
     """
 
@@ -69,47 +68,18 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.pairs.source is None):
-            raise ValueError("give data or pairs.source, one of them")
+            raise ValueError("give either data or pairs.source")
         if min(self.batch_size, self.shard_size) < 1 or self.num_workers < 0:
             raise ValueError("batch_size and shard_size must be >= 1, num_workers >= 0")
         if not self.crop_ranges or min(self.crop_ranges) < 1:
             raise ValueError(f"crop_ranges {self.crop_ranges}: give ranges of 1 or more")
         if self.flip and self.crop == "ten":
-            raise ValueError("flip is for crop center; ten crops hold the flips already")
-
-
-@dataclass(frozen=True)
-class Crops:
-    """The crops of one picture as pixels (crops, height, width, 3) uint8."""
-
-    height: int
-    width: int
-    ranges: tuple[float, ...]  # empty for the centre crop alone
-    flip: bool
-
-    @property
-    def count(self) -> int:
-        """Crops per picture."""
-        return 10 * len(self.ranges) if self.ranges else 1 + self.flip
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Crop a picture."""
-        if not self.ranges:
-            crops = [center_crop(image, self.height, self.width)]
-            crops += [ImageOps.mirror(crops[0])] if self.flip else []
-        else:
-            crops = []
-            for ratio in self.ranges:
-                covered = center_crop(image, int(self.height * ratio), int(self.width * ratio))
-                # torchvision's annotations know tensors alone; it crops pictures as well.
-                size = [self.height, self.width]
-                crops += ten_crop(covered, size)  # pyright: ignore[reportArgumentType]
-        return np.stack([np.asarray(crop) for crop in crops])
+            raise ValueError("flip is for crop center; crop ten includes the flips")
 
 
 def encode(config: EncodeConfig, world: World) -> None:
-    """Encode all images, this rank's shards on this rank, then write the index."""
-    images = find_images(config.data) if config.data else ImageTextPairs(config.pairs)
+    """Encode all images, each rank its own shards, then write the index."""
+    images = open_images(config.data, config.pairs)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     check_sizes(config, vq)
     vq = vq.for_inference(world.device, dtype_of(config.precision))
@@ -119,7 +89,7 @@ def encode(config: EncodeConfig, world: World) -> None:
     settings = {
         "tokenizer": config.tokenizer,
         "tokenizer_sha256": sha256,
-        "vocab_size": vq.config.vocab_size,
+        "vocab_size": vq.quantize.vocab_size,
         "downsample": downsample,
         "image_size": list(config.image_size),
         "grid": [side // downsample for side in config.image_size],
@@ -153,27 +123,14 @@ def encode(config: EncodeConfig, world: World) -> None:
                     read.append(batch.indices)
                 bar.update(len(batch.indices) + len(batch.skipped))
             write_shard(writer, shard, crops, images.labels, codes, read, skipped)
-    finish(writer, world)
+    finish(writer, images.fingerprint, world)
 
 
 def check_sizes(config: EncodeConfig, vq: VQModel) -> None:
-    """Raise InputError where the tokenizer cannot encode crops of this size as uint16."""
+    """Raise InputError if the tokenizer cannot encode crops of this size."""
     downsample = vq.config.downsample
     if any(side < 1 or side % downsample for side in config.image_size):
         raise InputError(f"image_size {config.image_size} must be divisible by {downsample}")
-    if vq.config.vocab_size > 2**16:
-        raise InputError(f"a codebook of {vq.config.vocab_size} codes does not fit into uint16")
-
-
-@torch.no_grad()
-def encode_crops(vq: VQModel, pixels: torch.Tensor, batch_size: int) -> np.ndarray:
-    """Pixels (n, crops, height, width, 3) uint8 -> codes (n, crops, tokens) uint16."""
-    device = vq.quant_conv.weight.device
-    codes = [
-        vq.encode(pixels_to_images(part.to(device))).flatten(1)
-        for part in pixels.flatten(0, 1).split(batch_size)
-    ]
-    return torch.cat(codes).view(*pixels.shape[:2], -1).cpu().numpy().astype(np.uint16)
 
 
 def write_shard(
@@ -185,8 +142,9 @@ def write_shard(
     read: list[np.ndarray],
     skipped: list[Skipped],
 ) -> None:
-    """Write one shard: the pictures that could be read, and the names of the others."""
-    empty = np.empty((0, crops.count, math.prod(writer.settings["grid"])), np.uint16)
+    """Write one shard: the codes of the images that could be read, the names of the others."""
+    dtype = codes_dtype(writer.settings["vocab_size"])
+    empty = np.empty((0, crops.count, math.prod(writer.settings["grid"])), dtype)
     indices = np.concatenate(read) if read else np.empty(0, np.int64)
     arrays = {
         "codes": np.concatenate(codes) if codes else empty,
@@ -196,19 +154,24 @@ def write_shard(
     writer.write(shard, arrays, skipped=[list(item) for item in skipped])
 
 
-def finish(writer: ShardWriter, world: World) -> None:
-    """Write index.json and, where pictures were skipped, skipped.txt; say what came out."""
+def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
+    """Write index.json and, if images were skipped, skipped.txt; print where they are."""
     world.barrier()
     skipped = [Skipped(*item) for marker in writer.markers() for item in marker["skipped"]]
     reasons = dict(Counter(item.reason for item in skipped))
-    writer.finish({"skipped": len(skipped), "skipped_by_reason": reasons})
+    facts = {
+        "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
+        "pairs_fingerprint": fingerprint,
+        "skipped": len(skipped),
+        "skipped_by_reason": reasons,
+    }
+    writer.finish(facts)
     if not world.is_main:
         return
-    print(f"{writer.folder}: {writer.count - len(skipped)} images, index.json")
+    classes = writer.settings["num_classes"] or "no"
+    print(f"{writer.folder}: {writer.count - len(skipped)} images, {classes} classes, index.json")
     if skipped:
-        path = writer.folder / "skipped.txt"
-        path.write_text("".join(f"{item.path}\t{item.reason}\n" for item in skipped))
-        print(f"{path}: {len(skipped)} pictures skipped ({reasons})")
+        print(write_skipped(writer.folder / "skipped.txt", skipped))
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from core.config import InputError, config_values, parse_config, run_command
 from core.data.grids import side_by_side
-from core.data.image_list import find_images
 from core.data.images import images_to_pixels, pixels_to_images, save_png
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
 from core.files import write_json
@@ -74,7 +74,7 @@ class ReconstructConfig:
 
 def reconstruct(config: ReconstructConfig, world: World) -> None:
     """Score every image once, each on one rank, and write what came out."""
-    images = find_images(config.data)
+    images = open_images(config.data)
     vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
     if any(side < 1 or side % vq.config.downsample for side in config.image_size):
         raise InputError(

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 
 from core.config import parse_config, run_command
-from core.data.image_list import find_images
 from core.data.images import image_to_pixels, pixels_to_images, random_crop
 from core.data.loader import TrainingImages, training_batches
+from core.data.open import open_images
 from core.data.order import check_batch_size, local_positions
 from core.data.skip_log import SkipLog
 from core.distributed.parallel import ParallelConfig, no_sync, prepare
@@ -174,7 +174,7 @@ def build(config: TrainConfig, world: World) -> Nets:
 def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.batch_size, config.gradient_accumulation, world)
-    images_on_disk = find_images(config.data)
+    images_on_disk = open_images(config.data)
     pictures = load_pictures(
         config.validation or config.data, config.validation_images, config.image_size
     )

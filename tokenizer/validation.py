@@ -7,9 +7,9 @@ import torch
 
 from core.config import InputError
 from core.data.grids import side_by_side
-from core.data.image_list import find_images
 from core.data.images import images_to_pixels, pixels_to_images
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
 from core.data.skip_log import SkipLog
 from core.distributed.world import World
 from evaluations.metrics.psnr_ssim import psnr
@@ -49,7 +49,7 @@ class Totals:
 
 def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torch.Tensor:
     """Up to `count` pictures of a folder or list, centre-cropped: (n, height, width, 3) uint8."""
-    images = find_images(source)
+    images = open_images(source)
     count = min(len(images), count)
     # Spread over the whole list, which is sorted by class.
     chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()

@@ -14,34 +14,34 @@ CAPTION_WIDTH, CAPTION_LINES, CHARACTER = 160, 3, (6, 11)  # pixels, lines, a le
 def image_grid(
     pixels: np.ndarray, columns: int, captions: Sequence[str] | None = None, padding: int = 2
 ) -> np.ndarray:
-    """(n, height, width, 3) uint8 -> one picture with `columns` a row on white, uint8.
+    """(n, height, width, 3) uint8 -> one image with `columns` a row on white, uint8.
 
-    With captions, each stands under its picture; small pictures are enlarged to give it room.
+    With captions, each stands under its image; small images are enlarged to give it room.
     """
     if captions:
         pairs = zip(pixels, captions, strict=True)
-        pixels = np.stack([_captioned(picture, caption) for picture, caption in pairs])
+        pixels = np.stack([_captioned(image, caption) for image, caption in pairs])
     count, height, width, _ = pixels.shape
     rows = math.ceil(count / columns)
     shape = rows * (height + padding) + padding, columns * (width + padding) + padding, 3
     grid = np.full(shape, 255, np.uint8)
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         top = padding + (i // columns) * (height + padding)
         left = padding + (i % columns) * (width + padding)
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + height, left : left + width] = image
     return grid
 
 
-def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A picture (height, width, 3) uint8, at least CAPTION_WIDTH wide, above its caption."""
-    times = math.ceil(CAPTION_WIDTH / picture.shape[1])
-    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-    height, width, _ = picture.shape
+def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
+    """An image (height, width, 3) uint8, at least CAPTION_WIDTH wide, above its caption."""
+    times = math.ceil(CAPTION_WIDTH / image.shape[1])
+    image = image.repeat(times, axis=0).repeat(times, axis=1)
+    height, width, _ = image.shape
     lines = textwrap.wrap(caption, width // CHARACTER[0])
     if len(lines) > CAPTION_LINES:
         lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1][:-3] + "..."]
     canvas = Image.new("RGB", (width, height + CAPTION_LINES * CHARACTER[1] + 4), "white")
-    canvas.paste(Image.fromarray(picture))
+    canvas.paste(Image.fromarray(image))
     ImageDraw.Draw(canvas).text((2, height), "\n".join(lines), fill="black", spacing=1)
     return np.asarray(canvas)
 

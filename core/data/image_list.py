@@ -1,59 +1,58 @@
 """Lists of image files: a folder of class folders, a flat folder, or a list file."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from core.config import InputError
 from core.data.images import load_image
+from core.errors import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Pictures on disk and their classes: labels[i] indexes `classes`, or is -1 without any."""
+    """Image files and their classes. labels[i] is an index into `classes`, or -1 without classes.
+
+    keys: The paths relative to the source: the same wherever the images are mounted.
+    """
 
     paths: list[Path]
     labels: np.ndarray  # (n,) int64
     classes: tuple[str, ...]
+    keys: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the images' names and their order."""
+        return fingerprint_of(self.keys)
+
     def name(self, index: int) -> str:
-        """What picture `index` is called in lists of skipped ones."""
+        """The name of image `index` in lists of skipped images: its path."""
         return str(self.paths[index])
 
     def load(self, index: int) -> Image.Image:
-        """Read picture `index`; raises ImageError."""
+        """Read image `index` as RGB; raises ImageError."""
         return load_image(self.paths[index])
 
 
-class Images(Protocol):
-    """Numbered pictures: an ImageList, or the pictures of core.pairs."""
-
-    def __len__(self) -> int:
-        """How many."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What picture `index` is called in lists of skipped ones."""
-        ...
-
-    def load(self, index: int) -> Image.Image:
-        """Read picture `index`; raises ImageError."""
-        ...
+def fingerprint_of(keys: Iterable[str]) -> str:
+    """A hash of images' names and their order, 16 hex digits."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
 
 
 def find_images(source: Path) -> ImageList:
-    """The pictures of a folder of class folders (sorted names), a flat folder, or a list file.
+    """The images of a folder of class folders (sorted by name), a flat folder, or a list file.
 
-    A list file has one picture a line: a path (relative to the list) and, after a tab, optionally
-    its class name or number. Raises InputError where nothing is found or a class has no picture.
+    A list file has one image per line: a path relative to the list and optionally, after a tab, its
+    class name or number. Raises InputError if there are no images or if a class has none.
     """
     source = Path(source)
     if source.is_file():
@@ -62,29 +61,37 @@ def find_images(source: Path) -> ImageList:
         raise InputError(f"{source}: no such image folder or list file")
     folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        paths = _images_in(source)
+        paths = image_files(source)
         if not paths:
-            raise InputError(f"{source}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return ImageList(paths, np.full(len(paths), -1, np.int64), ())
+            raise InputError(f"{source}: contains no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        return _image_list(source, paths, np.full(len(paths), -1), ())
     paths, labels = [], []
     for label, folder in enumerate(folders):
-        found = _images_in(folder)
+        found = image_files(folder)
         if not found:
-            raise InputError(f"{folder}: class folder without a picture; fill it or remove it")
+            raise InputError(f"{folder}: class folder without an image; fill it or remove it")
         paths += found
         labels += [label] * len(found)
-    return ImageList(paths, np.array(labels, np.int64), tuple(p.name for p in folders))
+    return _image_list(source, paths, np.array(labels), tuple(p.name for p in folders))
 
 
-def _images_in(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _image_list(
+    root: Path, paths: list[Path], labels: np.ndarray, classes: tuple[str, ...]
+) -> ImageList:
+    keys = [str(p.relative_to(root)) if p.is_relative_to(root) else str(p) for p in paths]
+    return ImageList(paths, labels.astype(np.int64), classes, keys)
 
 
 def _from_list(source: Path) -> ImageList:
     try:
         lines = [line for line in source.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not a text file with one picture a line") from error
+        raise InputError(f"{source}: not a text file with one image per line") from error
     if not lines:
         raise InputError(f"{source}: the list is empty")
     rows = [line.split("\t") for line in lines]
@@ -92,13 +99,14 @@ def _from_list(source: Path) -> ImageList:
         raise InputError(
             f"{source}: every line needs a path and, on all or none, a tab and a class"
         )
-    paths = [source.parent / row[0] for row in rows]
+    root = source.parent
+    paths = [root / row[0] for row in rows]
     if len(rows[0]) == 1:
-        return ImageList(paths, np.full(len(paths), -1, np.int64), ())
+        return _image_list(root, paths, np.full(len(paths), -1), ())
     names = [row[1] for row in rows]
     if all(name.isdigit() for name in names):
         classes = tuple(str(i) for i in range(max(int(name) for name in names) + 1))
     else:
         classes = tuple(sorted(set(names)))
     number = {name: i for i, name in enumerate(classes)}
-    return ImageList(paths, np.array([number[name] for name in names], np.int64), classes)
+    return _image_list(root, paths, np.array([number[name] for name in names]), classes)

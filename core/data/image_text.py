@@ -1,13 +1,12 @@
-"""Pictures with captions at scale: tar shards, the reference's jsonl folders, or a plain folder.
+"""Images with captions at scale: tar shards, the reference's jsonl folders, or a plain folder.
 
-Pair i is found by seeking, so any order over the pairs resumes anywhere. What img2dataset writes
-(`000001.jpg`, `.txt`, `.json` in uncompressed tars) is read as it is. The places inside a tar are
-listed once and kept beside it in `.pairs/`, where the folder can be written to.
+Samples are addressed by index (byte offset), so a shuffled order can be resumed at any position.
+The output of img2dataset (`000001.jpg`, `.txt`, `.json` in uncompressed tars) is read without
+conversion. The offsets inside a tar are computed once and cached beside it in `.pairs/`, if that
+folder is writable.
 """
 
-import hashlib
 import json
-import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,105 +15,106 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from core.config import InputError
-from core.data.image_list import IMAGE_SUFFIXES
+from core.data.image_list import IMAGE_SUFFIXES, fingerprint_of, image_files
 from core.data.images import ImageError, load_image
+from core.errors import InputError
+from core.files import atomic_write
 
-PARTS = ("picture", "txt", "json")
-FIRST_SENTENCE = "first_sentence"  # a variant made from the first one
+PARTS = ("image", "txt", "json")
+FIRST_SENTENCE = "first_sentence"  # the name of a variant made from the first variant
 
 
 @dataclass(frozen=True)
 class ImageTextConfig:
-    """Pictures with captions, and which of them to take.
+    """Images with captions, and filters.
 
     Args:
         source: A .tar or a folder of them; a folder of .jsonl files (lines with image_path and
-            text); or a folder of pictures with a .txt or .json of the same name beside each.
-        captions: Where each variant of the caption is: txt for the text file, else a field of the
-            json, .0 for the first entry of a list (the reference's: {long: text.1, short: text.0}).
-        first_sentence: Also a variant of that name: the first sentence of the first variant.
-        min_side: Pictures with a shorter side are left out, in pixels.
-        max_aspect: Pictures whose sides differ by more than this factor are left out; 0 for all.
-        score_field: A number in the json to filter by, e.g. aesthetic; empty for none.
-        min_score: Pairs with less of it are left out.
+            text); or a folder of images with a .txt or .json of the same name beside each.
+        captions: Where to find each variant of the caption: txt for the text file, otherwise a
+            field of the JSON; .0 is the first entry of a list. The reference's files need
+            {long: text.1, short: text.0}.
+        first_sentence: Add a variant of this name: the first sentence of the first variant.
+        min_side: Skip images with a side shorter than this, in pixels.
+        max_aspect: Skip images whose longer side exceeds this multiple of the shorter side; null
+            to keep all.
+        score_field: A numeric field of the JSON to filter by, e.g. aesthetic; null for no filter.
+        min_score: Skip pairs whose score_field is lower.
     """
 
     source: Path | None = None
     captions: dict[str, str] = field(default_factory=lambda: {"long": "txt"})
     first_sentence: bool = False
     min_side: int = 16
-    max_aspect: float = 0.0
-    score_field: str = ""
+    max_aspect: float | None = None
+    score_field: str | None = None
     min_score: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.captions or FIRST_SENTENCE in self.captions:
             raise ValueError(f"pairs.captions: name one or more, none of them {FIRST_SENTENCE}")
-        if self.min_side < 1 or (self.max_aspect and self.max_aspect < 1):
-            raise ValueError("pairs: min_side must be >= 1, max_aspect 0 or >= 1")
+        if self.min_side < 1 or (self.max_aspect is not None and self.max_aspect < 1):
+            raise ValueError("pairs: min_side must be >= 1, max_aspect null or >= 1")
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The captions' variants, in their order."""
+        """The names of the caption variants, in order."""
         return (*self.captions, *((FIRST_SENTENCE,) if self.first_sentence else ()))
 
 
 class CaptionError(ValueError):
-    """A pair without a usable caption; the message is one short phrase to count by."""
+    """A pair has no usable caption. The message is one short phrase, by which they are counted."""
 
 
 class _Source(Protocol):
-    """Where the bytes of the pairs are."""
+    """Storage of pairs."""
 
     keys: list[str]
 
     def read(self, index: int, part: str) -> bytes | None:
-        """The picture, txt or json of a pair; None where there is none."""
+        """The bytes of a pair's image, txt or json; None if it has none."""
         ...
 
 
 class ImageTextPairs:
-    """Pairs 0 .. len - 1. As pictures they have no classes: see core.datasets.Images.
-
-    fingerprint: what codes and features of the same pairs share.
-    """
+    """Images 0 .. len - 1 with captions. They are core.data.open.Images without classes."""
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, config: ImageTextConfig) -> None:
-        if config.source is None:
-            raise InputError("pairs.source: give the folder of pictures with captions")
-        self.config, self.source = config, _open(Path(config.source))
+    def __init__(self, config: ImageTextConfig, source: Path | None = None) -> None:
+        source = source or config.source
+        if source is None:
+            raise InputError("pairs.source: give the folder of images with captions")
+        self.config, self.source = config, _open(Path(source))
         if not self.source.keys:
-            raise InputError(f"{config.source}: holds no pictures with captions")
+            raise InputError(f"{source}: contains no images with captions")
         self.labels = np.full(len(self), -1, np.int64)
-        self.fingerprint = hashlib.sha256("\n".join(self.source.keys).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint_of(self.source.keys)
 
     def __len__(self) -> int:
         return len(self.source.keys)
 
     def name(self, index: int) -> str:
-        """The pair's key, as in lists of skipped ones."""
+        """The key of a pair, which names it in lists of skipped images."""
         return self.source.keys[index]
 
     def load(self, index: int) -> Image.Image:
-        """The picture; raises ImageError where it is damaged or left out by the configuration."""
+        """Read an image as RGB; raises ImageError if it is damaged or rejected by a filter."""
         config, name = self.config, self.name(index)
         if reason := self._low_score(index):
             raise ImageError(name, reason)
-        data = self.source.read(index, "picture")
+        data = self.source.read(index, "image")
         if data is None:
             raise ImageError(name, "no such file")
         image = load_image(data, name)
         if min(image.size) < config.min_side:
             raise ImageError(name, f"smaller than {config.min_side} pixels")
-        if config.max_aspect and max(image.size) > config.max_aspect * min(image.size):
+        if config.max_aspect is not None and max(image.size) > config.max_aspect * min(image.size):
             raise ImageError(name, f"aspect beyond {config.max_aspect}")
         return image
 
     def captions(self, index: int) -> list[str]:
-        """The caption in every variant of PairsConfig.captions; raises CaptionError."""
+        """The caption in every variant of ImageTextConfig.captions; raises CaptionError."""
         if reason := self._low_score(index):
             raise CaptionError(reason)
         return [self._caption(index, where) for where in self.config.captions.values()]
@@ -140,7 +140,7 @@ class ImageTextPairs:
 
     def _low_score(self, index: int) -> str:
         field_name = self.config.score_field
-        if not field_name:
+        if field_name is None:
             return ""
         try:
             value = self._record(index).get(field_name)
@@ -167,11 +167,22 @@ def _inside(value: Any, step: str) -> Any:  # noqa: ANN401 - any JSON value
     return None
 
 
+def is_image_text(path: Path) -> bool:
+    """Whether this is a tar, a folder of tars, or a folder of jsonl files.
+
+    A folder with image files beside its jsonl files is an image folder with some metadata.
+    """
+    if not path.is_dir():
+        return path.is_file() and path.suffix == ".tar"
+    suffixes = {entry.suffix.lower() for entry in path.iterdir() if entry.is_file()}
+    return ".tar" in suffixes or (".jsonl" in suffixes and not suffixes & IMAGE_SUFFIXES)
+
+
 def _open(path: Path) -> _Source:
     if path.is_file() and path.suffix == ".tar":
         return _Tars([path])
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder or tar of pictures with captions")
+        raise InputError(f"{path}: no such folder or tar of images with captions")
     if tars := sorted(path.glob("*.tar")):
         return _Tars(tars)
     if lists := sorted(path.glob("*.jsonl")):
@@ -180,21 +191,20 @@ def _open(path: Path) -> _Source:
 
 
 class _Folder:
-    """Pictures with a text or JSON file of the same name beside each."""
+    """Image files with a text or JSON file of the same name beside each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.keys = sorted(str(path.relative_to(folder)) for path in found)
+        self.keys = sorted(str(path.relative_to(folder)) for path in image_files(folder))
 
     def read(self, index: int, part: str) -> bytes | None:
         path = self.folder / self.keys[index]
-        path = path if part == "picture" else path.with_suffix(f".{part}")
+        path = path if part == "image" else path.with_suffix(f".{part}")
         return path.read_bytes() if path.is_file() else None
 
 
 class _Lists:
-    """The reference's annotations: lines with `image_path`, relative to the folder."""
+    """The reference's annotations: JSON lines with an `image_path` relative to the folder."""
 
     def __init__(self, folder: Path, lists: list[Path]) -> None:
         self.folder, self.lists, self.keys = folder, lists, []
@@ -214,7 +224,7 @@ class _Lists:
         with self.lists[number].open("rb") as file:
             file.seek(start)
             line = file.read(size)
-        if part != "picture":
+        if part != "image":
             return line if part == "json" else None
         try:
             path = self.folder / str(json.loads(line)["image_path"])
@@ -224,7 +234,7 @@ class _Lists:
 
 
 class _Tars:
-    """Uncompressed tars, their members grouped by the name before the first dot."""
+    """Uncompressed tars. Members with the same name up to the first dot form a pair."""
 
     def __init__(self, tars: list[Path]) -> None:
         self.tars, self.keys = tars, []
@@ -233,7 +243,7 @@ class _Tars:
             keys, found = _tar_index(path)
             self.keys += [f"{path.name}/{key}" for key in keys]
             places.append(np.insert(found, 0, number, axis=1))
-        # Per pair: the tar, then offset and size of its picture, txt and json (size -1: none).
+        # Per pair: the tar, then offset and size of image, txt and json (size -1: none).
         self.places = np.concatenate(places)
 
     def read(self, index: int, part: str) -> bytes | None:
@@ -247,35 +257,33 @@ class _Tars:
 
 
 def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
-    """A tar's keys, and where their parts are, (n, 6) int64; kept on disk for the next time."""
+    """The keys of a tar and the offsets and sizes of their parts, (n, 6) int64; cached on disk."""
     stat = path.stat()
     version = np.array([stat.st_size, stat.st_mtime_ns])
-    kept = path.parent / ".pairs" / f"{path.name}.npz"
+    cached = path.parent / ".pairs" / f"{path.name}.npz"
     try:
-        with np.load(kept, allow_pickle=False) as file:
+        with np.load(cached, allow_pickle=False) as file:
             if np.array_equal(file["version"], version):
                 return file["keys"].tolist(), file["places"]
     except (OSError, ValueError, KeyError, EOFError):
-        pass  # not there, or half of it: it is made again
+        pass  # missing or damaged: compute it again
     found: dict[str, np.ndarray] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name, _, suffix = member.name.partition(".")
                 suffix = suffix.lower()
-                part = "picture" if f".{suffix}" in IMAGE_SUFFIXES else suffix
+                part = "image" if f".{suffix}" in IMAGE_SUFFIXES else suffix
                 if member.isfile() and part in PARTS:
                     place = found.setdefault(name, np.array([0, -1] * len(PARTS), np.int64))
                     place[2 * PARTS.index(part) :][:2] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise InputError(f"{path}: not an uncompressed tar, or damaged ({error})") from error
     keys, places = list(found), np.array(list(found.values()), np.int64).reshape(-1, 6)
-    aside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
     try:
-        kept.parent.mkdir(exist_ok=True)
-        with aside.open("wb") as file:
+        cached.parent.mkdir(exist_ok=True)
+        with atomic_write(cached) as file:
             np.savez(file, version=version, keys=np.array(keys, str), places=places)
-        os.replace(aside, kept)
     except OSError:
-        pass  # a folder that cannot be written to: listed again next time
+        pass  # a read-only folder: computed again next time
     return keys, places

@@ -1,11 +1,10 @@
-"""Pictures: the only copies of loading, cropping, range conversion and writing.
+"""Images: the only copies of loading, cropping, range conversion and writing.
 
 *images* are float tensors in [-1, 1], *pixels* are uint8.
 """
 
 import io
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from core.config import InputError
+from core.errors import InputError
+from core.files import atomic_write
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow only warns there; we refuse
 
@@ -38,7 +38,7 @@ _DECODE_ERRORS = (
 
 
 class ImageError(InputError):
-    """A picture that cannot be read; `reason` is one short phrase to count by."""
+    """An image that cannot be read; `reason` is one short phrase to count by."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -46,10 +46,10 @@ class ImageError(InputError):
 
 
 def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
-    """Read a picture as upright 8-bit RGB, whatever it was (grey, CMYK, palette, 16-bit, rotated).
+    """Read an image as upright 8-bit RGB, whatever it was (grey, CMYK, palette, 16-bit, rotated).
 
     `source` is a path or the encoded bytes. Raises ImageError for anything that is not a whole
-    picture of at most MAX_PIXELS pixels.
+    image of at most MAX_PIXELS pixels.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
@@ -121,7 +121,7 @@ def random_crop(
 
 
 def image_to_pixels(image: Image.Image) -> np.ndarray:
-    """An RGB picture -> (height, width, 3) uint8."""
+    """An RGB image -> (height, width, 3) uint8."""
     return np.array(image, dtype=np.uint8)
 
 
@@ -141,6 +141,5 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
     """(height, width, 3) uint8 -> a PNG file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(aside, format="PNG")
-    os.replace(aside, path)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")

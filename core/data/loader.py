@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from core.config import InputError
-from core.data.image_list import Images
 from core.data.images import ImageError, center_crop, image_to_pixels
+from core.data.open import Images
 from core.data.order import ShuffledOrder
 from core.data.skip_log import Skipped
 
@@ -26,7 +26,7 @@ MAX_LOADER_DEATHS = 5  # in one run; then its machine has a fault that starting 
 class TrainingImages(Dataset):
     """Sample p of the endless order, transformed with randomness from (seed, p).
 
-    A picture that cannot be read gives its place to another one, drawn from (seed, p); it is
+    An image that cannot be read gives its place to another one, drawn from (seed, p); it is
     reported, so that the loop counts and names it.
     """
 
@@ -50,7 +50,7 @@ class TrainingImages(Dataset):
                 skipped.append(Skipped(name, error.reason))
                 if len(skipped) == 100:
                     raise InputError(
-                        f"100 pictures in a row cannot be read, the last is {name}: {error.reason}"
+                        f"100 images in a row cannot be read, the last is {name}: {error.reason}"
                     ) from error
                 index = int(random.integers(len(self.images)))
 
@@ -64,7 +64,7 @@ def training_batches(
     """Batches of `dataset` at the given positions: pixels (n, height, width, 3) uint8, skipped.
 
     Loader processes that die are replaced, with a warning, and no sample is lost. Raises InputError
-    where hardly any picture can be read, OSError where the processes die again and again.
+    where hardly any image can be read, OSError where the processes die again and again.
     """
     # Positions that were handed to the loader and whose batch has not arrived.
     waiting: deque[np.ndarray] = deque()
@@ -93,7 +93,7 @@ def training_batches(
         except InputError as error:
             # A loader process sends its traceback as the message; its last line is what was said.
             said = str(error).splitlines()[-1]
-            raise InputError(said.removeprefix("core.config.InputError: ")) from error
+            raise InputError(said.removeprefix(f"{InputError.__module__}.InputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -129,12 +129,12 @@ class CenterCrop:
     width: int
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Crop a picture."""
+        """Crop an image."""
         return image_to_pixels(center_crop(image, self.height, self.width))
 
 
 class OrderedImages(Dataset):
-    """Picture i, transformed without randomness, or why it is skipped; for encoding and scoring."""
+    """Image i, transformed without randomness, or why it is skipped; for encoding and scoring."""
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], np.ndarray]) -> None:
         self.images, self.transform = images, transform
@@ -150,7 +150,7 @@ class OrderedImages(Dataset):
 
 
 class OrderedBatch(NamedTuple):
-    """What could be read of a run of pictures: their numbers (n,), pixels (n, ...), the rest."""
+    """What could be read of a run of images: their numbers (n,), pixels (n, ...), the rest."""
 
     indices: np.ndarray
     pixels: torch.Tensor | None  # None where nothing of the batch could be read
@@ -160,7 +160,7 @@ class OrderedBatch(NamedTuple):
 def ordered_batches(
     dataset: OrderedImages, indices: list[int], batch_size: int, num_workers: int
 ) -> Iterator[OrderedBatch]:
-    """The pictures `indices` in their order, `batch_size` at a time."""
+    """The images `indices` in their order, `batch_size` at a time."""
     chunks = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     return iter(
         DataLoader(

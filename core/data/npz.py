@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,15 +11,18 @@ from typing import IO
 import numpy as np
 
 from core.config import InputError
+from core.files import atomic_write
 
 
 def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
-    """Stream `count` pictures (n, height, width, 3) uint8 into `arr_0`; then the other arrays.
+    """Stream `count` images (n, height, width, 3) uint8 into `arr_0`; then the other arrays.
 
     ADM's layout, readable by its evaluator; never holds more than one batch in memory.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_write(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             written = 0
             for batch in batches:
@@ -30,15 +32,14 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
                     np.lib.format.write_array_header_1_0(member, header)
                 member.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
                 written += len(batch)
-        assert written == count, f"{path}: announced {count} pictures, got {written}"
+        assert written == count, f"{path}: announced {count} images, got {written}"
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    os.replace(aside, path)
 
 
 def npz_images_shape(path: Path) -> tuple[int, int, int, int]:
-    """(n, height, width, 3) of `arr_0`; raises InputError for anything but such uint8 pictures."""
+    """(n, height, width, 3) of `arr_0`; raises InputError for anything but such uint8 images."""
     with _open_npz_images(path) as (_, shape):
         return shape
 
@@ -46,12 +47,12 @@ def npz_images_shape(path: Path) -> tuple[int, int, int, int]:
 def read_npz_images(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Batches (n, height, width, 3) uint8 of `arr_0`, streamed: the file may exceed the memory."""
     with _open_npz_images(path) as (member, shape):
-        per_picture = math.prod(shape[1:])
+        per_image = math.prod(shape[1:])
         for start in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - start)
-            data = member.read(count * per_picture)
-            if len(data) != count * per_picture:
-                raise InputError(f"{path}: arr_0 ends after {start} of {shape[0]} pictures")
+            data = member.read(count * per_image)
+            if len(data) != count * per_image:
+                raise InputError(f"{path}: arr_0 ends after {start} of {shape[0]} images")
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
@@ -68,4 +69,4 @@ def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, in
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not an npz of pictures with arr_0 ({error})") from error
+        raise InputError(f"{path}: not an npz of images with arr_0 ({error})") from error

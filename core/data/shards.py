@@ -1,13 +1,13 @@
 """Arrays on disk in shards with an `index.json`: codes, features, sampled pixels.
 
-A shard covers a fixed range of item numbers, whatever the number of processes. It is finished when
-its `shard_00003.json` exists, which is written last; so a killed command loses one shard at most,
-and shards can be shared out over any number of ranks. `index.json` is written when all are there.
+A shard holds a fixed range of items, independent of the number of processes, so any number of
+ranks can divide the shards among themselves. A shard is complete when its `shard_00003.json`
+exists, which is written last: a killed command loses at most one shard per process. `index.json` is
+written when all shards are complete.
 """
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,19 @@ import numpy as np
 
 from core.config import InputError
 from core.distributed.world import World
-from core.files import read_json, write_json
+from core.files import atomic_write, read_json, write_json
+
+
+def codes_dtype(vocab_size: int) -> np.dtype:
+    """The dtype in which codes of this vocabulary are stored: uint16 up to 65,536, then uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes `{name}_{shard}.npy` for items 0 .. count-1, `shard_size` items a shard.
+    """Writes `{name}_{shard}.npy` for items 0 .. count - 1, with `shard_size` items per shard.
 
-    `settings` is what the arrays depend on: a folder begun with other settings is refused.
+    settings: everything that the arrays depend on. `begin` refuses a folder with other settings.
     """
 
     folder: Path
@@ -34,7 +39,10 @@ class ShardWriter:
     world: World
 
     def begin(self) -> list[int]:
-        """Make or check the folder -> the shards that this rank has still to write."""
+        """Create or check the folder -> the shards that this rank still has to write.
+
+        Raises InputError if the folder was begun with other settings.
+        """
         if self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             expected = {**self.settings, "items": self.count, "shard_size": self.shard_size}
@@ -49,17 +57,17 @@ class ShardWriter:
         return self._share(written=False)
 
     def finished(self) -> list[int]:
-        """This rank's share of the shards that an earlier run wrote; call it before `begin`."""
+        """This rank's share of the shards that an earlier run completed; call it before `begin`."""
         return self._share(written=True)
 
     def _share(self, written: bool) -> list[int]:
-        # One rank looks: another's would already miss what a third has just written.
+        # Rank 0 decides for all: other ranks may already be writing.
         shards = range(math.ceil(self.count / self.shard_size))
         found = [s for s in shards if self._marker(s).exists() == written]
         return self.world.broadcast(found)[self.world.rank :: self.world.size]
 
     def items(self, shard: int) -> range:
-        """The item numbers of a shard."""
+        """The items of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def write(
@@ -69,22 +77,20 @@ class ShardWriter:
         ragged: Mapping[str, np.ndarray] | None = None,
         **facts: Any,  # noqa: ANN401 - any JSON value
     ) -> None:
-        """Write a shard's arrays (equal first dimension), then its marker with `facts`.
+        """Write the arrays of a shard (equal first dimension), then its marker with `facts`.
 
-        ragged: arrays with another first dimension, which ShardReader does not read.
+        ragged: Arrays with another first dimension, which ShardReader cannot read.
         """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, f"arrays of different lengths: {rows}"
         for name, array in {**arrays, **(ragged or {})}.items():
             path = self.folder / f"{name}_{shard:05d}.npy"
-            aside = path.with_name(f".{path.name}.tmp")
-            with aside.open("wb") as file:
+            with atomic_write(path) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-            os.replace(aside, path)
         write_json(self._marker(shard), {"rows": rows.pop(), "arrays": sorted(arrays), **facts})
 
     def read(self, shard: int, name: str) -> np.ndarray:
-        """An array of a shard that has been written."""
+        """One array of a complete shard; raises InputError if it is missing or damaged."""
         path = self.folder / f"{name}_{shard:05d}.npy"
         try:
             return np.load(path, allow_pickle=False)
@@ -92,11 +98,11 @@ class ShardWriter:
             raise InputError(f"{path}: missing or damaged ({error})") from error
 
     def markers(self) -> list[dict[str, Any]]:
-        """What `write` noted of every shard; call it when all ranks have finished."""
+        """The facts that `write` recorded for each shard; call it when all ranks have finished."""
         return [read_json(self._marker(s)) for s in range(math.ceil(self.count / self.shard_size))]
 
     def finish(self, index: Mapping[str, Any]) -> None:
-        """Write `index.json` (call on all ranks): the settings, `index` and the rows per shard."""
+        """Write `index.json`: the settings, `index` and the rows per shard. All ranks call it."""
         self.world.barrier()
         if self.world.is_main:
             rows = [marker["rows"] for marker in self.markers()]
@@ -109,7 +115,7 @@ class ShardWriter:
 
 
 class ShardReader:
-    """One array of a finished folder, memory-mapped: `reader[rows]` gathers any rows."""
+    """One array of a complete folder, memory-mapped; `reader[rows]` gathers rows in any order."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = Path(folder), name
@@ -129,11 +135,11 @@ class ShardReader:
         return self._shards[0].shape[1:]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Row numbers (n,) -> (n, ...) in memory."""
+        """Row numbers (n,) -> their values (n, ...) in memory."""
         return self._gather(rows, (), self.item_shape)
 
     def pick(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Of each row (n,) the one item (n,), e.g. a crop: reader[rows][range(n), items]."""
+        """One item of each row, e.g. one crop: equals reader[rows][range(n), items]."""
         return self._gather(rows, (items,), self.item_shape[1:])
 
     def _gather(
@@ -149,7 +155,7 @@ class ShardReader:
 
 
 def map_array(path: Path, rows: int) -> np.ndarray:
-    """A memory-mapped npy of so many rows; raises InputError where it is missing or damaged."""
+    """Memory-map an npy of `rows` rows; raises InputError if it is missing or damaged."""
     try:
         array = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -160,7 +166,7 @@ def map_array(path: Path, rows: int) -> np.ndarray:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A folder's `index.json`; raises InputError where the command has not finished it."""
+    """The `index.json` of a folder; raises InputError if the folder is incomplete."""
     path = Path(folder) / "index.json"
     if not path.is_file():
         unfinished = (Path(folder) / "settings.json").exists()

@@ -1,33 +1,36 @@
-"""Counts and names the images that could not be read."""
+"""Lists and counts the images that could not be read."""
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from core.files import write_text
 
 logger = logging.getLogger(__name__)
 
 
 class Skipped(NamedTuple):
-    """A picture that could not be read, and why."""
+    """An image that could not be read, and the reason in one short phrase."""
 
     path: str
     reason: str
 
 
 class SkipLog:
-    """Counts pictures that were skipped, by reason, and names each once in a file."""
+    """Counts skipped images by reason, and lists each of them once in a file."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.seen, self.reasons = path, set(), Counter()
-        if path and path.exists():  # a resumed run: what is listed is counted, and not listed again
+        if path and path.exists():  # A resumed run counts the images listed so far.
             for line in path.read_text().splitlines():
                 name, _, reason = line.partition("\t")
                 self.seen.add(name)
                 self.reasons[reason] += 1
 
     def add(self, skipped: list[Skipped]) -> None:
-        """Note pictures; each is counted once, however many epochs meet it."""
+        """Record images. An image counts once, even if it is skipped in every epoch."""
         for item in skipped:
             if item.path in self.seen:
                 continue
@@ -42,8 +45,20 @@ class SkipLog:
         return len(self.seen)
 
     def summary(self) -> str:
-        """For people: "3 pictures skipped (2 damaged image, 1 not an image)", or nothing."""
-        if not self.seen:
-            return ""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"{len(self.seen)} picture{'s' * (len(self.seen) > 1)} skipped ({reasons})"
+        """Counts by reason: "3 images skipped (2 damaged image, 1 not an image)", or ""."""
+        return summarize(self.reasons)
+
+
+def summarize(reasons: Counter[str]) -> str:
+    """One line that counts skipped images by reason; "" if there are none."""
+    count = sum(reasons.values())
+    if not count:
+        return ""
+    by_reason = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    return f"{count} image{'s' * (count > 1)} skipped ({by_reason})"
+
+
+def write_skipped(path: Path, skipped: Sequence[Skipped]) -> str:
+    """List skipped images in a file, one tab-separated path and reason a line -> a summary."""
+    write_text(path, "".join(f"{item.path}\t{item.reason}\n" for item in skipped))
+    return f"{path}: {summarize(Counter(item.reason for item in skipped))}"

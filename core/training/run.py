@@ -18,7 +18,7 @@ from core.config import InputError, config_text, save_config
 from core.data.images import save_png
 from core.distributed.hardware import peak_flops, peak_memory_bytes
 from core.distributed.world import World
-from core.files import fingerprint
+from core.files import atomic_write, fingerprint, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -192,9 +192,7 @@ class Run:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # half a line, from a kill while writing
-        aside = self._metrics.with_name(".metrics.jsonl.tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, self._metrics)
+        write_text(self._metrics, "".join(kept))
 
 
 class CollectiveShare:
@@ -255,10 +253,9 @@ def draw_curves(metrics: Path, path: Path) -> None:
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=100)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
-    os.replace(aside, path)
 
 
 def _open_tracker(name: str, folder: Path, config: Any, report: ReportConfig) -> Any:  # noqa: ANN401

@@ -53,8 +53,8 @@ def test_what_holds_no_pictures_is_refused(tmp_path):
     (tmp_path / "classes" / "b").mkdir()
     (tmp_path / "odd.tsv").write_text("a\tb\nc\n")
     for name, message in (
-        ("empty", "holds no picture"),
-        ("classes", "b: class folder without a picture"),
+        ("empty", "contains no image"),
+        ("classes", "b: class folder without an image"),
         ("missing", "no such"),
         ("odd.tsv", "every line"),
     ):
@@ -95,7 +95,7 @@ def test_bad_pictures_are_reported_in_order_and_counted_once(tmp_path):
     log = SkipLog(tmp_path / "skipped.txt")
     log.add(batch.skipped)
     log.add(batch.skipped)
-    assert log.summary() == "1 picture skipped (1 not an image)"
+    assert log.summary() == "1 image skipped (1 not an image)"
     assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1
 
 
@@ -120,7 +120,7 @@ def test_a_bad_picture_gives_its_place_to_another_whatever_the_batch(tmp_path, n
 def test_a_folder_without_one_good_picture_ends_with_one_line(tmp_path, num_workers):
     (tmp_path / "1.png").write_text("text")
     dataset = TrainingImages(find_images(tmp_path), first_red, seed=0)
-    with pytest.raises(InputError, match=r"^100 pictures in a row .*not an image$"):
+    with pytest.raises(InputError, match=r"^100 images in a row .*not an image$"):
         next(training_batches(dataset, iter([np.arange(2)]), num_workers, False))
 
 

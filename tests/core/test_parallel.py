@@ -107,7 +107,7 @@ def test_a_resumed_run_lists_no_skipped_picture_twice(tmp_path):
     resumed = SkipLog(path)
     resumed.add([Skipped("a.png", "damaged image"), Skipped("c.png", "damaged image")])
     assert len(resumed) == 3
-    assert resumed.summary() == "3 pictures skipped (2 damaged image, 1 not an image)"
+    assert resumed.summary() == "3 images skipped (2 damaged image, 1 not an image)"
     assert len(path.read_text().splitlines()) == 3
 
 

@@ -201,7 +201,7 @@ def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, wor
         ("none", "with arr_0"),
         ("float", "float32"),
         ("objects", "expected uint8"),
-        ("cut", "not an npz of pictures"),
+        ("cut", "not an npz of images"),
     ):
         with pytest.raises(InputError, match=message):
             open_image_source(tmp_path / f"{name}.npz", (SIDE, SIDE))

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import hflip
 from core.config import save_config
 from core.data.images import center_crop, image_to_pixels, load_image, pixels_to_images
 from core.data.shards import ShardReader
-from tokenizer.encode import Crops
+from tokenizer.crops import Crops
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     assert "text.jpg\tnot an image" in named
     reports = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
     assert reports[-1]["skipped_pictures"] == 2
-    assert "2 pictures skipped" in done.stdout
+    assert "2 images skipped" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from core.config import InputError
+from core.data.shards import codes_dtype
 from core.distributed.world import World, choose_device
 from tokenizer import VQConfig, VQModel
+from tokenizer.crops import encode_crops
 from tokenizer.losses import adaptive_weight, discriminator_loss, generator_loss
 from tokenizer.models.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
+from tokenizer.quantizers.base import Quantized, Quantizer
 from tokenizer.quantizers.usage import CodebookUsage
 from tokenizer.quantizers.vector import VectorQuantizer, entropy_loss, nearest
 
@@ -173,3 +176,39 @@ def test_impossible_shapes_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=name):
             VQConfig(**wrong)
+
+
+class SignQuantizer(Quantizer):
+    """One bit per channel: another quantizer, to see that the model only needs the interface."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(2**dim, dim)
+        self.register_buffer("weights", 2 ** torch.arange(dim), persistent=False)
+
+    def forward(self, z: torch.Tensor) -> Quantized:
+        codes = ((z > 0).movedim(1, -1) * self.weights).sum(-1)
+        return Quantized(codes, z + (z.sign() - z).detach(), {"commitment": z.abs().mean()})
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        return ((codes[..., None] // self.weights) % 2 * 2.0 - 1).movedim(-1, 1)
+
+
+def test_the_model_needs_only_the_interface_of_a_quantizer():
+    vq = small(codebook_dim=8)
+    vq.quantize = SignQuantizer(8)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    codes = vq.encode(images)
+    assert codes.shape == (1, 4, 4)
+    assert codes.max() < vq.quantize.vocab_size == 256
+    assert torch.allclose(vq(images).images, vq.decode(codes), atol=1e-6)
+
+
+def test_the_dtype_of_codes_follows_from_the_vocabulary():
+    assert codes_dtype(2**16) == np.uint16
+    assert codes_dtype(2**16 + 1) == np.uint32
+    vq = small(codebook_dim=8)
+    vq.quantize = SignQuantizer(8)
+    pixels = torch.zeros(2, 1, 8, 8, 3, dtype=torch.uint8)
+    assert encode_crops(vq, pixels, 2).dtype == np.uint16
+    vq.quantize.vocab_size = 2**18
+    assert encode_crops(vq, pixels, 2).dtype == np.uint32

@@ -1,6 +1,6 @@
 """The VQGAN tokenizer: images to a grid of codes and back.
 
-Module names follow the released files, whose keys they must match.
+The names of modules give the keys of the released files.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from torch import nn
 from core.config import InputError
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
+from tokenizer.quantizers.base import Quantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
@@ -24,22 +25,27 @@ class Reconstruction(NamedTuple):
     losses: dict[str, torch.Tensor]
 
 
+def build_quantizer(config: VQConfig) -> Quantizer:
+    """The quantizer that a configuration describes."""
+    return VectorQuantizer(
+        config.vocab_size,
+        config.codebook_dim,
+        config.l2_normalize,
+        config.commitment_weight,
+        config.entropy_weight,
+    )
+
+
 class VQModel(nn.Module):
-    """Encoder, quantiser, decoder."""
+    """Encoder, quantiser, decoder (LlamaGen, section 2.1)."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = VectorQuantizer(
-            config.vocab_size,
-            config.codebook_dim,
-            config.l2_normalize,
-            config.commitment_weight,
-            config.entropy_weight,
-        )
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quantize = build_quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, self.quantize.dim, 1)
+        self.post_quant_conv = nn.Conv2d(self.quantize.dim, config.z_channels, 1)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "VQModel":  # noqa: ANN401 - any field
@@ -58,9 +64,10 @@ class VQModel(nn.Module):
     def for_inference(
         self, device: torch.device, dtype: torch.dtype, compile: bool = False
     ) -> "VQModel":
-        """This model ready to encode and decode: channels last, which convolutions want.
+        """Prepare this model for inference: eval mode, channels-last memory, device and dtype.
 
-        compile: fuse the norms with what follows, on CUDA; on CPUs eager is faster.
+        compile: Compile encoder and decoder, to fuse norms with their neighbours on CUDA. On CPUs
+            eager mode is faster.
         """
         self.eval().requires_grad_(False)
         self.to(device, dtype).to(memory_format=torch.channels_last)
@@ -76,11 +83,14 @@ class VQModel(nn.Module):
         return Reconstruction(decoded, quantized.codes, quantized.losses)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) in [-1, 1], of any dtype -> codes (b, H / f, W / f) int64."""
+        """Images (b, 3, H, W) in [-1, 1], any dtype -> codes (b, H / f, W / f) int64.
+
+        Raises InputError unless the downsampling factor f divides both sides.
+        """
         return self.quantize(self._project(images.to(self.quant_conv.weight.dtype))).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (b, h, w) int64 -> images (b, 3, h f, w f), not clamped."""
+        """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
 
     def _project(self, images: torch.Tensor) -> torch.Tensor:

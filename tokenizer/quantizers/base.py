@@ -1,13 +1,40 @@
-"""What every quantizer returns."""
+"""The interface of a quantizer, which is all that the VQ model knows about it."""
 
+import abc
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 class Quantized(NamedTuple):
-    """Codes (b, h, w) int64, their vectors (b, dim, h, w), and the losses by name (scalars)."""
+    """The result of quantising a batch.
+
+    codes: (b, h, w) int64, in [0, vocab_size).
+    vectors: (b, dim, h, w), with gradients for the encoder (straight-through).
+    losses: Weighted losses by name, scalars.
+    """
 
     codes: torch.Tensor
     vectors: torch.Tensor
     losses: dict[str, torch.Tensor]
+
+
+class Quantizer(nn.Module, abc.ABC):
+    """Maps vectors to integer codes and back.
+
+    vocab_size: The number of codes. dim: The number of channels of a vector.
+    A subclass defines `forward` (z -> Quantized) and `lookup` (codes -> vectors).
+    """
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.vocab_size, self.dim = vocab_size, dim
+
+    @abc.abstractmethod
+    def forward(self, z: torch.Tensor) -> Quantized:
+        """Quantise z (b, dim, h, w)."""
+
+    @abc.abstractmethod
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (b, h, w) int64 -> vectors (b, dim, h, w) in the parameters' dtype."""

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokenizer.quantizers.base import Quantized
+from tokenizer.quantizers.base import Quantized, Quantizer
 
 SEARCH_ROWS = 8192  # vectors compared with the codebook at once: 512 MiB of scores at 16,384 codes
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """Replaces each vector by its nearest codebook entry, with straight-through gradients."""
 
     def __init__(
@@ -20,23 +20,23 @@ class VectorQuantizer(nn.Module):
         commitment_weight: float,
         entropy_weight: float,
     ) -> None:
-        super().__init__()
+        super().__init__(vocab_size, dim)
         self.l2_normalize = l2_normalize
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.embedding = nn.Embedding(vocab_size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
         if l2_normalize:
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
-        # Released files carry this buffer of their trainer; nothing reads it.
+        # The released files contain this buffer of their trainer. Nothing reads it.
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def codebook(self) -> torch.Tensor:
-        """The entries (vocab_size, dim) as they are compared and decoded, float32."""
+        """The entries (vocab_size, dim) float32, normalised if the model normalises vectors."""
         return self._normalized(self.embedding.weight.float())
 
     def forward(self, z: torch.Tensor) -> Quantized:
-        """z (b, dim, h, w) -> codes, vectors that pass gradients to z, and the losses."""
-        # In float32 under any autocast: in bf16 5.6 % of the codes would be others.
+        """z (b, dim, h, w) -> codes, vectors, and the losses codebook, commitment and entropy."""
+        # In float32 even under autocast: in bf16, 5.6 % of the codes change.
         with torch.autocast(z.device.type, enabled=False):
             z = self._normalized(z.float().movedim(1, -1))
             codebook = self.codebook()
@@ -52,7 +52,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(codes, vectors.movedim(-1, 1), losses)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (b, h, w) int64 -> vectors (b, dim, h, w), in the codebook's dtype."""
+        """Codes (b, h, w) int64 -> vectors (b, dim, h, w) in the codebook's dtype."""
         return self.codebook()[codes].movedim(-1, 1).to(self.embedding.weight.dtype)
 
     def _normalized(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,8 @@ class VectorQuantizer(nn.Module):
 
 @torch.no_grad()
 def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """For each of (n, dim), the entry of (vocab_size, dim) at the least distance -> (n,) int64."""
-    # |v|^2 is the same for all entries of a row, so it cannot change the winner.
+    """Vectors (n, dim) -> their nearest entries in the codebook (vocab_size, dim), (n,) int64."""
+    # |v|^2 is constant within a row, so it does not change the argmin.
     offset = codebook.square().sum(-1)
     chunks = [
         torch.addmm(offset, rows, codebook.T, alpha=-2).argmin(-1)

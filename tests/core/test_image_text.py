@@ -7,6 +7,7 @@ from PIL import Image
 from core.config import InputError
 from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
 from core.data.images import ImageError
+from core.data.open import open_images
 
 
 @pytest.fixture
@@ -88,10 +89,46 @@ def test_the_references_lists_are_read_line_by_line(tmp_path):
 
 
 def test_what_holds_no_pairs_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="contains no images"):
         ImageTextPairs(ImageTextConfig(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
         ImageTextPairs(ImageTextConfig(tmp_path / "nowhere"))
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(InputError, match="not an uncompressed tar"):
         ImageTextPairs(ImageTextConfig(tmp_path))
+
+
+def test_one_door_opens_class_folders_lists_tars_and_jsonl_folders(tmp_path, shard):
+    folder = tmp_path / "classes"
+    for name in ("b/1.jpg", "a/0.jpg"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(jpeg())
+    (tmp_path / "list.txt").write_text("classes/a/0.jpg\n")
+    (tmp_path / "lines").mkdir()
+    line = json.dumps({"image_path": "../classes/a/0.jpg", "text": ["x"]})
+    (tmp_path / "lines" / "part.jsonl").write_text(f"{line}\n")
+    lengths = {folder: 2, tmp_path / "list.txt": 1, tmp_path / "lines": 1, shard: 6}
+    for source, length in lengths.items():
+        images = open_images(source)
+        assert len(images) == len(images.labels) == length
+        assert images.load(0).size == (40, 40)
+    assert open_images(folder).classes == ("a", "b")
+    assert open_images(shard).labels.tolist() == [-1] * 6
+
+
+def test_a_flat_folder_has_one_fingerprint_with_and_without_captions(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    (tmp_path / "0.txt").write_text("a caption")
+    pairs = ImageTextPairs(ImageTextConfig(tmp_path))
+    assert open_images(tmp_path).fingerprint == pairs.fingerprint
+    (tmp_path / "1.jpg").write_bytes(jpeg())
+    assert open_images(tmp_path).fingerprint != pairs.fingerprint
+
+
+def test_an_option_that_would_not_be_used_is_refused(tmp_path, shard):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "0.jpg").write_bytes(jpeg())
+    with pytest.raises(InputError, match="apply to tars"):
+        open_images(tmp_path / "flat", ImageTextConfig(min_side=64))
+    with pytest.raises(InputError, match="not both"):
+        open_images(shard, ImageTextConfig(source=shard))
