@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from core.config import load_config, parse_config, save_config
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 from test_configs import COMMANDS, parse_command
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module, write_codes, write_features
-from test_gpt_train import flags, losses, weights
+from helpers.codes import write_codes, write_features
+from helpers.commands import command, run_module
+from helpers.paths import ROOT
+from helpers.training import flags, losses, weights
 
 from core.data.order import ShuffledOrder, local_positions
 from core.distributed.preemption import REQUEUE
@@ -123,6 +125,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.005)
+    raise AssertionError(f"the run ended with {process.returncode} before line {count}")
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -152,8 +155,8 @@ def test_a_rank_that_dies_is_replaced_and_the_weights_are_the_same_bits(tmp_path
         for part in ("model", "ema", "training/optimizer"):
             first, second = (weights(tmp_path / n, 40, part) for n in ("whole", name))
             assert all(torch.equal(first[key], second[key]) for key in first), part
-        if number == signal.SIGTERM:
-            assert f"leaving with code {REQUEUE}" in log()
+        happened = "SIGKILL" if number == signal.SIGKILL else f"leaving with code {REQUEUE}"
+        assert happened in log(), "the run was over before the signal"
 
 
 @pytest.mark.slow

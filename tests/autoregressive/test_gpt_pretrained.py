@@ -3,9 +3,9 @@ import os
 
 import pytest
 import torch
-from conftest import run_module
+from helpers.commands import run_module
+from helpers.models import tiny
 from safetensors.torch import save_file
-from test_decoder import tiny
 
 from autoregressive import GPT
 from autoregressive.models.pretrained import load_gpt

@@ -1,17 +1,13 @@
 import json
-import os
-import random
-import signal
-import subprocess
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, run_module, write_codes
-from safetensors.torch import load_file
+from helpers.codes import write_codes
+from helpers.commands import has_lines, kill_when, run_module
+from helpers.training import STEPS, flags, losses, weights
 
-MODEL = ("--model.num_layers", 2, "--model.num_heads", 2, "--model.dim", 32)
 DROPOUT = (
     "--model.token_dropout",
     0.1,
@@ -20,26 +16,10 @@ DROPOUT = (
     "--model.ffn_dropout",
     0.1,
 )
-STEPS = 12
-
-
-def flags(codes: Path, out: Path, *more: object) -> list[object]:
-    common = ("--data.codes", f"[{codes}]", "--out", out, "--device", "cpu", "--precision", "fp32")
-    run = ("--num_steps", STEPS, "--batch_size", 8, "--report.report_every", 1)
-    return [*common, *run, "--report.save_every", 2, "--optimizer.lr", 1e-3, *MODEL, *more]
-
-
-def weights(out: Path, step: int = STEPS, part: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step_{step:07d}" / f"{part}.safetensors")
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def assert_same_run(one: Path, other: Path, part: str) -> None:
-    first, second = weights(one, part=part), weights(other, part=part)
+    first, second = weights(one, 40, part), weights(other, 40, part)
     assert first.keys() == second.keys()
     for key in first:
         assert torch.equal(first[key], second[key]), key
@@ -48,33 +28,18 @@ def assert_same_run(one: Path, other: Path, part: str) -> None:
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     codes = write_codes(tmp_path / "codes")
-    more = (*DROPOUT, "--ema_decay", 0.9, "--gradient_accumulation", 2)
+    more = (*DROPOUT, "--ema_decay", 0.9, "--gradient_accumulation", 2, "--num_steps", 40)
     run_module("autoregressive.train", *flags(codes, tmp_path / "whole", *more))
     killed = flags(codes, tmp_path / "killed", *more)
-    for moment in (1, 5, 8):
-        kill_after(killed, tmp_path / "killed" / "metrics.jsonl", moment)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    for lines in (1, 9, 20):
+        kill_when(partial(has_lines, log, lines), "autoregressive.train", *killed)
+        assert len(losses(tmp_path / "killed")) < 40, "the run was over before the kill"
     run_module("autoregressive.train", *killed)
     for part in ("model", "ema"):
         assert_same_run(tmp_path / "whole", tmp_path / "killed", part)
     # Each step is reported once, although some were computed twice.
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-
-
-def kill_after(run_flags: list[object], metrics: Path, lines: int) -> None:
-    """SIGKILL the command once its metrics have `lines` lines."""
-    process = subprocess.Popen(
-        command("autoregressive.train", *run_flags),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= lines:
-            time.sleep(random.random() * 0.05)
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.002)
-    process.wait()
 
 
 @pytest.mark.slow

@@ -1,17 +1,13 @@
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import kill_when, run_module
+from helpers.models import tiny
 from PIL import Image
 from safetensors.torch import save_file
-from test_decoder import tiny
 
 from autoregressive.conditions import sample_labels
 from autoregressive.sample import SampleConfig, grid_ids
@@ -58,17 +54,9 @@ def test_batch_size_processes_and_a_kill_change_no_image(tmp_path, models):
     more = ("--batch_size", 8, "--out", tmp_path / "two")
     run_module("autoregressive.sample", *models, *more, processes=2)
     killed = [*models, "--out", tmp_path / "killed"]
-    process = subprocess.Popen(
-        command("autoregressive.sample", *killed),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    second_shard = tmp_path / "killed" / "shard_00001.json"
+    kill_when(second_shard.exists, "autoregressive.sample", *killed)
+    assert not (tmp_path / "killed" / "index.json").exists()
     first = (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns
     run_module("autoregressive.sample", *killed)
     assert (tmp_path / "killed" / "pixels_00000.npy").stat().st_mtime_ns == first

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
+from helpers.models import captions, tiny
 from scipy.stats import chi2
-from test_decoder import captions, tiny
 
 from autoregressive import generate
 from autoregressive.inference.engine import InferenceEngine, engine_of
@@ -185,9 +185,10 @@ def test_w8a8_rounds_each_row_of_activations_by_itself():
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_lower_precision_draws_nearly_the_same_codes(precision):
-    gpt = tiny(vocab_size=20)
-    exact, codes = (generate(d, LABELS, seed=3) for d in (gpt, InferenceEngine(gpt, precision)))
-    assert (codes[:, 0] == exact[:, 0]).float().mean() > 0.5  # later codes follow from earlier ones
+    gpt, labels = tiny(vocab_size=20), torch.arange(200) % 5
+    exact, codes = (generate(d, labels, seed=3) for d in (gpt, InferenceEngine(gpt, precision)))
+    # First codes only: a code that differs changes the codes after it.
+    assert (codes[:, 0, 0] == exact[:, 0, 0]).float().mean() > 0.95
 
 
 def test_fp8_is_refused_on_a_cpu():
@@ -253,14 +254,15 @@ def test_eight_bit_keys_and_values_change_the_distribution_a_little(kept):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8", "w8a8"])
 def test_compiled_layers_draw_the_same_codes_and_compile_once(precision):
-    gpt = tiny(vocab_size=20)
+    gpt, labels = tiny(vocab_size=20), torch.arange(200) % 5
     decoder = InferenceEngine(gpt, precision, compile=True)
-    codes = generate(decoder, LABELS, seed=3)
-    same = generate(InferenceEngine(gpt, precision), LABELS, seed=3) == codes
-    assert same[:, 0].float().mean() > 0.5  # later codes follow from earlier ones
+    codes = generate(decoder, labels, seed=3)
+    eager = generate(InferenceEngine(gpt, precision), labels, seed=3)
+    assert torch.equal(codes[:, 0, 0], eager[:, 0, 0])
+    assert (codes == eager).float().mean() > 0.9  # rounding moves a code, and those after it
     compiled = torch._dynamo.utils.counters["stats"].copy()
     for seed in range(20):
-        generate(decoder, LABELS, seed=seed)
+        generate(decoder, labels, seed=seed)
     assert torch._dynamo.utils.counters["stats"] == compiled
 
 

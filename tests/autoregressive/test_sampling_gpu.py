@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_decoder import tiny
+from helpers.models import tiny
 
 from autoregressive import generate
 from autoregressive.inference.engine import InferenceEngine

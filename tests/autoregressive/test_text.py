@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, run_module, write_tar
+from helpers.commands import run_module
+from helpers.images import jpeg, write_tar
+from helpers.models import captions, tiny
+from helpers.training import losses
 from PIL import Image
-from test_decoder import captions, tiny
-from test_gpt_train import losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive import generate

@@ -3,23 +3,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_training_parts import CPU, network, train
+from helpers.paths import ROOT
+from helpers.training import checkpointer, network, train
 from torch import nn
 
 from core.config import InputError
 from core.training.checkpoint import Checkpointer, find_damage
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
 from core.weights import inference_files
 from tokenizer import VQConfig
-
-
-def checkpointer(folder, world, net, keep_last=2):
-    config = OptimizerConfig()
-    optimizer = build_adamw(net, config)
-    parts = {"model": net, "optimizer": optimizer, "ema": None}
-    keeper = Checkpointer(folder, VQConfig(), world, keep_last, **parts)
-    return keeper, Stepper(optimizer, config, CPU)
 
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path, world):
@@ -138,8 +129,7 @@ def test_inference_takes_the_newest_checkpoint_of_a_run(tmp_path, world):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, "tests/core")
-from test_checkpoint import checkpointer
+from helpers.training import checkpointer
 from core.config import run_command
 from core.distributed import World, choose_device
 from torch import nn

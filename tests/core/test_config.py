@@ -1,31 +1,13 @@
-import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pytest
-from conftest import ROOT
+from helpers.config import Inner
+from helpers.paths import ROOT
 
 from core.config import InputError, load_config, parse_config, save_config
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Inner.
-
-    Args:
-        lr: A rate.
-        kind: One of two.
-    """
-
-    lr: float = 1e-4
-    kind: Literal["a", "b"] = "a"
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"inner.lr is {self.lr}, must be > 0")
 
 
 @dataclass(frozen=True)
@@ -108,11 +90,6 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
             load_config(Outer, path)
         with pytest.raises(InputError):
             parse_config(Outer, ["--config", str(path)])
-
-
-def test_configs_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Outer(Path("x")).grid = (0, 0)
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

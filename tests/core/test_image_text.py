@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import jpeg, write_tar
+from helpers.images import jpeg, write_tar
 from PIL import Image
 
 from core.config import InputError

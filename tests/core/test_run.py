@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from test_config import Inner
+from helpers.config import Inner
 
 from core.config import InputError
 from core.distributed.world import World

@@ -5,27 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
+from helpers.training import CPU, network, train
 from torch import nn
 
 from core.config import InputError
 from core.training.ema import EMA
 from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
-
-CPU = torch.device("cpu")
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
-
-
-def train(net: nn.Module, stepper: Stepper, steps: range, poison: int = -1) -> None:
-    for step in steps:
-        torch.manual_seed(step)
-        loss = net(torch.randn(5, 3)).square().mean()
-        (loss * (float("nan") if step == poison else 1)).backward()
-        stepper.step(step, 100)
 
 
 def test_schedules_at_their_corners():

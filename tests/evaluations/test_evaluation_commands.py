@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_module
+from helpers.commands import run_module
 from PIL import Image
 
 from core.config import InputError

@@ -1,15 +1,11 @@
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import kill_when, run_module
 from PIL import Image
 
 from core.config import InputError
@@ -65,17 +61,8 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
 def test_a_killed_run_ends_with_the_same_shards_bit_for_bit(tmp_path, tiny_t5, pairs):
     run_module("language.encode", *flags(tiny_t5, pairs, tmp_path / "whole"))
     killed = flags(tiny_t5, pairs, tmp_path / "killed")
-    process = subprocess.Popen(
-        command("language.encode", *killed),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not (tmp_path / "killed" / "shard_00001.json").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    second_shard = tmp_path / "killed" / "shard_00001.json"
+    kill_when(second_shard.exists, "language.encode", *killed)
     assert not (tmp_path / "killed" / "index.json").exists()
     run_module("language.encode", *killed, processes=2)
     for path in sorted((tmp_path / "whole").glob("*_*.npy")):

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, run_module
+from helpers.commands import run_module
+from helpers.models import small
+from helpers.paths import SHARED_DATA
 from PIL import Image
 from safetensors.torch import save_file
-from test_vq_model import small
 from torchvision.transforms.functional import hflip
 
 from core.config import save_config
@@ -136,7 +137,7 @@ def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, p
 
 @pytest.mark.slow
 def test_real_photographs_are_read_whatever_their_mode_and_size():
-    folder = PICTURES / "imagenet_sample"
+    folder = SHARED_DATA / "imagenet_sample"
     if not folder.is_dir():
         pytest.skip("the photographs are not here")
     for path in sorted(folder.rglob("*.JPEG")):

@@ -1,14 +1,11 @@
 import json
-import os
-import signal
-import subprocess
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, run_module
+from helpers.commands import has_lines, kill_when, run_module
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -63,19 +60,10 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     # Recomputed activations change nothing, and their wrappers stay out of the checkpoints.
     recompute = ("--parallel.activation_checkpointing", "full")
     killed = flags(data, tmp_path / "killed", *more, *recompute)
+    log = tmp_path / "killed" / "metrics.jsonl"
     for lines in (1, 5):  # before the first checkpoint, and in the middle of the game
-        log = tmp_path / "killed" / "metrics.jsonl"
-        process = subprocess.Popen(
-            command("tokenizer.train", *killed),
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        while process.poll() is None:
-            if log.exists() and len(log.read_text().splitlines()) >= lines:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.002)
+        kill_when(partial(has_lines, log, lines), "tokenizer.train", *killed)
+        assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:07d}").exists()
     run_module("tokenizer.train", *killed)
     for part in ("model", "ema", "training/discriminator"):
         whole, resumed = (weights(tmp_path / name, part) for name in ("whole", "killed"))

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.models import small
 from torch.nn import functional as F
 
 from core.config import InputError
@@ -16,13 +17,6 @@ from tokenizer.quantizers.base import Quantized, Quantizer
 from tokenizer.quantizers.usage import CodebookUsage
 from tokenizer.quantizers.vector import VectorQuantizer, entropy_loss, nearest
 
-SMALL = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 16}
-
-
-def small(**overrides) -> VQModel:
-    torch.manual_seed(0)
-    return VQModel(VQConfig(**{**SMALL, "vocab_size": 40, **overrides})).eval()
-
 
 @pytest.mark.parametrize("name", ["VQ-16", "VQ-8"])
 def test_keys_and_shapes_are_those_of_the_released_tokenizers(goldens, name):
@@ -35,7 +29,7 @@ def test_keys_and_shapes_are_those_of_the_released_tokenizers(goldens, name):
 
 @pytest.mark.slow
 def test_vq16_equals_the_reference(goldens):
-    from fill import fill_, image
+    from helpers.fill import fill_, image
 
     golden = np.load(goldens / "vq16_256.npz")
     vq = fill_(VQModel.from_preset("VQ-16")).eval()

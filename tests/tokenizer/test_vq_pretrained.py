@@ -3,8 +3,8 @@ import os
 
 import pytest
 import torch
-from conftest import run_module
-from test_vq_model import small
+from helpers.commands import run_module
+from helpers.models import small
 
 from core.config import InputError
 from tokenizer import VQModel

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, run_module
+from helpers.commands import run_module
+from helpers.paths import SHARED_DATA
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
@@ -203,7 +204,7 @@ def test_the_detector_runs_in_float32_whatever_surrounds_it():
 
 @pytest.mark.slow
 def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
-    folder = PICTURES / "cifar10" / "train"
+    folder = SHARED_DATA / "cifar10" / "train"
     if not folder.is_dir():
         pytest.skip("the CIFAR-10 pictures are not here")
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]

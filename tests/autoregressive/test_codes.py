@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_codes
+from helpers.codes import write_codes
 
 from autoregressive.data.codes import CodeDataset, drop_condition
 from autoregressive.data.config import DataConfig

@@ -3,30 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.models import captions, tiny
 from torch.nn import functional as F
 
-from autoregressive import GPT, GPTConfig, generate
+from autoregressive import GPT, generate
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
 from autoregressive.inference.precision_check import next_code_logits
 from autoregressive.models.config import PRESETS
 from core.config import InputError
-
-TINY = {"num_layers": 2, "num_heads": 4, "dim": 32, "vocab_size": 50, "num_classes": 5}
-
-
-def tiny(seed: int = 0, **overrides) -> GPT:
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**{**TINY, "grid": (4, 4), **overrides})).eval()
-    torch.nn.init.normal_(gpt.output.weight, std=0.5)
-    return gpt
-
-
-def captions(lengths: list[int], text_dim: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(len(lengths), max(lengths), text_dim, generator=generator)
-    for i, length in enumerate(lengths):
-        features[i, length:] = 0
-    return features, torch.tensor(lengths)
 
 
 def cached_logits(gpt: GPT, codes: torch.Tensor, condition, scale: float = 1.0) -> torch.Tensor:
@@ -74,7 +58,7 @@ def test_every_preset_has_the_published_number_of_parameters():
 
 @pytest.mark.slow
 def test_class_model_equals_the_reference(goldens):
-    from fill import fill_
+    from helpers.fill import fill_
 
     golden = np.load(goldens / "gpt_b_c2i_256.npz")
     gpt = fill_(GPT.from_preset("GPT-B")).eval()
@@ -88,7 +72,7 @@ def test_class_model_equals_the_reference(goldens):
 
 @pytest.mark.slow
 def test_text_model_equals_the_reference(goldens):
-    from fill import fill_
+    from helpers.fill import fill_
 
     golden = np.load(goldens / "gpt_4layer_t2i_256.npz")
     gpt = fill_(GPT.from_preset("GPT-XL", num_layers=4, condition="text")).eval()
