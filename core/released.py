@@ -147,6 +147,12 @@ def find_released(name: object) -> ReleasedModel | None:
     return released_models().get(str(name))
 
 
+def released_architecture(source: object) -> dict[str, Any]:
+    """The fields that the table tells of a released model; {} for a local path or a Hub id."""
+    model = None if Path(str(source)).exists() else find_released(source)
+    return dict(model.architecture) if model else {}
+
+
 def released_table(models: Iterable[ReleasedModel]) -> str:
     """The entries as a Markdown table, one row each."""
     rows = [("name", "kind", "published", "measured with", "weights", "source")]
