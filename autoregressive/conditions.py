@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from autoregressive.models.conditioning import Text
 from autoregressive.models.config import GPTConfig
 from core.config import InputError
 from core.distributed.world import Precision, World, dtype_of
@@ -129,11 +128,11 @@ class Prompts:
         """The prompt of an image."""
         return self.prompts[image // self.per_prompt]
 
-    def batch(self, ids: torch.Tensor) -> Text:
+    def batch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The captions of images ids (n,)."""
         return self.encode([self.of(i).text for i in ids.tolist()])
 
-    def encode(self, texts: list[str]) -> Text:
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts, cleaned as configured -> features (n, T, dim), lengths (n,)."""
         return self.t5.batch(cleaned(texts, self.clean))
 

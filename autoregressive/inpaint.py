@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from autoregressive.conditions import ConditionConfig, open_conditions
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
+from autoregressive.inference.generate import sample_codes
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import repeat
+from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.pipeline import PipelineConfig, decode_pixels, load_pair, make_ready
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
@@ -95,10 +95,9 @@ def inpaint(config: InpaintConfig, world: World) -> None:
         if batch.pixels is None:
             continue
         ids = torch.from_numpy(batch.indices)
-        negative = shown.negative and repeat(shown.negative, len(ids))
-        arguments = config.sampling.arguments(gpt.config.condition)
-        arguments |= {"sample_ids": ids, "negative": negative}
-        drawn = fill(gpt, vq, batch.pixels.to(world.device), cells, shown.batch(ids), arguments)
+        negative = shown.negative and as_condition(shown.negative).repeat(len(ids))
+        pixels = batch.pixels.to(world.device)
+        drawn = fill(gpt, vq, pixels, cells, shown.batch(ids), config.sampling, ids, negative)
         hole = cells.repeat_interleave(vq.config.downsample, 0)
         hole = hole.repeat_interleave(vq.config.downsample, 1)
         seen = batch.pixels.masked_fill(hole[None, :, :, None], HOLE)
@@ -124,13 +123,15 @@ def fill(
     vq: VQModel,
     pixels: torch.Tensor,
     cells: torch.Tensor,
-    condition: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    arguments: dict[str, object],
+    condition: ConditionLike,
+    sampling: SamplingConfig,
+    sample_ids: torch.Tensor,
+    negative: ConditionLike | None,
 ) -> torch.Tensor:
     """Pixels (n, height, width, 3) uint8 with `cells` (rows, columns) drawn anew, on the CPU."""
     codes = vq.encode(pixels_to_images(pixels))
     known = codes.masked_fill(cells.to(codes.device), -1)
-    codes = generate(gpt, condition, known=known, **arguments)  # pyright: ignore[reportArgumentType]
+    codes = sample_codes(gpt, condition, sampling, sample_ids, negative, known)
     return decode_pixels(vq, codes).cpu()
 
 

@@ -11,11 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
-from autoregressive.inference.generate import request_of
+from autoregressive.inference.generate import generation_request
 from autoregressive.inference.precision_check import compare
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, TextEmbedding
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from core.config import InputError
@@ -138,13 +137,8 @@ def _compiles(config: PipelineConfig, world: World, steps: int) -> tuple[bool, s
 
 def _comparison(decoder: InferenceEngine) -> GenerationRequest:
     """What is drawn to compare two decoders: a few images under classes, or no caption."""
-    config, embedding = decoder.config, decoder.cls_embedding
-    ids = torch.arange(COMPARED)
-    condition: Condition = ids % config.num_classes
-    if isinstance(embedding, TextEmbedding):
-        null = embedding.uncond_embedding[-1:]
-        condition = null.expand(COMPARED, 1, -1), torch.ones(COMPARED, dtype=torch.int64)
-    return request_of(config, condition, SamplingConfig(), ids)
+    condition = decoder.cls_embedding.examples(COMPARED)
+    return generation_request(decoder, condition, SamplingConfig())
 
 
 def check_pair(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from tqdm import tqdm
 
 from autoregressive.conditions import Classes, ConditionConfig, Prompts, open_conditions
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
+from autoregressive.inference.generate import sample_codes
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition, repeat
+from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.pipeline import (
     DecodeOverlap,
     PipelineConfig,
@@ -92,7 +91,7 @@ class SampleConfig(PipelineConfig, ConditionConfig):
 def score_samples(
     gpt: InferenceEngine,
     vq: VQModel,
-    conditions: Callable[[np.ndarray], Condition],
+    conditions: Callable[[np.ndarray], ConditionLike],
     count: int,
     sampling: SamplingConfig,
     judge: Scorer,
@@ -105,8 +104,7 @@ def score_samples(
     ids = np.arange(math.ceil(count / world.size) * world.size) % count
     for part in torch.from_numpy(ids[world.rank :: world.size]).split(judge.batch_size):
         condition = conditions(part.numpy())
-        arguments = sampling.arguments(gpt.config.condition)
-        codes = generate(gpt, condition, **arguments, sample_ids=part)
+        codes = sample_codes(gpt, condition, sampling, part)
         evaluator.update(decode_pixels(vq, codes), part)
     collected = evaluator.merge(world)
     return score(judge, collected).values if world.is_main else {}
@@ -116,7 +114,6 @@ def sample(config: SampleConfig, world: World) -> None:
     """Sample all images, this rank's shards on this rank, then write npz, png, grid and index."""
     pair = load_pair(config)
     shown = open_conditions(config, pair.gpt.config, config.sampling.seed, world)
-    arguments = config.sampling.arguments(pair.gpt.config.condition)
     judge = open_scorer(config.judge, "generation", world) if config.judge.reference else None
     if judge:
         height, width = (pair.vq.config.downsample * side for side in pair.gpt.config.grid)
@@ -124,7 +121,7 @@ def sample(config: SampleConfig, world: World) -> None:
         check_size(size, Path(config.gpt), judge.reference)
     evaluator = judge.evaluator(world) if judge else None
     settings = {**pair.settings, "resize": config.resize, "npz": config.npz}
-    settings |= {"sampling": arguments, **shown.settings}
+    settings |= {"sampling": config.sampling.settings(pair.gpt.config.condition), **shown.settings}
     writer = ShardWriter(config.out, shown.count, config.shard_size, settings, world)
     finished = writer.finished() if judge else []
     todo = writer.begin()
@@ -145,7 +142,7 @@ def sample(config: SampleConfig, world: World) -> None:
                 # The images of an earlier run, for the scores.
                 drawn = _read_codes(writer, shard, ids, config.batch_size, world)
             else:
-                drawn = _draw_codes(decoder, shown, ids, config.batch_size, arguments)
+                drawn = _draw_codes(decoder, shown, ids, config.batch_size, config.sampling)
             kept: dict[str, list[np.ndarray]] = {"codes": [], "pixels": []}
             for part, codes in beside.one_behind(drawn):
                 with beside.working():
@@ -163,7 +160,7 @@ def sample(config: SampleConfig, world: World) -> None:
                 written = background.submit(write_shard, config, writer, shard, kept, shown)
         if written:
             written.result()
-    if world.is_main and config.sampling.speculative and decoder.steps_taken:
+    if world.is_main and config.sampling.speculation_window > 1 and decoder.steps_taken:
         share = (decoder.config.num_codes - 1) * _batches_of(writer, todo, config.batch_size)
         print(f"speculative: {share / decoder.steps_taken:.2f} codes a step of each batch")
     writer.finish(shown.index)
@@ -183,13 +180,12 @@ def _draw_codes(
     shown: Classes | Prompts,
     ids: torch.Tensor,
     batch_size: int,
-    arguments: dict[str, Any],
+    sampling: SamplingConfig,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Draw images ids (n,) int64 -> (ids, codes) by batch."""
     for part in ids.split(batch_size):
-        negative = shown.negative and repeat(shown.negative, len(part))
-        condition = shown.batch(part)
-        yield part, generate(decoder, condition, **arguments, sample_ids=part, negative=negative)
+        negative = shown.negative and as_condition(shown.negative).repeat(len(part))
+        yield part, sample_codes(decoder, shown.batch(part), sampling, part, negative)
 
 
 def _read_codes(

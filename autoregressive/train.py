@@ -19,8 +19,9 @@ from autoregressive.data.codes import drop_condition
 from autoregressive.data.config import DataConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.config import GPTConfig, TransformerConfig
-from autoregressive.models.gpt import GPT, Block
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import Block, TransformerConfig
 from autoregressive.objectives.next_token import NextTokenLoss, unsharded_copy
 from autoregressive.validation import (
     EvaluationConfig,

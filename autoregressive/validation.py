@@ -15,8 +15,8 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate
-from autoregressive.models.conditioning import select
+from autoregressive.inference.generate import sample_codes
+from autoregressive.models.conditioning import as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
@@ -188,13 +188,10 @@ class SampleGrid:
         """A grid picture (height, width, 3) uint8."""
         assert self.vq is not None
         columns, decoder = self.config.sample_columns, InferenceEngine(gpt, self.config.precision)
-        count = len(self.condition if torch.is_tensor(self.condition) else self.condition[1])
-        ids = torch.arange(count * columns)
+        condition = as_condition(self.condition)
+        ids = torch.arange(len(condition) * columns)
         pixels = []
         for i in ids.split(16):
-            rows = select(self.condition, i // columns)
-            codes = generate(
-                decoder, rows, **self.config.sampling.arguments(gpt.config.condition), sample_ids=i
-            )
+            codes = sample_codes(decoder, condition[i // columns], self.config.sampling, i)
             pixels.append(decode_pixels(self.vq, codes).cpu())
         return image_grid(torch.cat(pixels).numpy(), columns)

@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from autoregressive.inference.engine import InferenceEngine, guided_codes
+from autoregressive.inference.engine import InferenceEngine, num_guided_codes
 from autoregressive.inference.generate import generate_steps
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
@@ -127,7 +127,7 @@ def floor(gpt: GPT, batch: int, precision: str, sampling: SamplingConfig, device
     weights = config.num_layers * matrices + head
     speed = device.speed["fp32" if precision == "fp32" else "bf16"]
     width = 4 if precision == "fp32" else 2
-    guided = guided_codes(sampling.guidance(config.num_codes))
+    guided = num_guided_codes(sampling.cfg_scales(config.num_codes))
     total = 0.0
     for position in range(config.num_codes):
         rows = 2 * batch if position < guided else batch

@@ -7,7 +7,6 @@ import torch
 
 from autoregressive.data.codes import CodeDataset, chosen_captions
 from autoregressive.data.config import DataConfig
-from autoregressive.models.conditioning import Text
 from core.config import InputError
 from core.data.shards import ShardReader
 from core.distributed.world import choose_device
@@ -56,7 +55,7 @@ class TextDataset:
 
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, Text]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Rows (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
         Which caption a sample shows depends on (seed, its position in the training order) alone.
@@ -65,13 +64,13 @@ class TextDataset:
         variants = chosen_captions(positions, seed, self.features.variants, self.config)
         return codes, self.features.batch(self.pairs[rows], variants)
 
-    def conditions(self, ids: np.ndarray) -> Text:
+    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What image number ids (n,) of a sample shows: the captions in turn."""
         pairs = self.pairs[ids % len(self.pairs)]
         long = self.features.variants.index(self.config.caption)
         return self.features.batch(pairs, np.full(len(pairs), long))
 
-    def encode(self, prompts: list[str]) -> Text:
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as the text encoder of the features sees them."""
         device, index = choose_device("cpu"), self.features.index
         t5 = load_t5(index["t5"], device, torch.float32, self.features.max_tokens)

@@ -9,7 +9,6 @@ import torch
 
 from autoregressive.data.codes import chosen_captions
 from autoregressive.data.config import DataConfig
-from autoregressive.models.conditioning import Text
 from core.config import InputError
 from core.data.image_text import CaptionError, ImageTextPairs
 from core.data.images import ImageError, image_to_pixels, pixels_to_images, random_crop
@@ -59,7 +58,7 @@ class OnlineDataset:
     @torch.no_grad()
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, Text]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
 
         Crop, flip and caption depend on (seed, the position in the training order) alone.
@@ -96,12 +95,12 @@ class OnlineDataset:
                 )
             row = int(random.integers(len(self.pairs)))
 
-    def conditions(self, ids: np.ndarray) -> Text:
+    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What image number ids (n,) of a sample shows: the captions in turn."""
         long = self.config.live.pairs.variants.index(self.config.caption)
         rows = (ids % len(self.pairs)).tolist()
         return self.t5.batch([self._sample(row, row, long, 0)[1] for row in rows])
 
-    def encode(self, prompts: list[str]) -> Text:
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as the captions are encoded."""
         return self.t5.batch(cleaned(prompts, self.config.live.clean))

@@ -1,15 +1,17 @@
-"""A decoder made ready for sampling: packed weights, caches that stay, one graph per step.
+"""The inference engine: a GPT with packed weights, a key-value cache, and CUDA graphs.
 
-Exact: what a step computes is `GPT.forward` at one position. Guidance is mixed before the head,
-which is linear, so the head does half the work; the null rows end with the guidance. On a GPU the
-whole step, drawing included, is one CUDA graph that reads and writes fixed buffers, its position
-among them, so that nothing waits for the host.
+It is exact: a step computes what `GPT.forward` computes at one position. Classifier-free guidance
+is applied to the hidden states. Because the output head is linear, this equals guiding the logits,
+and the head runs once per image instead of twice. Unconditional rows are dropped after the last
+guided code. On a GPU the whole step, sampling included, is one CUDA graph that reads and writes
+fixed buffers, so the host never waits for the device.
 
-A step can also guess ahead (speculative Jacobi decoding, Teng et al., arXiv 2410.01699, with the
-draws of an iteration and the next coupled by common noise): it reads the last code and `window` - 1
-guesses, and draws the code after each. A guess that equals what was drawn in its place was right,
-and so is the code drawn after it; the others are the next step's guesses. Because a code's noise
-depends on its place alone, the picture is the one that plain sampling draws.
+A step can verify several codes (speculative Jacobi decoding, Teng et al., arXiv 2410.01699, with
+common random numbers from one iteration to the next). It reads the last code and
+`speculation_window` - 1 guesses, and samples the code after each. A guess that equals the code
+sampled at its position is accepted, and so is the code sampled after it; the remaining samples are
+the next step's guesses. A code's randomness depends only on its position, so the image is the one
+that plain sampling gives.
 """
 
 import copy
@@ -28,53 +30,61 @@ from autoregressive.inference.kv_cache import (
     PrefixCache,
     VarlenCache,
 )
-from autoregressive.inference.packing import Layer, Norm
+from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
 from autoregressive.models.conditioning import Condition
 from autoregressive.models.gpt import GPT
 from core.distributed.parallel import compile_blocks
 
-# Without device lengths the prefix is rounded up: few graphs, not one per code; and on CPUs few
-# shapes, each of which leaves a kernel and holes in memory (10 GB at 576 codes of 32 images).
+# Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
+# on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind (10 GB at 576
+# codes of 32 images).
 GRAPH_BUCKET, CPU_BUCKET = 64, 16
 QUANTIZED_CACHES = {"int8": Int8Cache, "fp8": Fp8Cache}
 
-# (logits (n, vocab) float32, random bits (n, 1) int64, positions (n, 1) int64) -> codes (n,)
+# (logits (n, vocab) float32, sample bits (n, 1) int64, positions (n, 1) int64) -> codes (n,)
 Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A batch of pictures to draw.
+    """A batch of images to sample.
 
-    condition: what each is drawn under. negative: what guidance leads away from, None for the null
-    condition. scales: guidance at each code, 1 for none. noise (batch, 1) int64: random bits.
-    draw: one code per row of logits; hashable, equal ones share graphs. known (batch, codes)
-    int64: codes that are given, -1 where there is none. window: codes drawn in a step. eager: no
-    CUDA graphs, for a `draw` that does more than compute.
+    Args:
+        condition: What each image is conditioned on.
+        negative: What guidance leads away from; None: the null condition.
+        cfg_scales: Guidance scale at each code; 1: no guidance.
+        sample_bits: (batch, 1) int64, random bits of each image.
+        sampler: Picks one code per row of logits. Hashable; equal samplers share CUDA graphs.
+        forced_codes: (batch, num_codes) int64, codes to use instead of sampled ones; -1: sample.
+        speculation_window: Codes verified per step; 1: no speculation.
+        eager: Run without CUDA graphs; required if the sampler has side effects.
     """
 
     condition: Condition
     negative: Condition | None
-    scales: list[float]
-    noise: torch.Tensor
-    draw: Sampler
-    known: torch.Tensor | None = None
-    window: int = 1
+    cfg_scales: list[float]
+    sample_bits: torch.Tensor
+    sampler: Sampler
+    forced_codes: torch.Tensor | None = None
+    speculation_window: int = 1
     eager: bool = False
 
 
-def guided_codes(scales: list[float]) -> int:
-    """How many codes it takes until guidance, given at each code, has ended."""
-    return max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
+def num_guided_codes(cfg_scales: list[float]) -> int:
+    """Number of codes up to and including the last guided one."""
+    return max((i + 1 for i, scale in enumerate(cfg_scales) if scale != 1), default=0)
 
 
 class GenerationState:
-    """The fixed buffers of one batch in the making; a graph reads and writes them in place.
+    """Fixed buffers of one batch, which CUDA graphs read and write in place.
 
-    codes (batch, num_codes + window) int64, those from filled (batch, 1) int64 on are guesses;
-    lengths (rows,) int64 of the prefixes; scales (codes,) float32 of guidance; noise (batch, 1)
-    int64, the random bits of each sample; known, as codes: what is given, else -1.
+    codes: (batch, num_codes + window) int64; codes from index `filled` on are guesses.
+    filled: (batch, 1) int64, number of final codes.
+    prefix_lengths: (2 batch,) int64, valid condition tokens of each row.
+    cfg_scales: (num_codes + window,) float32.
+    sample_bits: (batch, 1) int64, random bits of each image.
+    forced_codes: like codes; -1 where a code is sampled.
     """
 
     def __init__(self, batch: int, num_codes: int, window: int, device: torch.device) -> None:
@@ -82,32 +92,35 @@ class GenerationState:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.batch, self.window, self.num_codes = batch, window, num_codes
-        self.codes, self.known = (integers(batch, num_codes + window) for _ in range(2))
-        self.filled, self.noise = integers(batch, 1), integers(batch, 1)
-        self.lengths = integers(2 * batch)
-        self.scales = torch.ones(num_codes + window, device=device)
-        self.ahead = torch.arange(window, device=device)
+        self.codes, self.forced_codes = (integers(batch, num_codes + window) for _ in range(2))
+        self.filled, self.sample_bits = integers(batch, 1), integers(batch, 1)
+        self.prefix_lengths = integers(2 * batch)
+        self.cfg_scales = torch.ones(num_codes + window, device=device)
+        self.offsets = torch.arange(window, device=device)
 
     def begin(self, request: GenerationRequest) -> None:
-        """Fill in what is asked for."""
+        """Reset the buffers for a new request."""
         self.codes.zero_()
         self.filled.zero_()
-        self.scales[: self.num_codes] = torch.tensor(request.scales)
-        self.noise.copy_(request.noise)
-        self.known.fill_(-1)
-        if request.known is not None:
-            self.known[:, : self.num_codes] = request.known
+        self.cfg_scales[: self.num_codes] = torch.tensor(request.cfg_scales)
+        self.sample_bits.copy_(request.sample_bits)
+        self.forced_codes.fill_(-1)
+        if request.forced_codes is not None:
+            self.forced_codes[:, : self.num_codes] = request.forced_codes
 
 
 class InferenceEngine:
-    """A GPT's weights, packed once, and the caches and graphs of sampling.
+    """A GPT with weights that are packed once, and the caches and CUDA graphs of sampling.
 
-    precision: fp32 or bf16; with bf16 elsewhere, weights as int8, as int8 with activations likewise
-        (w8a8, on CPUs) or as fp8 (on GPUs); None for the model's own dtype.
-    cache: int8 or fp8 for keys and values of eight bits; None for the dtype of computation.
-    compile: torch.compile each layer: seconds once, fewer kernels a step.
-    device: where to decode; None for the model's.
-    Raises InputError for a precision that the device does not have.
+    Args:
+        gpt: The model. Later changes of its weights do not reach the engine.
+        precision: fp32 or bf16; or bf16 with quantised weights: int8, w8a8 (int8 weights and
+            activations, on CPUs), fp8 (on GPUs). None: the model's own dtype.
+        cache: int8 or fp8 for 8-bit keys and values; None: the dtype of computation.
+        compile: torch.compile each block: takes seconds once, then launches fewer kernels.
+        device: Where to sample; None: the model's device.
+
+    Raises InputError for a precision that the device does not support.
     """
 
     def __init__(
@@ -130,16 +143,18 @@ class InferenceEngine:
         self.cls_embedding = gpt.cls_embedding
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
-        self.layers = [Layer(block, like, precision, self.cache_type) for block in gpt.blocks]
-        self.norm = Norm(gpt.norm, like)
+        self.blocks = [inference_block(block, self.config, like, precision) for block in gpt.blocks]
+        self.norm = inference_norm(gpt.norm, like)
         self.output = pack(gpt.output.weight.detach().to(self.device), dtype, precision)
-        pairs = (self.layers[0].head_dim - gpt.config.head_dim) // 2
-        self.rotary = F.pad(gpt.rotary, (0, 0, 0, pairs)).to(self.device)
+        self.head_dim = aligned_head_dim(gpt.config)
+        self.attention_scale = gpt.config.head_dim**-0.5
+        padding = (self.head_dim - gpt.config.head_dim) // 2
+        self.rotary = F.pad(gpt.rotary, (0, 0, 0, padding)).to(self.device)
         self.compiled = compile
         self.quantized = precision in QUANTIZED or cache is not None
         self.described = _describe(self, precision, cache, compile)
         if compile:
-            compile_blocks([*self.layers])
+            compile_blocks([*self.blocks])
         self.cache: PrefixCache | None = None
         self.states: dict[tuple[int, int], GenerationState] = {}
         self.steps_taken = 0
@@ -147,12 +162,12 @@ class InferenceEngine:
 
     @torch.no_grad()
     def steps(self, request: GenerationRequest) -> Iterator[tuple[torch.Tensor, int]]:
-        """Draw code after code; yields codes (batch, num_codes) int64 and how many all rows have.
+        """Sample step by step; yields codes (batch, num_codes) int64 and how many are final.
 
-        The buffer that is yielded is the same at every step, and the next call's.
+        Every step, and the next call, yields the same buffer.
         """
-        num_codes, window = self.config.num_codes, request.window
-        guided_until = guided_codes(request.scales)
+        num_codes, window = self.config.num_codes, request.speculation_window
+        guided_until = num_guided_codes(request.cfg_scales)
         state = self._begin(request)
         longest, ragged = self._prefill(request, state, guided_until > 0)
         codes, done = state.codes[:, :num_codes], 1
@@ -160,13 +175,12 @@ class InferenceEngine:
         furthest = 1
         while done < num_codes:
             guided = done < guided_until
-            valid = longest + furthest + window - 1
-            end, masked = self._extent(valid, ragged or window > 1)
-            step = functools.partial(
-                self._step, state, guided, end, None if masked else valid, request.draw
-            )
+            length = longest + furthest + window - 1
+            kv_end, masked = self._kv_extent(length, ragged or window > 1)
+            kv_length = None if masked else length
+            step = functools.partial(self._step, state, guided, kv_end, kv_length, request.sampler)
             if self.device.type == "cuda" and not request.eager:
-                key = (state.batch, window, guided, end, masked, request.draw)
+                key = (state.batch, window, guided, kv_end, masked, request.sampler)
                 self._replay(key, state, step)
             else:
                 step()
@@ -177,30 +191,28 @@ class InferenceEngine:
                 done, furthest = int(state.filled.min()), int(state.filled.max())
             yield codes, done
 
-    def _extent(self, valid: int, hides: bool) -> tuple[int, bool]:
-        """How many slots a step attends to, of which `valid` are used, and whether under a mask."""
+    def _kv_extent(self, length: int, needs_mask: bool) -> tuple[int, bool]:
+        """How many cache slots a step reads, of which `length` are used, and whether it masks."""
         assert self.cache is not None
         if self.cache_type is VarlenCache:
             return self.cache.capacity, False
         cuda = self.device.type == "cuda"
         if not cuda and self.compiled:
-            return valid, hides
+            return length, needs_mask
         bucket = GRAPH_BUCKET if cuda else CPU_BUCKET
-        return min(-(-valid // bucket) * bucket, self.cache.capacity), hides or cuda
+        return min(-(-length // bucket) * bucket, self.cache.capacity), needs_mask or cuda
 
     def _begin(self, request: GenerationRequest) -> GenerationState:
-        """The buffers of this batch; caches only grow, and graphs know their addresses."""
-        config, batch, window = self.config, len(request.noise), request.window
+        """The buffers of this batch size. Caches only grow, because graphs keep their addresses."""
+        config, batch = self.config, len(request.sample_bits)
+        window = request.speculation_window
         capacity = config.num_condition + config.num_codes + window - 1
         cache = self.cache
         if cache is None or cache.rows < 2 * batch or cache.capacity < capacity:
             self.graphs.clear()
+            heads = config.kv_heads, self.head_dim
             self.cache = self.cache_type(
-                config.num_layers,
-                2 * batch,
-                capacity,
-                (config.kv_heads, self.layers[0].head_dim),
-                self.embedding,
+                config.num_layers, 2 * batch, capacity, heads, self.embedding
             )
         key = batch, window
         if key not in self.states:
@@ -211,103 +223,116 @@ class InferenceEngine:
     def _prefill(
         self, request: GenerationRequest, state: GenerationState, guided: bool
     ) -> tuple[int, bool]:
-        """Read the condition, draw the first code -> the longest prefix, and if one is shorter."""
+        """Run the condition tokens, sample the first code.
+
+        Returns the longest prefix of the batch, and whether any prefix is shorter.
+        """
         assert self.cache is not None
-        condition, negative = _to(request.condition, self.device), request.negative
+        condition, negative = request.condition.to(self.device), request.negative
         if guided:
-            condition = _both(
-                condition, condition if negative is None else _to(negative, self.device)
-            )
+            away = condition if negative is None else negative.to(self.device)
+            condition = type(condition).cat([condition, away])  # pyright: ignore[reportArgumentType]
         rows = (2 if guided else 1) * state.batch
-        dropped = (torch.arange(rows, device=self.device) >= state.batch) & (negative is None)
-        x = self.cls_embedding(condition, dropped).to(self.embedding.dtype)
+        drop = (torch.arange(rows, device=self.device) >= state.batch) & (negative is None)
+        x = self.cls_embedding(condition, drop).to(self.embedding.dtype)
         longest = x.shape[1]
         lengths = self.cls_embedding.lengths(condition)
         ragged = lengths is not None and bool((lengths != longest).any())
-        state.lengths[:rows] = longest if lengths is None else lengths
-        lengths = state.lengths[:rows]
+        state.prefix_lengths[:rows] = longest if lengths is None else lengths
+        lengths = state.prefix_lengths[:rows]
         first = self.config.num_condition - longest
-        place = AttentionMetadata(
-            torch.arange(longest, device=self.device).expand(rows, -1),
-            lengths.int(),
-            self.rotary[first : first + longest].expand(rows, -1, -1, -1),
-            longest,
-            longest,
-            None,
-        )
-        for layer, stores in zip(self.layers, self.cache.layers, strict=True):
-            x = layer.prefill(x, *stores, place)
+        rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
+        slots = torch.arange(longest, device=self.device).expand(rows, -1)
+        metadata = AttentionMetadata(slots, lengths.int(), longest, longest, None)
+        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+            attend = functools.partial(
+                self.cache_type.prefill, *buffers, metadata, self.attention_scale
+            )
+            # `forward` skips torch.compile: this runs once per image, with many lengths of text.
+            x = block.forward(x, rotary, attend)
         last = self.norm(x)[torch.arange(rows, device=self.device), lengths - 1]
-        self._draw(state, last[:, None], state.filled, guided, request.draw)
+        self._sample(state, last[:, None], state.filled, guided, request.sampler)
         state.filled.add_(1)
-        # The first guesses: what is given, elsewhere the first code again.
-        guesses = torch.where(state.known < 0, state.codes[:, :1], state.known)
+        # The first guesses: forced codes, elsewhere the first code.
+        guesses = torch.where(state.forced_codes < 0, state.codes[:, :1], state.forced_codes)
         state.codes[:, 1:] = guesses[:, 1:]
         return longest, ragged
 
     def _step(
-        self, state: GenerationState, guided: bool, end: int, valid: int | None, draw: Sampler
+        self,
+        state: GenerationState,
+        guided: bool,
+        kv_end: int,
+        kv_length: int | None,
+        sampler: Sampler,
     ) -> None:
-        """Read the last code and the guesses after it, draw the code after each."""
-        assert self.cache is not None
-        at = state.filled - 1 + state.ahead
-        new = state.codes.gather(1, at)
-        x, cells = self.embedding[new], self.config.num_condition + at
-        if state.window > 1:
-            cells = cells.clamp_(max=len(self.rotary) - 1)  # of rows that are done
-        rotary = self.rotary[cells]
-        if guided:
-            x, rotary, at = x.repeat(2, 1, 1), rotary.repeat(2, 1, 1, 1), at.repeat(2, 1)
-        slots = state.lengths[: len(x), None] + at
-        hidden = None
-        if valid is None:
-            hidden = torch.arange(end, device=self.device) > slots[..., None]
-        place = AttentionMetadata(
-            slots, (slots[:, -1] + 1).int(), rotary, end, valid or end, hidden
-        )
-        for layer, stores in zip(self.layers, self.cache.layers, strict=True):
-            x = layer(x, *stores, place)
-        following = state.filled + state.ahead
-        drawn = self._draw(state, self.norm(x), following, guided, draw)
-        right = (drawn[:, :-1] == new[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
-        state.filled.add_(right + 1).clamp_(max=state.num_codes)
+        """Run the last code and the guesses after it, sample the code after each.
 
-    def _draw(
+        kv_length: None if the slots in use are not the same in every row: attend under a mask.
+        """
+        assert self.cache is not None
+        positions = state.filled - 1 + state.offsets
+        inputs = state.codes.gather(1, positions)
+        x, rotary_rows = self.embedding[inputs], self.config.num_condition + positions
+        if state.window > 1:
+            rotary_rows = rotary_rows.clamp_(max=len(self.rotary) - 1)  # of finished rows
+        rotary = self.rotary[rotary_rows]
+        if guided:
+            x, rotary = x.repeat(2, 1, 1), rotary.repeat(2, 1, 1, 1)
+            positions = positions.repeat(2, 1)
+        slots = state.prefix_lengths[: len(x), None] + positions
+        mask = None
+        if kv_length is None:
+            mask = torch.arange(kv_end, device=self.device) > slots[..., None]
+        row_lengths = (slots[:, -1] + 1).int()
+        metadata = AttentionMetadata(slots, row_lengths, kv_end, kv_length or kv_end, mask)
+        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+            attend = functools.partial(
+                self.cache_type.attend, *buffers, metadata, self.attention_scale
+            )
+            x = block(x, rotary, attend)
+        next_positions = state.filled + state.offsets
+        sampled = self._sample(state, self.norm(x), next_positions, guided, sampler)
+        accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
+        state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
+
+    def _sample(
         self,
         state: GenerationState,
         hidden: torch.Tensor,
-        at: torch.Tensor,
+        positions: torch.Tensor,
         guided: bool,
-        draw: Sampler,
+        sampler: Sampler,
     ) -> torch.Tensor:
-        """Hidden (rows, n, dim) and places `at` (batch, n) -> their codes (batch, n), stored."""
+        """Hidden (rows, n, dim), positions (batch, n) -> codes (batch, n), stored in the state."""
         if guided:
-            conditional, null = hidden.float().chunk(2)
-            scale = state.scales[at][..., None]
-            hidden = (null + scale * (conditional - null)).to(self.embedding.dtype)
+            conditional, unconditional = hidden.float().chunk(2)
+            scale = state.cfg_scales[positions][..., None]
+            hidden = unconditional + scale * (conditional - unconditional)
+            hidden = hidden.to(self.embedding.dtype)
         logits = self.output(hidden.flatten(0, 1)).float()
-        noise = state.noise.expand_as(at).reshape(-1, 1)
-        drawn = draw(logits, noise, at.reshape(-1, 1)).view_as(at)
-        given = state.known.gather(1, at)
-        drawn = torch.where(given < 0, drawn, given)
-        state.codes.scatter_(1, at, drawn)
-        return drawn
+        sample_bits = state.sample_bits.expand_as(positions).reshape(-1, 1)
+        sampled = sampler(logits, sample_bits, positions.reshape(-1, 1)).view_as(positions)
+        forced = state.forced_codes.gather(1, positions)
+        sampled = torch.where(forced < 0, sampled, forced)
+        state.codes.scatter_(1, positions, sampled)
+        return sampled
 
     def _replay(self, key: tuple, state: GenerationState, step: Callable[[], None]) -> None:
-        """Run `step` as a CUDA graph, captured when its key is new."""
+        """Run `step` as a CUDA graph; capture it first if its key is new."""
         if key not in self.graphs:
             changed = (state.codes, state.filled)
             before = [part.clone() for part in changed]
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles, and lets libraries allocate what they keep
+                for _ in range(2):  # compiles, and lets libraries allocate their workspaces
                     step()
                     for part, old in zip(changed, before, strict=True):
                         part.copy_(old)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # One pool for all: they run one after the other, and keep nothing outside the State.
+            # All graphs share a memory pool: they run one at a time, and no result outlives a run.
             shared = next(iter(self.graphs.values())).pool() if self.graphs else None
             with torch.cuda.graph(graph, pool=shared):
                 step()
@@ -316,55 +341,37 @@ class InferenceEngine:
 
 
 def _describe(
-    decoder: InferenceEngine, precision: str | None, cache: str | None, compiled: bool
+    engine: InferenceEngine, precision: str | None, cache: str | None, compiled: bool
 ) -> str:
-    """How it decodes, in one line."""
-    dtype = str(decoder.embedding.dtype).removeprefix("torch.")
+    """How the engine computes, in one line."""
+    dtype = str(engine.embedding.dtype).removeprefix("torch.")
     weights = f"{precision} weights, " if precision in QUANTIZED else ""
-    kept = f"{cache} keys and values, " if cache else ""
-    how = f"decoder: {dtype} on {decoder.device.type}, {weights}{kept}"
-    how += f"{type(decoder.output).__name__} linears"
-    if decoder.device.type == "cuda":
-        reads = "device lengths" if decoder.cache_type is VarlenCache else "masked prefixes"
-        how += f", attention over {reads}, one CUDA graph a step"
-    return how + (", compiled layers" if compiled else "")
+    stored = f"{cache} keys and values, " if cache else ""
+    line = f"transformer: {dtype} on {engine.device.type}, {weights}{stored}"
+    line += f"{type(engine.output).__name__} linears"
+    if engine.device.type == "cuda":
+        varlen = engine.cache_type is VarlenCache
+        line += f", {'variable-length' if varlen else 'masked'} attention, one CUDA graph per step"
+    return line + (", compiled blocks" if compiled else "")
 
 
-def _both(condition: Condition, away: Condition) -> Condition:
-    """The condition's rows, followed by those that guidance leads away from."""
-    if isinstance(condition, torch.Tensor):
-        assert isinstance(away, torch.Tensor)
-        return torch.cat([condition, away])
-    longest = max(condition[0].shape[1], away[0].shape[1])
-    features = [F.pad(f, (0, 0, 0, longest - f.shape[1])) for f, _ in (condition, away)]
-    return torch.cat(features), torch.cat([condition[1], away[1]])
-
-
-def _to(condition: Condition, device: torch.device) -> Condition:
-    if isinstance(condition, torch.Tensor):
-        return condition.to(device)
-    return condition[0].to(device), condition[1].to(device)
-
-
-_decoders: weakref.WeakKeyDictionary[GPT, tuple[list, InferenceEngine]] = (
-    weakref.WeakKeyDictionary()
-)
+_engines: weakref.WeakKeyDictionary[GPT, tuple[list, InferenceEngine]] = weakref.WeakKeyDictionary()
 
 
 def engine_of(gpt: GPT) -> InferenceEngine:
-    """The decoder of a model's present weights; kept for the next call in evaluation mode.
+    """The engine of a model's current weights; kept for the next call in evaluation mode.
 
-    A model in training mode gets a new one at each call: it would hold memory between the calls,
-    and be out of date.
+    A model in training mode gets a new engine at each call: a kept one would hold memory between
+    calls and be out of date.
     """
     weights = [
         (p.data_ptr(), 0 if p.is_inference() else p._version)
         for p in (*gpt.parameters(), *gpt.buffers())
     ]
-    if gpt in _decoders and _decoders[gpt][0] == weights:
-        return _decoders[gpt][1]
-    _decoders.pop(gpt, None)
-    decoder = InferenceEngine(gpt)
+    if gpt in _engines and _engines[gpt][0] == weights:
+        return _engines[gpt][1]
+    _engines.pop(gpt, None)
+    engine = InferenceEngine(gpt)
     if not gpt.training:
-        _decoders[gpt] = weights, decoder
-    return decoder
+        _engines[gpt] = weights, engine
+    return engine

@@ -8,7 +8,7 @@ import torch
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine, engine_of
 from autoregressive.inference.sampler import TopKTopPSampler
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition
+from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from core.config import InputError
@@ -17,102 +17,128 @@ from core.rng import random_bits
 
 def generate(
     gpt: GPT | InferenceEngine,
-    condition: Condition,
-    cfg_scale: float = 2.0,
-    cfg_interval: int = -1,
+    condition: ConditionLike,
+    cfg_scale: float | None = None,
+    cfg_interval: int | None = None,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     greedy: bool = False,
     seed: int = 0,
     sample_ids: torch.Tensor | None = None,
-    negative: Condition | None = None,
-    known: torch.Tensor | None = None,
+    negative: ConditionLike | None = None,
+    forced_codes: torch.Tensor | None = None,
     **more: Any,  # noqa: ANN401 - fields of SamplingConfig
 ) -> torch.Tensor:
-    """Draw one image's codes per condition -> (batch, height, width) int64.
+    """Sample the codes of one image per condition -> (batch, height, width) int64.
 
-    gpt: a model, or a Decoder of one, which keeps its packed weights, caches and graphs.
-    condition: labels (batch,) int64, or (features (batch, T, text_dim), lengths (batch,)).
-    sample_ids: (batch,) int64, 0 .. batch - 1 by default; sample i's randomness depends on
-        (seed, sample_ids[i], position) alone, not on the batch.
-    negative: A condition per image that guidance leads away from, in place of the null condition.
-    known: (batch, height, width) int64, codes that are given, -1 where a code is to be drawn. A
-        code is drawn from the codes before it in raster order: given codes after it are not seen.
-    more: cfg_start, cfg_schedule, cfg_power, speculative; these and the other arguments are those
-        of SamplingConfig. Raises ValueError for what cannot be sampled.
+    cfg_scale to seed, and `more` (cfg_start, cfg_schedule, cfg_power, speculation_window): the
+    fields of SamplingConfig. For the other arguments and what is raised, see `sample_codes`.
     """
-    config = SamplingConfig(
+    sampling = SamplingConfig(
         cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seed, **more
     )
-    # One buffer, yielded at every step.
-    *_, (codes, _) = generate_steps(gpt, condition, config, sample_ids, negative, known)
-    return codes.unflatten(1, gpt.config.grid).clone()
+    return sample_codes(gpt, condition, sampling, sample_ids, negative, forced_codes)
+
+
+def sample_codes(
+    engine: GPT | InferenceEngine,
+    condition: ConditionLike,
+    sampling: SamplingConfig,
+    sample_ids: torch.Tensor | None = None,
+    negative: ConditionLike | None = None,
+    forced_codes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sample the codes of one image per condition -> (batch, height, width) int64.
+
+    engine: an engine, which keeps its packed weights, caches and graphs; or a model.
+    condition: labels (batch,) int64, (features (batch, T, text_dim), lengths (batch,) int64), or
+        a Condition.
+    sample_ids: (batch,) int64, default 0 .. batch - 1. Sample i's randomness depends only on
+        (seed, sample_ids[i], position), not on the batch.
+    negative: a condition per image that guidance leads away from, instead of the null condition.
+    forced_codes: (batch, height, width) int64, codes to use instead of sampled ones; -1: sample.
+        Codes are sampled in raster order, each from the codes before it; forced codes after it
+        have no influence on it.
+    Raises InputError (a ValueError) for arguments that do not fit the model.
+    """
+    steps = generate_steps(engine, condition, sampling, sample_ids, negative, forced_codes)
+    *_, (codes, _) = steps  # one buffer, yielded at every step
+    return codes.unflatten(1, engine.config.grid).clone()
 
 
 def generate_rows(
-    gpt: GPT | InferenceEngine,
-    condition: Condition,
-    config: SamplingConfig,
+    engine: GPT | InferenceEngine,
+    condition: ConditionLike,
+    sampling: SamplingConfig,
     sample_ids: torch.Tensor | None = None,
-    negative: Condition | None = None,
-    known: torch.Tensor | None = None,
+    negative: ConditionLike | None = None,
+    forced_codes: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Like `generate`, row by row: yields codes (batch, rows so far, width), to show it growing."""
-    width, rows = gpt.config.grid[1], 0
-    for codes, done in generate_steps(gpt, condition, config, sample_ids, negative, known):
+    """Like `sample_codes`, for previews: yields codes (batch, rows so far, width) int64."""
+    width, rows = engine.config.grid[1], 0
+    steps = generate_steps(engine, condition, sampling, sample_ids, negative, forced_codes)
+    for codes, done in steps:
         if done // width > rows:
             rows = done // width
             yield codes[:, : rows * width].unflatten(1, (rows, width)).clone()
 
 
 def generate_steps(
-    gpt: GPT | InferenceEngine,
-    condition: Condition,
-    config: SamplingConfig,
+    engine: GPT | InferenceEngine,
+    condition: ConditionLike,
+    sampling: SamplingConfig,
     sample_ids: torch.Tensor | None = None,
-    negative: Condition | None = None,
-    known: torch.Tensor | None = None,
+    negative: ConditionLike | None = None,
+    forced_codes: torch.Tensor | None = None,
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """The same step by step: yields one buffer (batch, codes) int64, and how many are drawn."""
-    for given in (condition, negative):
-        if given is not None:
-            gpt.cls_embedding.check(given)
-    count = len(condition if isinstance(condition, torch.Tensor) else condition[1])
-    ids = torch.arange(count) if sample_ids is None else sample_ids
-    if ids.shape != (count,):
-        raise InputError(f"sample_ids: expected ({count},), one a condition, got {ids.shape}")
-    request = request_of(gpt.config, condition, config, ids, negative, known)
-    decoder = gpt if isinstance(gpt, InferenceEngine) else engine_of(gpt)
-    return decoder.steps(request)
+    """Like `sample_codes`, step by step: yields one buffer (batch, codes), and how many are final.
+
+    Checks its arguments at the call, before the first step.
+    """
+    request = generation_request(engine, condition, sampling, sample_ids, negative, forced_codes)
+    if not isinstance(engine, InferenceEngine):
+        engine = engine_of(engine)
+    return engine.steps(request)
 
 
-def request_of(
-    gpt: GPTConfig,
-    condition: Condition,
-    config: SamplingConfig,
-    sample_ids: torch.Tensor,
-    negative: Condition | None = None,
-    known: torch.Tensor | None = None,
+def generation_request(
+    engine: GPT | InferenceEngine,
+    condition: ConditionLike,
+    sampling: SamplingConfig,
+    sample_ids: torch.Tensor | None = None,
+    negative: ConditionLike | None = None,
+    forced_codes: torch.Tensor | None = None,
 ) -> GenerationRequest:
-    """What a decoder is asked for; InputError for known codes that are none."""
-    config = config.resolved(gpt.condition)
+    """The checked arguments of `sample_codes`, as the engine takes them."""
+    condition = as_condition(condition)
+    engine.cls_embedding.check(condition)
+    if negative is not None:
+        negative = as_condition(negative)
+        engine.cls_embedding.check(negative)
+        if len(negative) != len(condition):
+            raise InputError(f"negative: expected {len(condition)} conditions, got {len(negative)}")
+    ids = torch.arange(len(condition)) if sample_ids is None else sample_ids
+    if ids.shape != (len(condition),):
+        raise InputError(
+            f"sample_ids: expected ({len(condition)},), one per condition, got {tuple(ids.shape)}"
+        )
+    config, sampling = engine.config, sampling.resolved(engine.config.condition)
     return GenerationRequest(
         condition,
         negative,
-        config.guidance(gpt.num_codes),
-        random_bits(config.seed, sample_ids[:, None]),
-        TopKTopPSampler(config.temperature, config.top_k, config.top_p, config.greedy),
-        None if known is None else check_known(gpt, known),
-        max(1, config.speculative),
+        sampling.cfg_scales(config.num_codes),
+        random_bits(sampling.seed, ids[:, None]),
+        TopKTopPSampler(sampling.temperature, sampling.top_k or 0, sampling.top_p, sampling.greedy),
+        None if forced_codes is None else _flat_codes(config, forced_codes, len(condition)),
+        sampling.speculation_window,
     )
 
 
-def check_known(gpt: GPTConfig, known: torch.Tensor) -> torch.Tensor:
-    """Given codes as (batch, codes); raises InputError for what is none."""
-    grid, vocab_size = gpt.grid, gpt.vocab_size
-    if known.shape[1:] != grid or not -1 <= int(known.min()) <= int(known.max()) < vocab_size:
-        raise InputError(
-            f"known codes must be (batch, {grid[0]}, {grid[1]}), each in -1 .. {vocab_size - 1}"
-        )
-    return known.flatten(1)
+def _flat_codes(config: GPTConfig, forced_codes: torch.Tensor, batch: int) -> torch.Tensor:
+    """Forced codes as (batch, codes); raises InputError for a wrong shape or code."""
+    (height, width), last = config.grid, config.vocab_size - 1
+    flat = forced_codes.flatten(1)
+    if forced_codes.shape != (batch, height, width) or not -1 <= flat.min() <= flat.max() <= last:
+        raise InputError(f"forced_codes must be ({batch}, {height}, {width}), each in -1 .. {last}")
+    return flat

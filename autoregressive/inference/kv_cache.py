@@ -1,8 +1,8 @@
-"""Keys and values of what was decoded so far, and how new positions attend to them.
+"""Key-value caches: where keys and values are kept, and how new positions attend to them.
 
-Three layouts, by what the attention reads. `PrefixCache` slices: its prefix is a Python int.
-`VarlenCache` takes the lengths on the device, so that one CUDA graph serves every position.
-`QuantizedCache` keeps eight bits a number: half the memory, and no longer exact.
+Three kinds, by what the attention reads. `PrefixCache` reads a slice whose end is a Python int.
+`VarlenCache` takes the lengths from a device tensor, so that one CUDA graph serves every position.
+`QuantizedCache` stores one byte per number: half the memory, and no longer exact.
 """
 
 import inspect
@@ -11,147 +11,202 @@ from typing import NamedTuple
 import torch
 
 from autoregressive.inference.quantized_linear import QUANTIZED, quantize
+from autoregressive.models.transformer import causal_attention
 
-KVBuffer = tuple[torch.Tensor, ...]  # one layer's keys, or its values
+KVBuffer = tuple[torch.Tensor, ...]  # the keys of one layer, or its values
 
 
 class AttentionMetadata(NamedTuple):
-    """Where the new positions of each row go, and what they see.
+    """Where the keys and values of new positions go, and what the new positions attend to.
 
-    slots (rows, new) int64; lengths (rows,) int32, slots in use with the new ones; rotary
-    (rows, new, head_dim // 2, 2); end: no slot in use is beyond it; hidden (rows, new, end) bool
-    marks slots before `end` that a new position may not see, None where each may see all of the
-    first `valid`, of which the new ones are the last.
+    slots: (rows, new) int64, cache slots of the new positions.
+    row_lengths: (rows,) int32, slots in use in each row, the new ones included.
+    kv_end: number of cache slots to read.
+    kv_length: number of slots in use, if it is the same for every row; the new positions are the
+        last of them. Used only without a mask.
+    mask: (rows, new, kv_end) bool, True where a query must not attend; None if every query may
+        attend to the first kv_length slots.
     """
 
     slots: torch.Tensor
-    lengths: torch.Tensor
-    rotary: torch.Tensor
-    end: int
-    valid: int
-    hidden: torch.Tensor | None
+    row_lengths: torch.Tensor
+    kv_end: int
+    kv_length: int
+    mask: torch.Tensor | None
 
 
 class PrefixCache:
-    """Buffers (rows, kv_heads, capacity, head_dim) per layer; attention over a slice."""
+    """Buffers (rows, kv_heads, capacity, head_dim) per layer; attention over a slice.
+
+    Args:
+        num_layers: Number of transformer blocks.
+        rows: Number of sequences.
+        capacity: Number of slots of a sequence.
+        heads: Number of key and value heads, and their width.
+        like: A tensor of the dtype and on the device of the keys and values.
+    """
 
     def __init__(
         self, num_layers: int, rows: int, capacity: int, heads: tuple[int, int], like: torch.Tensor
     ) -> None:
         self.rows, self.capacity = rows, capacity
-        shape = (rows, heads[0], capacity, heads[1])
-        stores = ((self.store(shape, like), self.store(shape, like)) for _ in range(num_layers))
-        self.layers = list(stores)
+        shape = self.shape(rows, capacity, heads)
+        self.layers = [
+            (self.buffer(shape, like), self.buffer(shape, like)) for _ in range(num_layers)
+        ]
 
     @classmethod
-    def store(cls, shape: tuple[int, ...], like: torch.Tensor) -> KVBuffer:
-        """Empty buffers in the dtype and on the device of `like`."""
+    def shape(cls, rows: int, capacity: int, heads: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one layer's keys, and of its values."""
+        return rows, heads[0], capacity, heads[1]
+
+    @classmethod
+    def buffer(cls, shape: tuple[int, ...], like: torch.Tensor) -> KVBuffer:
+        """An empty buffer in the dtype and on the device of `like`."""
         return (like.new_zeros(shape),)
-
-    @classmethod
-    def coded(cls, new: torch.Tensor) -> KVBuffer:
-        """(rows, new, kv_heads, head_dim) as it is stored."""
-        return (new,)
-
-    @classmethod
-    def read(cls, store: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """(rows, kv_heads, end, head_dim) in `dtype`."""
-        return store[0][:rows, :, :end]
-
-    @classmethod
-    def write(cls, store: KVBuffer, place: AttentionMetadata, new: torch.Tensor) -> None:
-        """Store (rows, new, kv_heads, head_dim) at each row's own slots."""
-        rows, count = new.shape[:2]
-        row = torch.arange(rows, device=new.device)[:, None]
-        for buffer, part in zip(store, cls.coded(new), strict=True):
-            if place.hidden is None:  # no row has slots of its own
-                buffer[:rows, :, place.valid - count : place.valid] = part.transpose(1, 2)
-            else:
-                buffer[row, :, place.slots] = part
 
     @classmethod
     def attend(
         cls,
-        queries: torch.Tensor,
-        keys: KVBuffer,
-        values: KVBuffer,
-        place: AttentionMetadata,
+        key_buffer: KVBuffer,
+        value_buffer: KVBuffer,
+        metadata: AttentionMetadata,
         scale: float,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries (rows, new, heads, head_dim) -> the same shape.
+        """Store the new keys and values, then attend to everything stored.
 
-        Plain products, keys first: on CPUs two to three times as fast as the fused attention for
-        one query in bfloat16, and no slower in float32; compiled, one pass over memory.
+        queries (rows, new, heads, head_dim), keys and values (rows, new, kv_heads, head_dim) ->
+        (rows, new, heads, head_dim). With the first four arguments bound, this is an
+        `attend` function of transformer.Block. scale multiplies the scores.
+        """
+        cls.write(key_buffer, metadata, keys)
+        cls.write(value_buffer, metadata, values)
+        return cls.attention(key_buffer, value_buffer, metadata, scale, queries)
+
+    @classmethod
+    def prefill(
+        cls,
+        key_buffer: KVBuffer,
+        value_buffer: KVBuffer,
+        metadata: AttentionMetadata,
+        scale: float,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Like `attend`, for an empty cache: causal attention among the new positions.
+
+        Padding must come last, where causal attention hides it from every valid position.
+        """
+        cls.write(key_buffer, metadata, keys)
+        cls.write(value_buffer, metadata, values)
+        return causal_attention(queries, keys, values, scale)
+
+    @classmethod
+    def encode(cls, new: torch.Tensor) -> KVBuffer:
+        """Keys or values (rows, new, kv_heads, head_dim) in the format that is stored."""
+        return (new,)
+
+    @classmethod
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots, (rows, kv_heads, end, head_dim) in `dtype`."""
+        return buffer[0][:rows, :, :end]
+
+    @classmethod
+    def write(cls, buffer: KVBuffer, metadata: AttentionMetadata, new: torch.Tensor) -> None:
+        """Store (rows, new, kv_heads, head_dim) at each row's slots."""
+        rows, count = new.shape[:2]
+        row = torch.arange(rows, device=new.device)[:, None]
+        for stored, part in zip(buffer, cls.encode(new), strict=True):
+            if metadata.mask is None:  # the same slots in every row
+                end = metadata.kv_length
+                stored[:rows, :, end - count : end] = part.transpose(1, 2)
+            else:
+                stored[row, :, metadata.slots] = part
+
+    @classmethod
+    def attention(
+        cls,
+        key_buffer: KVBuffer,
+        value_buffer: KVBuffer,
+        metadata: AttentionMetadata,
+        scale: float,
+        queries: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of queries (rows, new, heads, head_dim) to the stored slots -> same shape.
+
+        Plain matrix products with the keys on the left. For one query in bfloat16 on a CPU they
+        are two to three times as fast as the fused attention, and in float32 no slower. A compiler
+        fuses them into one pass over memory.
         """
         rows, new = queries.shape[:2]
-        past = cls.read(keys, rows, place.end, queries.dtype)
-        # Query heads that share keys, and new positions, are columns.
+        past = cls.read(key_buffer, rows, metadata.kv_end, queries.dtype)
+        # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
         scores = (past @ columns.flatten(3)).float() * scale
-        if place.hidden is not None:
-            hidden = place.hidden.transpose(1, 2)[:, None, :, None]
-            scores = scores.unflatten(3, (-1, new)).masked_fill(hidden, float("-inf")).flatten(3)
-        elif place.valid < place.end:
-            scores[:, :, place.valid :] = float("-inf")
+        if metadata.mask is not None:
+            mask = metadata.mask.transpose(1, 2)[:, None, :, None]
+            scores = scores.unflatten(3, (-1, new)).masked_fill(mask, float("-inf")).flatten(3)
+        elif metadata.kv_length < metadata.kv_end:
+            scores[:, :, metadata.kv_length :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
-        attended = weights @ cls.read(values, rows, place.end, queries.dtype)
+        attended = weights @ cls.read(value_buffer, rows, metadata.kv_end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class QuantizedCache(PrefixCache):
-    """A byte a number, and a scale for each position of each head."""
+    """One byte per number, and one float32 scale per position and head."""
 
     storage: torch.dtype
 
     @classmethod
-    def store(cls, shape: tuple[int, ...], like: torch.Tensor) -> KVBuffer:
-        """Codes, and their scales in float32."""
+    def buffer(cls, shape: tuple[int, ...], like: torch.Tensor) -> KVBuffer:
+        """Empty codes and their scales."""
         codes = torch.zeros(shape, dtype=cls.storage, device=like.device)
         return codes, torch.zeros((*shape[:-1], 1), device=like.device)
 
     @classmethod
-    def coded(cls, new: torch.Tensor) -> KVBuffer:
-        """(rows, new, kv_heads, head_dim) as it is stored."""
+    def encode(cls, new: torch.Tensor) -> KVBuffer:
+        """Keys or values (rows, new, kv_heads, head_dim) as codes and scales."""
         codes, scales = quantize(new, cls.storage)
         return codes, scales[..., None]
 
     @classmethod
-    def read(cls, store: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """(rows, kv_heads, end, head_dim) in `dtype`."""
-        codes, scales = (part[:rows, :, :end] for part in store)
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots, (rows, kv_heads, end, head_dim) in `dtype`."""
+        codes, scales = (part[:rows, :, :end] for part in buffer)
         return codes.to(dtype) * scales.to(dtype)
 
 
 class Int8Cache(QuantizedCache):
-    """Integers."""
+    """8-bit integers."""
 
     storage = QUANTIZED["int8"]
 
 
 class Fp8Cache(QuantizedCache):
-    """Floats of 4 exponent and 3 mantissa bits."""
+    """8-bit floats (e4m3: 4 exponent bits, 3 mantissa bits)."""
 
     storage = QUANTIZED["fp8"]
 
 
 class VarlenCache(PrefixCache):
-    """Buffers (rows, capacity, kv_heads, head_dim) per layer; flash attention of the valid slots.
+    """Buffers (rows, capacity, kv_heads, head_dim) per layer; variable-length flash attention.
 
-    Reads each row's valid prefix and nothing else, with the lengths in a device tensor.
+    The kernel takes each row's length from a device tensor and reads only the slots in use.
     """
 
-    def __init__(
-        self, num_layers: int, rows: int, capacity: int, heads: tuple[int, int], like: torch.Tensor
-    ) -> None:
-        self.rows, self.capacity = rows, capacity
-        shape = (rows, capacity, *heads)
-        self.layers = [
-            ((like.new_zeros(shape),), (like.new_zeros(shape),)) for _ in range(num_layers)
-        ]
+    @classmethod
+    def shape(cls, rows: int, capacity: int, heads: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one layer's keys, and of its values."""
+        return rows, capacity, *heads
 
     @staticmethod
     def available(like: torch.Tensor) -> bool:
-        """Whether torch has this attention for a tensor's device and dtype."""
+        """Whether this torch has the kernel for a tensor's device and dtype."""
         if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
             return False
         try:
@@ -162,37 +217,37 @@ class VarlenCache(PrefixCache):
         return newer and torch.cuda.get_device_capability(like.device) >= (8, 0)
 
     @classmethod
-    def write(cls, store: KVBuffer, place: AttentionMetadata, new: torch.Tensor) -> None:
-        """Store (rows, new, kv_heads, head_dim) at each row's own slots."""
-        store[0][torch.arange(len(new), device=new.device)[:, None], place.slots] = new
+    def write(cls, buffer: KVBuffer, metadata: AttentionMetadata, new: torch.Tensor) -> None:
+        """Store (rows, new, kv_heads, head_dim) at each row's slots."""
+        buffer[0][torch.arange(len(new), device=new.device)[:, None], metadata.slots] = new
 
     @classmethod
-    def attend(
+    def attention(
         cls,
-        queries: torch.Tensor,
-        keys: KVBuffer,
-        values: KVBuffer,
-        place: AttentionMetadata,
+        key_buffer: KVBuffer,
+        value_buffer: KVBuffer,
+        metadata: AttentionMetadata,
         scale: float,
+        queries: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries (rows, new, heads, head_dim), the last ones of their rows -> the same shape."""
+        """Attention of queries (rows, new, heads, head_dim), the last of their rows."""
         from torch.nn.attention.varlen import varlen_attn
 
         rows, new, heads = queries.shape[:3]
-        capacity, kv_heads = keys[0].shape[1:3]
+        capacity, kv_heads = key_buffer[0].shape[1:3]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=queries.device)
         attended = varlen_attn(
             queries.flatten(0, 1),
-            keys[0][:rows].flatten(0, 1),
-            values[0][:rows].flatten(0, 1),
+            key_buffer[0][:rows].flatten(0, 1),
+            value_buffer[0][:rows].flatten(0, 1),
             starts * new,
             starts * capacity,
             new,
             capacity,
             scale=scale,
-            window_size=(-1, 0),  # causal, counted from the last slot in use
+            window_size=(-1, 0),  # causal, aligned to the last slot in use
             enable_gqa=heads != kv_heads,
-            seqused_k=place.lengths,
+            seqused_k=metadata.row_lengths,
         )
         assert isinstance(attended, torch.Tensor)
         return attended.unflatten(0, (rows, new))

@@ -1,92 +1,81 @@
-"""A decoder's blocks with packed weights, for one or a few new positions over a cache."""
+"""Converts a transformer block for inference: the same Block class, with packed weights."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoregressive.inference.kv_cache import AttentionMetadata, KVBuffer, PrefixCache
 from autoregressive.inference.quantized_linear import pack
-from autoregressive.models.gpt import Block, RMSNorm
-from autoregressive.models.rope import rotate
+from autoregressive.models.transformer import Block, FeedForward, RMSNorm, TransformerConfig
 
-ALIGNMENT = 8  # head_dim is padded to a multiple of this once: attention kernels want it
-
-
-class Norm(nn.Module):
-    """A copy of an RMSNorm in the dtype and on the device of decoding."""
-
-    weight: torch.Tensor
-
-    def __init__(self, norm: RMSNorm, like: torch.Tensor) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        self.register_buffer("weight", norm.weight.detach().to(like))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+ALIGNMENT = 8  # attention kernels want head_dim to be a multiple of this
 
 
-class Layer(nn.Module):
-    """One block with packed weights: wqkv and wo padded to aligned heads, w1 and w3 in one.
+def aligned_head_dim(config: TransformerConfig) -> int:
+    """Width of a head in the inference engine: head_dim, zero-padded to a multiple of 8."""
+    return -(-config.head_dim // ALIGNMENT) * ALIGNMENT
 
-    like: a tensor of the dtype and on the device to compute with.
+
+def inference_block(
+    block: Block, config: TransformerConfig, like: torch.Tensor, precision: str | None
+) -> Block:
+    """A copy of `block` for inference, in the dtype and on the device of `like`.
+
+    Its linear layers are those of quantized_linear.pack, heads are zero-padded to an aligned
+    width, and w1 and w3 are fused into one product. The padding does not change the result if
+    `attend` scales by the true head_dim.
     """
+    attention, ffn, head_dim = block.attention, block.feed_forward, config.head_dim
+    padding = aligned_head_dim(config) - head_dim
 
-    def __init__(
-        self, block: Block, like: torch.Tensor, precision: str | None, cache: type[PrefixCache]
-    ) -> None:
-        super().__init__()
-        attention, ffn = block.attention, block.feed_forward
-        self.heads, self.kv_heads = attention.num_heads, attention.kv_heads
-        self.cache = cache
-        self.scale = attention.head_dim**-0.5
-        padding = -attention.head_dim % ALIGNMENT
-        self.head_dim = attention.head_dim + padding
+    def packed(weight: torch.Tensor) -> nn.Module:
+        return pack(weight.detach().to(like.device), like.dtype, precision)
 
-        def packed(weight: torch.Tensor) -> nn.Module:
-            return pack(weight.detach().to(like.device), like.dtype, precision)
+    with torch.device("meta"):
+        copy = Block(config, layer=0).eval()
+    wqkv = attention.wqkv.weight.unflatten(0, (-1, head_dim))
+    wo = attention.wo.weight.unflatten(1, (-1, head_dim))
+    copy.attention.head_dim = head_dim + padding
+    copy.attention.add_module("wqkv", packed(F.pad(wqkv, (0, 0, 0, padding)).flatten(0, 1)))
+    copy.attention.add_module("wo", packed(F.pad(wo, (0, padding)).flatten(1)))
+    copy.attention.add_module("dropout", nn.Identity())
+    copy.feed_forward = FusedFeedForward(ffn, packed)
+    for name, norm in block.named_modules():
+        if isinstance(norm, RMSNorm):
+            padded = padding if name.startswith("attention.") else 0  # a norm over head_dim
+            copy.set_submodule(name, inference_norm(norm, like, padded))
+    left = [name for name, parameter in copy.named_parameters() if parameter.is_meta]
+    assert not left, f"parameters that the inference engine does not know: {left}"
+    return copy
 
-        wqkv = attention.wqkv.weight.unflatten(0, (-1, attention.head_dim))
-        wo = attention.wo.weight.unflatten(1, (-1, attention.head_dim))
-        self.wqkv = packed(F.pad(wqkv, (0, 0, 0, padding)).flatten(0, 1))
-        self.wo = packed(F.pad(wo, (0, padding)).flatten(1))
+
+class FusedFeedForward(FeedForward):
+    """A FeedForward whose two projections are one product."""
+
+    def __init__(self, ffn: FeedForward, packed: Callable[[torch.Tensor], nn.Module]) -> None:
+        nn.Module.__init__(self)
         self.w13 = packed(torch.cat([ffn.w1.weight, ffn.w3.weight]))
-        self.w2 = packed(ffn.w2.weight)
-        self.attention_norm = Norm(block.attention_norm, like)
-        self.ffn_norm = Norm(block.ffn_norm, like)
+        self.add_module("w2", packed(ffn.w2.weight))
+        self.add_module("dropout", nn.Identity())
 
-    def forward(
-        self, x: torch.Tensor, keys: KVBuffer, values: KVBuffer, place: AttentionMetadata
-    ) -> torch.Tensor:
-        """x (rows, new, dim) over what the cache holds -> the same; writes keys and values."""
-        queries, _, _ = self._heads(x, keys, values, place)
-        attended = self.cache.attend(queries, keys, values, place, self.scale)
-        return self._finish(x, attended)
+    def gate_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See FeedForward."""
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return gate, up
 
-    def prefill(
-        self, x: torch.Tensor, keys: KVBuffer, values: KVBuffer, place: AttentionMetadata
-    ) -> torch.Tensor:
-        """The same over an empty cache; padding comes last, where nothing valid can see it."""
-        q, k, v = (part.transpose(1, 2) for part in self._heads(x, keys, values, place))
-        grouped = self.heads != self.kv_heads
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped
-        )
-        return self._finish(x, attended.transpose(1, 2))
 
-    def _heads(
-        self, x: torch.Tensor, keys: KVBuffer, values: KVBuffer, place: AttentionMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (rows, new, heads, head_dim); the latter two are stored."""
-        heads = self.wqkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim))
-        turned, new_values = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
-        queries, new_keys = rotate(turned, place.rotary).split([self.heads, self.kv_heads], dim=-2)
-        self.cache.write(keys, place, new_keys)
-        self.cache.write(values, place, new_values)
-        return queries, new_keys, new_values
+def inference_norm(norm: RMSNorm, like: torch.Tensor, padding: int = 0) -> RMSNorm:
+    """A copy of a norm in the dtype and on the device of `like`, without gradients.
 
-    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        x = x + self.wo(attended.flatten(-2))
-        gate, up = self.w13(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.w2(F.silu(gate) * up)
+    padding: zeros that follow the inputs. They lower the mean square by dim / padded dim, which
+    the copy's epsilon and weight compensate.
+    """
+    weight = norm.weight.detach()
+    dim = len(weight)
+    share = dim / (dim + padding)
+    with torch.device("meta"):
+        copy = RMSNorm(dim + padding, norm.eps * share)
+    weight = F.pad(weight * share**0.5, (0, padding)) if padding else weight
+    copy.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    return copy

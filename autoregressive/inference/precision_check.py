@@ -1,4 +1,4 @@
-"""What lower precision changes: the next-code distributions of two decoders on the same codes."""
+"""What lower precision changes: the next-code distributions of two engines on the same codes."""
 
 import itertools
 from dataclasses import replace
@@ -10,37 +10,44 @@ from autoregressive.inference.engine import GenerationRequest, InferenceEngine, 
 
 @torch.no_grad()
 def next_code_logits(
-    decoder: InferenceEngine, request: GenerationRequest, count: int, draw: Sampler
+    engine: InferenceEngine, request: GenerationRequest, count: int, sampler: Sampler
 ) -> torch.Tensor:
-    """Guided logits (batch, count, vocab) float32 of the first codes, while `draw` draws them."""
-    seen: list[torch.Tensor] = []
+    """Guided logits (batch, count, vocab) float32 of the first `count` codes.
 
-    def record(logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        seen.append(logits)
-        return draw(logits, noise, position)
+    Each code is picked by `sampler`, and the logits of the next one follow from it.
+    """
+    logits_of_steps: list[torch.Tensor] = []
 
-    steps = decoder.steps(replace(request, draw=record, window=1, eager=True))
+    def record(
+        logits: torch.Tensor, sample_bits: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        logits_of_steps.append(logits)
+        return sampler(logits, sample_bits, positions)
+
+    steps = engine.steps(replace(request, sampler=record, speculation_window=1, eager=True))
     for _ in itertools.islice(steps, count):
         pass
-    return torch.stack(seen, dim=1)
+    return torch.stack(logits_of_steps, dim=1)
 
 
 def compare(
     exact: InferenceEngine, other: InferenceEngine, request: GenerationRequest, count: int = 64
 ) -> dict[str, float]:
-    """How far `other` is from `exact` over codes that `exact` draws.
+    """How far `other` is from `exact`, over codes that `exact` samples.
 
-    kl: mean divergence KL(exact | other) of a code's guided distribution before any filter, in
-    nats. same_likeliest: share of codes with the same likeliest entry.
+    kl: mean divergence KL(exact || other) of a code's guided distribution before any filter, in
+    nats. same_likeliest: share of codes with the same likeliest entry, in [0, 1].
     """
-    wanted = next_code_logits(exact, request, count, request.draw)
-    codes = exact.states[len(request.noise), 1].codes.clone()
+    expected = next_code_logits(exact, request, count, request.sampler)
+    codes = exact.states[len(request.sample_bits), 1].codes.clone()
 
-    def force(logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return codes.gather(1, position)[:, 0]
+    def force(
+        logits: torch.Tensor, sample_bits: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        return codes.gather(1, positions)[:, 0]
 
-    got = next_code_logits(other, request, count, force)
-    wanted_log, got_log = wanted.log_softmax(-1), got.log_softmax(-1)
-    kl = (wanted_log.exp() * (wanted_log - got_log)).sum(-1).mean()
-    same = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
+    actual = next_code_logits(other, request, count, force)
+    expected_log, actual_log = expected.log_softmax(-1), actual.log_softmax(-1)
+    kl = (expected_log.exp() * (expected_log - actual_log)).sum(-1).mean()
+    same = (expected.argmax(-1) == actual.argmax(-1)).float().mean()
     return {"kl": float(kl), "same_likeliest": float(same)}

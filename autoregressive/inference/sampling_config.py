@@ -1,77 +1,97 @@
-"""How codes are sampled from logits: guidance, filters, seed."""
+"""How codes are sampled: guidance, temperature, filters, seed."""
 
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+# The usual (cfg_scale, top_k) of a model, by what it is conditioned on.
+USUAL = {"class": (2.0, 0), "text": (7.5, 1000)}
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn from logits.
+    """How codes are sampled from logits.
 
     Args:
         cfg_scale: Classifier-free guidance, logits = null + cfg_scale * (conditional - null);
-            1 for none, 0 for the usual: 2.0 under classes, 7.5 under text.
-        cfg_interval: The first cfg_interval + 2 codes are guided, the rest are not; -1 guides all.
+            1: none; null (or 0): the usual, 2.0 for classes, 7.5 for text.
+        cfg_interval: Codes 0 .. cfg_interval + 1 are guided, later ones are not, as in the
+            reference; null (or -1): all codes.
         temperature: Divides the logits.
-        top_k: Only the top_k likeliest codes (and those that tie); 0 for all, -1 for the usual:
-            all under classes, 1000 under text.
-        top_p: Only the likeliest codes that together reach this probability (and those that tie
-            with the last of them); 1 for all.
-        greedy: Always the likeliest code.
-        seed: Sample i's codes depend on (seed, i) alone.
-        cfg_start: Guidance begins at this code: with constant guidance a step up, with
-            cfg_interval too an interval.
-        cfg_schedule: constant, or from 1 at the first code towards cfg_scale at the last, in a
-            straight line or along half a cosine wave.
-        cfg_power: Exponent of the progress in a linear or cosine schedule; a cosine's above 1 is
-            the power-cosine of RAR (arXiv 2411.00776).
-        speculative: Codes drawn in a step, by guessing ahead; 0 draws one by one. The pictures are
-            the same; what it saves depends on the model, and pays at small batches alone.
+        top_k: Keep the top_k likeliest codes (and ties); 0: all; null (or -1): the usual, all for
+            classes, 1000 for text.
+        top_p: Keep the likeliest codes that together reach this probability (and ties with the
+            last of them); 1: all.
+        greedy: Always take the likeliest code.
+        seed: Sample i's codes depend only on (seed, i).
+        cfg_start: First guided code (0: from the start). Together with cfg_interval it selects a
+            guidance interval.
+        cfg_schedule: constant; or a scale that grows from 1 at the first code to cfg_scale at the
+            last, linear or along half a cosine wave.
+        cfg_power: Exponent of the progress in a linear or cosine schedule; a cosine with a power
+            above 1 is the power-cosine of RAR (arXiv 2411.00776).
+        speculation_window: Codes verified per step; 1: no speculation. The images are the same.
+            How much time it saves depends on the model; it pays only at small batches.
     """
 
-    cfg_scale: float = 0.0
-    cfg_interval: int = -1
+    cfg_scale: float | None = None
+    cfg_interval: int | None = None
     temperature: float = 1.0
-    top_k: int = -1
+    top_k: int | None = None
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
     cfg_start: int = 0
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
     cfg_power: float = 1.0
-    speculative: int = 0
+    speculation_window: int = 1
 
     def __post_init__(self) -> None:
-        if self.cfg_scale < 1 and self.cfg_scale != 0:
+        # The spelling of the reference and of configurations saved before null was accepted.
+        for name, unset in (("cfg_scale", 0), ("cfg_interval", -1), ("top_k", -1)):
+            if getattr(self, name) == unset:
+                object.__setattr__(self, name, None)
+        if self.cfg_scale is not None and self.cfg_scale < 1:
             raise ValueError(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1: no guidance)")
-        if self.cfg_interval < -1:
-            raise ValueError(f"cfg_interval is {self.cfg_interval}, must be >= -1 (-1: all codes)")
+        if self.cfg_interval is not None and self.cfg_interval < 0:
+            raise ValueError(
+                f"cfg_interval is {self.cfg_interval}, must be >= 0 (null or -1: all codes)"
+            )
         if self.cfg_start < 0 or self.cfg_power <= 0:
             raise ValueError("cfg_start must be >= 0, cfg_power > 0")
-        if self.temperature < 0 or self.top_k < -1:
-            raise ValueError("temperature must be >= 0, top_k >= -1")
+        if self.temperature < 0 or (self.top_k is not None and self.top_k < 0):
+            raise ValueError("temperature and top_k must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, must be in (0, 1]")
-        if self.speculative < 0:
-            raise ValueError(f"speculative is {self.speculative}, must be >= 0 (0: one by one)")
+        if self.speculation_window < 1:
+            raise ValueError(
+                f"speculation_window is {self.speculation_window}, must be >= 1 (1: no speculation)"
+            )
 
     def resolved(self, condition: str) -> "SamplingConfig":
-        """With the usual values for a model under `condition`, class or text, filled in."""
-        usual_scale, usual_k = (7.5, 1000) if condition == "text" else (2.0, 0)
+        """A copy whose cfg_scale and top_k are set; condition is the model's: class or text."""
+        cfg_scale, top_k = USUAL[condition]
         return replace(
             self,
-            cfg_scale=self.cfg_scale or usual_scale,
-            top_k=usual_k if self.top_k == -1 else self.top_k,
+            cfg_scale=cfg_scale if self.cfg_scale is None else self.cfg_scale,
+            top_k=top_k if self.top_k is None else self.top_k,
         )
 
-    def arguments(self, condition: str) -> dict[str, Any]:
-        """The arguments of `generate` for a model under `condition`: class or text."""
-        return asdict(self.resolved(condition))
+    def settings(self, condition: str) -> dict[str, Any]:
+        """The resolved values for an index.json, in the spelling that folders have had so far.
 
-    def guidance(self, num_codes: int) -> list[float]:
-        """The scale of guidance at each code; 1 where there is none."""
-        last = num_codes - 1 if self.cfg_interval == -1 else self.cfg_interval + 1
+        A sample folder continues only under equal settings, so its spelling must not change.
+        """
+        values = asdict(self.resolved(condition))
+        if self.cfg_interval is None:
+            values["cfg_interval"] = -1
+        window = values.pop("speculation_window")
+        return {**values, "speculative": window if window > 1 else 0}
+
+    def cfg_scales(self, num_codes: int) -> list[float]:
+        """The guidance scale at each code (1: no guidance), of a resolved configuration."""
+        assert self.cfg_scale is not None
+        last = num_codes - 1 if self.cfg_interval is None else self.cfg_interval + 1
         return [
             1 + (self.cfg_scale - 1) * self._share(position / num_codes)
             if self.cfg_start <= position <= last
@@ -80,7 +100,7 @@ class SamplingConfig:
         ]
 
     def _share(self, progress: float) -> float:
-        """How much of the guidance acts after this share of the codes."""
+        """Share of the guidance that acts after this share of the codes, both in [0, 1]."""
         if self.cfg_schedule == "constant":
             return 1.0
         progress = progress**self.cfg_power

@@ -1,10 +1,14 @@
-"""What the decoder is conditioned on: a class label, or the features of a caption.
+"""What an image is conditioned on: a class label, or the features of a caption.
 
-Both embeddings turn a condition into prefix tokens (batch, C, dim), valid ones first, and replace
-the rows marked `dropped` by the null condition of classifier-free guidance.
+A condition holds one entry per image. An embedding module turns it into prefix tokens
+(batch, C, dim), valid tokens first, and can replace it by the null condition, which
+classifier-free guidance needs (Ho and Salimans, arXiv 2207.12598).
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,48 +16,131 @@ from torch.nn import functional as F
 
 from core.config import InputError
 
-Text = tuple[torch.Tensor, torch.Tensor]  # features (batch, T, text_dim), lengths (batch,) int64
-Condition = torch.Tensor | Text  # labels (batch,) int64, or a Text
+
+@dataclass(frozen=True)
+class ClassCondition:
+    """One class per image: labels (batch,) int64."""
+
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: torch.Tensor) -> "ClassCondition":
+        return ClassCondition(self.labels[rows])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ClassCondition":
+        """The same condition on `device`."""
+        return ClassCondition(self.labels.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ClassCondition":
+        """The same condition in page-locked memory, for asynchronous copies to a GPU."""
+        return ClassCondition(self.labels.pin_memory())
+
+    def repeat(self, count: int) -> "ClassCondition":
+        """The first image's condition, `count` times."""
+        return self[torch.zeros(count, dtype=torch.int64)]
+
+    @classmethod
+    def cat(cls, parts: Sequence["ClassCondition"]) -> "ClassCondition":
+        """Concatenate along the batch."""
+        return cls(torch.cat([part.labels for part in parts]))
 
 
-def select(condition: Condition, rows: torch.Tensor) -> Condition:
-    """Some rows (n,) int64 of a condition."""
-    if isinstance(condition, torch.Tensor):
-        return condition[rows]
-    return condition[0][rows], condition[1][rows]
+@dataclass(frozen=True)
+class TextCondition:
+    """One caption per image: features (batch, T, text_dim), valid tokens first, and lengths.
+
+    lengths (batch,) int64 counts the valid tokens; features behind them are ignored.
+    """
+
+    features: torch.Tensor
+    lengths: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: torch.Tensor) -> "TextCondition":
+        return TextCondition(self.features[rows], self.lengths[rows])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TextCondition":
+        """The same condition on `device`."""
+        return TextCondition(
+            self.features.to(device, non_blocking=non_blocking),
+            self.lengths.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "TextCondition":
+        """The same condition in page-locked memory, for asynchronous copies to a GPU."""
+        return TextCondition(self.features.pin_memory(), self.lengths.pin_memory())
+
+    def repeat(self, count: int) -> "TextCondition":
+        """The first image's condition, `count` times."""
+        return self[torch.zeros(count, dtype=torch.int64)]
+
+    @classmethod
+    def cat(cls, parts: Sequence["TextCondition"]) -> "TextCondition":
+        """Concatenate along the batch; pads the features to the longest."""
+        longest = max(part.features.shape[1] for part in parts)
+        features = [F.pad(p.features, (0, 0, 0, longest - p.features.shape[1])) for p in parts]
+        return cls(torch.cat(features), torch.cat([part.lengths for part in parts]))
 
 
-def repeat(condition: Condition, count: int) -> Condition:
-    """The first row of a condition, `count` times."""
-    return select(condition, torch.zeros(count, dtype=torch.int64))
+Condition = ClassCondition | TextCondition
+# What the public functions accept: a Condition, labels, or (features, lengths).
+ConditionLike = Condition | torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def as_condition(value: Any) -> Condition:  # noqa: ANN401 - the public door checks any value
+    """Labels become a ClassCondition, (features, lengths) a TextCondition; a Condition stays.
+
+    Raises InputError for anything else. Only this function asks what kind of value it has.
+    """
+    if isinstance(value, ClassCondition | TextCondition):
+        return value
+    if isinstance(value, torch.Tensor):
+        return ClassCondition(value)
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return TextCondition(*value)
+    raise InputError(
+        "condition: expected labels (batch,) int64, or (features (batch, T, text_dim), lengths "
+        f"(batch,) int64), got {type(value).__name__}"
+    )
 
 
 class ClassEmbedding(nn.Module):
-    """One token per class; the null class is number `num_classes`."""
+    """One prefix token per image, looked up by class; index `num_classes` is the null class."""
+
+    condition_type = ClassCondition
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, labels: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-        """Labels (batch,) int64 in [0, num_classes], dropped (batch,) bool -> (batch, 1, dim)."""
-        labels = torch.where(dropped, self.num_classes, labels)
+    def forward(self, condition: ClassCondition, drop: torch.Tensor) -> torch.Tensor:
+        """Prefix tokens (batch, 1, dim); drop (batch,) bool marks rows that get the null class."""
+        labels = torch.where(drop, self.num_classes, condition.labels)
         return self.embedding_table(labels).unsqueeze(1)
 
-    def lengths(self, labels: Condition) -> None:
-        """Every prefix has the same length: None."""
+    def lengths(self, condition: Any) -> None:  # noqa: ANN401 - any Condition
+        """None: every prefix has the same length."""
 
-    def check(self, labels: Condition) -> None:
-        """Raise InputError for labels that are no class of this model (a host sync)."""
-        if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
+    def examples(self, count: int) -> ClassCondition:
+        """The first classes in turn, for `count` images: to compare engines with."""
+        return ClassCondition(torch.arange(count) % self.num_classes)
+
+    def check(self, condition: Any) -> None:  # noqa: ANN401 - any Condition
+        """Raise InputError for labels that this model does not have (a host sync)."""
+        labels = condition.labels if type(condition) is self.condition_type else None
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
             raise InputError("this model is conditioned on classes: give labels (batch,) int64")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
             raise InputError(f"labels must be in 0 .. {self.num_classes - 1}")
 
 
 class CaptionProjection(nn.Module):
-    """A two-layer network from text features to the decoder's width, without biases."""
+    """A two-layer network without biases, from text features to the transformer's width."""
 
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
@@ -66,12 +153,13 @@ class CaptionProjection(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """One token per text token, at most `max_tokens`; the null caption is a fixed buffer.
+    """One prefix token per caption token, at most `max_tokens`; the null caption is a buffer.
 
-    The reference pads captions on the left, so token j of a caption of n tokens stands at place
-    max_tokens - n + j, and is dropped to the null caption's row of that place.
+    The reference pads captions on the left, so token j of a caption of n tokens has index
+    max_tokens - n + j. A dropped caption takes the null caption's rows at those indices.
     """
 
+    condition_type = TextCondition
     uncond_embedding: torch.Tensor
 
     def __init__(self, text_dim: int, max_tokens: int, dim: int) -> None:
@@ -81,37 +169,45 @@ class TextEmbedding(nn.Module):
         null = torch.randn(max_tokens, text_dim) / math.sqrt(text_dim)
         self.register_buffer("uncond_embedding", null)
 
-    def forward(self, text: Text, dropped: torch.Tensor) -> torch.Tensor:
-        """Features (batch, T, text_dim) valid first and lengths -> (batch, T, dim)."""
-        features, lengths = text
-        rows = torch.arange(features.shape[1], device=features.device)
-        places = self.max_tokens - lengths[:, None] + rows
-        null = self.uncond_embedding[places.clamp_(0, self.max_tokens - 1)]
-        features = torch.where(dropped[:, None, None], null, features.to(null.dtype))
+    def forward(self, condition: TextCondition, drop: torch.Tensor) -> torch.Tensor:
+        """Prefix tokens (batch, T, dim); drop (batch,) bool marks rows of the null caption."""
+        features, lengths = condition.features, condition.lengths
+        tokens = torch.arange(features.shape[1], device=features.device)
+        indices = self.max_tokens - lengths[:, None] + tokens
+        null = self.uncond_embedding[indices.clamp_(0, self.max_tokens - 1)]
+        features = torch.where(drop[:, None, None], null, features.to(null.dtype))
         return self.cap_proj(features)
 
-    def lengths(self, text: Condition) -> torch.Tensor:
-        """The number of valid tokens of each prefix, (batch,) int64."""
-        return text[1]
+    def lengths(self, condition: Any) -> torch.Tensor:  # noqa: ANN401 - any Condition
+        """Number of valid tokens of each prefix, (batch,) int64."""
+        return condition.lengths
 
-    def check(self, text: Condition) -> None:
-        """Raise InputError for features or lengths that do not fit (a host sync)."""
-        if not isinstance(text, tuple) or text[0].ndim != 3 or text[0].shape[-1] != self.text_dim:
+    def examples(self, count: int) -> TextCondition:
+        """The null caption's last token, for `count` images: to compare engines with."""
+        features = self.uncond_embedding[-1:].expand(count, 1, -1)
+        return TextCondition(features, torch.ones(count, dtype=torch.int64))
+
+    def check(self, condition: Any) -> None:  # noqa: ANN401 - any Condition
+        """Raise InputError for features or lengths that do not fit the model (a host sync)."""
+        features = condition.features if type(condition) is self.condition_type else None
+        if features is None or features.ndim != 3 or features.shape[-1] != self.text_dim:
             raise InputError(
                 f"this model is conditioned on text: give (features (batch, T, {self.text_dim}), "
                 "lengths (batch,))"
             )
-        features, lengths = text
+        lengths = condition.lengths
+        if lengths.shape != features.shape[:1]:
+            raise InputError("caption lengths must be (batch,), one per caption")
         longest = min(features.shape[1], self.max_tokens)
-        if not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+        if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
             raise InputError(f"caption lengths must be in 1 .. {longest}")
 
 
 def ragged_order(lengths: torch.Tensor, num_prefix: int, num_codes: int) -> torch.Tensor:
-    """How to order [prefix (num_prefix), codes] as [valid prefix, codes, padding], per sample.
+    """Indices that reorder [prefix, codes] into [valid prefix, codes, padding], per sample.
 
-    lengths (batch,) int64 -> (batch, num_prefix + num_codes) int64 indices. With the padding last,
-    causal attention alone hides it: no mask is needed. (Condition tokens carry no position.)
+    lengths (batch,) int64 -> (batch, num_prefix + num_codes) int64. Padding comes last, where
+    causal attention already hides it, so no attention mask is needed.
     """
     slots = torch.arange(num_prefix + num_codes, device=lengths.device)
     ends = lengths[:, None] + num_codes

@@ -1,107 +1,25 @@
-"""The decoder: a Llama-style transformer that predicts the next code of an image.
+"""GPT: a Llama-style transformer that predicts the next code of an image.
 
-Facts that the released weights depend on: packed q | k | v, 2-D rotary embedding in interleaved
-pairs, RMSNorm in float32 cast back before its weight, and code i at its own cell of the grid.
+The released weights depend on the rotary table: code i has the rotary row of its own grid
+position.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from autoregressive.models.conditioning import (
     ClassEmbedding,
-    Condition,
+    ConditionLike,
     TextEmbedding,
+    as_condition,
     ragged_order,
 )
-from autoregressive.models.config import PRESETS, GPTConfig, TransformerConfig
-from autoregressive.models.rope import rotary_table, rotate
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.rope import rotary_table
+from autoregressive.models.transformer import PRESETS, Block, RMSNorm
 from core.config import InputError
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm: float32 inside, cast back, then weighted."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and optionally grouped keys and values."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
-        self.head_dim = config.head_dim
-        packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(config.dim, packed, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-        """x (batch, length, dim) -> the same."""
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        queries, keys, values = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=-2)
-        queries = rotate(queries, rotary).transpose(1, 2)
-        keys, values = rotate(keys, rotary).transpose(1, 2), values.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.num_heads,
-        )
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(-2)))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.ffn_dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and FFN, each added to the residual stream."""
-
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.drop_path = _drop_path(config, layer)
-
-    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-        """x (batch, length, dim) -> the same."""
-        attended = self.attention(self.attention_norm(x), rotary)
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
-
-
-def _drop_path(config: TransformerConfig, layer: int) -> nn.Module:
-    rate = config.drop_path * layer / max(1, config.num_layers - 1)
-    if rate == 0:
-        return nn.Identity()
-    from timm.layers.drop import DropPath  # seconds to import: only where it is used
-
-    return DropPath(rate)
 
 
 class GPT(nn.Module):
@@ -123,7 +41,7 @@ class GPT(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.build_rotary()
         self.apply(_initialize)
-        nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
+        nn.init.zeros_(self.output.weight)  # so that the first loss is ln(vocab_size)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GPT":  # noqa: ANN401 - any config field
@@ -145,11 +63,11 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, in order, without what parallelism wraps around them."""
+        """The transformer blocks in order, without the wrappers that parallelism adds."""
         return [module for module in self.layers.modules() if isinstance(module, Block)]
 
     def build_rotary(self) -> None:
-        """Compute the rotary table; again after a model was built on the meta device."""
+        """Compute the rotary table; call it again after building the model on the meta device."""
         config = self.config
         table = rotary_table(
             config.grid,
@@ -169,46 +87,58 @@ class GPT(nn.Module):
     def forward(
         self,
         codes: torch.Tensor,
-        condition: Condition,
-        dropped: torch.Tensor | None = None,
+        condition: ConditionLike,
+        drop_condition: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Teacher forcing: codes (batch, N) int64 -> logits (batch, N, vocab) float32.
 
-        condition: labels (batch,) int64, or (features (batch, T, text_dim), lengths (batch,)).
-        dropped (batch,) bool: rows that see the null condition instead; none by default.
+        condition: labels (batch,) int64, (features (batch, T, text_dim), lengths (batch,) int64),
+            or a Condition.
+        drop_condition: (batch,) bool, rows that get the null condition instead; default none.
+        positions: (batch or 1, N) int64, the grid position of each code; default raster order.
         """
-        return self._head(self.hidden(codes, condition, dropped))
+        return self.output(self.hidden(codes, condition, drop_condition, positions)).float()
 
     def hidden(
         self,
         codes: torch.Tensor,
-        condition: Condition,
-        dropped: torch.Tensor | None = None,
+        condition: ConditionLike,
+        drop_condition: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `forward` computes before the head: (batch, N, dim), in the dtype of computation."""
-        if dropped is None:
-            dropped = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
-        prefix = self.cls_embedding(condition, dropped)
+        """The input of the output head, (batch, N, dim) in the dtype of computation.
+
+        Entry i predicts codes[:, i]. Arguments as for `forward`.
+        """
+        condition, device = as_condition(condition), codes.device
+        batch, num_codes = codes.shape
+        if drop_condition is None:
+            drop_condition = torch.zeros(batch, dtype=torch.bool, device=device)
+        if positions is None:
+            positions = torch.arange(num_codes, device=device)[None]
+        prefix = self.cls_embedding(condition, drop_condition)
         x = torch.cat([prefix, self.tok_embeddings(codes[:, :-1])], dim=1)
-        num_prefix, num_codes = prefix.shape[1], codes.shape[1]
-        start = self.config.num_condition - num_prefix
-        rotary = self.rotary[start : start + x.shape[1]]
+        # Rows of the rotary table: condition tokens use the last ones before the grid's.
+        num_prefix, num_condition = prefix.shape[1], self.config.num_condition
+        first = torch.arange(num_condition - num_prefix, num_condition, device=device)
+        rows = torch.cat(
+            [first.expand(len(positions), -1), num_condition + positions[:, :-1]], dim=1
+        )
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
-            return self._blocks(self.tok_dropout(x), rotary)[:, num_prefix - 1 :]
+            return self._blocks(x, self.rotary[rows])[:, num_prefix - 1 :]
         order = ragged_order(lengths, num_prefix, num_codes - 1)
         x = x.gather(1, order[..., None].expand_as(x))
-        hidden = self._blocks(self.tok_dropout(x), rotary[order])
-        last = lengths[:, None] - 1 + torch.arange(num_codes, device=codes.device)
+        hidden = self._blocks(x, self.rotary[rows.expand(batch, -1).gather(1, order)])
+        last = lengths[:, None] - 1 + torch.arange(num_codes, device=device)
         return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _blocks(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        x = self.tok_dropout(x)
         for block in self.layers:
             x = block(x, rotary)
         return self.norm(x)
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.output(hidden).float()
 
 
 def _initialize(module: nn.Module) -> None:

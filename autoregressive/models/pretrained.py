@@ -1,7 +1,4 @@
-"""Load a decoder: a released file, a folder of ours, or a Hub repository; convert it to a folder.
-
-python -m autoregressive.convert --source c2i_L_384.pt --grid [24,24] --out weights/gpt_l_384
-"""
+"""Loads a GPT: a released file, a run or checkpoint folder of ours, or a Hub repository."""
 
 import dataclasses
 import warnings
@@ -11,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autoregressive.models.config import PRESETS, GPTConfig
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import infer_transformer_fields
 from core.config import InputError, load_config
 from core.weights import (
     Weights,
@@ -25,20 +23,20 @@ from core.weights import (
 
 
 class Loaded(NamedTuple):
-    """A decoder in eval mode, and the sha256 of the file that its weights came from."""
+    """A GPT in eval mode, and the sha256 of the file that its weights came from."""
 
     gpt: GPT
     sha256: str
 
 
 def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) -> Loaded:  # noqa: ANN401
-    """Load a decoder, strictly.
+    """Load a GPT; every tensor of the file must fit, and none may be missing.
 
     source: a released `.pt` / `.pth` (DDP, FSDP or DeepSpeed layout), a `.safetensors` file, a
         checkpoint or run folder of ours, or `owner/name[/file]` on the Hub.
-    weights: "auto" takes the averaged weights of our folders, and `model` of released files.
+    weights: "auto" takes the EMA weights of our folders, and `model` of released files.
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
-    Raises InputError where the weights do not fit, are damaged, or would run code.
+    Raises InputError if the weights do not fit, are damaged, or would run code.
     """
     path = find_weights(source, "model.safetensors")
     if path.is_dir():
@@ -64,23 +62,12 @@ def _infer_config(
     path: Path,
     overrides: Mapping[str, Any],
 ) -> GPTConfig:
-    """The configuration that the shapes tell; the grid from the file if it can, else 16 x 16."""
+    """The configuration that keys and shapes tell; grid from the file if it can, else 16 x 16."""
     try:
-        vocab_size, dim = tensors["tok_embeddings.weight"].shape
-        packed = tensors["layers.0.attention.wqkv.weight"].shape[0]
+        fields = infer_transformer_fields(tensors, overrides.get("num_heads"))
+        fields["vocab_size"] = len(tensors["tok_embeddings.weight"])
     except KeyError as error:
-        raise InputError(f"{path}: not a decoder of this project ({error} is missing)") from error
-    num_layers = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers."))
-    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
-    num_heads = overrides.get("num_heads", heads_of_width.get(dim, dim // 64))
-    kv_heads = (packed - dim) // 2 // (dim // num_heads)
-    fields: dict[str, Any] = {
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
-        "dim": dim,
-        "vocab_size": vocab_size,
-    }
+        raise InputError(f"{path}: not a GPT of this project ({error} is missing)") from error
     if "cls_embedding.embedding_table.weight" in tensors:
         fields["condition"] = "class"
         fields["num_classes"] = tensors["cls_embedding.embedding_table.weight"].shape[0] - 1
@@ -103,7 +90,7 @@ def _infer_grid(
     num_condition: int,
     path: Path,
 ) -> tuple[int, int]:
-    """From the rotary table or the training flags, where the file carries them."""
+    """The grid from the rotary table or the training flags, if the file carries them."""
     if "freqs_cis" in tensors:
         side = round((tensors["freqs_cis"].shape[0] - num_condition) ** 0.5)
     elif "image_size" in arguments:

@@ -1,9 +1,9 @@
-"""What the decoder learns: the mean cross-entropy of every code, given the codes before it."""
+"""The training objective: mean cross-entropy of every code, given the codes before it."""
 
 import torch
 from torch import nn
 
-from autoregressive.models.conditioning import Condition
+from autoregressive.models.conditioning import ConditionLike
 from autoregressive.models.gpt import GPT
 from core.distributed.parallel import full_state, local
 from core.distributed.world import World
@@ -12,24 +12,33 @@ from core.weights import load_weights
 
 
 class NextTokenLoss(nn.Module):
-    """A decoder and its loss as one module: what FSDP2 and DDP wrap, so that the head is inside."""
+    """A GPT and its loss as one module, which FSDP2 and DDP wrap, so that they see the head.
+
+    Args:
+        gpt: The model.
+        chunk: Number of codes whose float32 logits exist at the same time.
+    """
 
     def __init__(self, gpt: GPT, chunk: int) -> None:
         super().__init__()
         self.gpt, self.chunk = gpt, chunk
 
     def forward(
-        self, codes: torch.Tensor, condition: Condition, dropped: torch.Tensor | None = None
+        self,
+        codes: torch.Tensor,
+        condition: ConditionLike,
+        drop_condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Arguments of GPT.forward -> mean loss per code, a float32 scalar."""
-        hidden = self.gpt.hidden(codes, condition, dropped).flatten(0, 1)
+        hidden = self.gpt.hidden(codes, condition, drop_condition).flatten(0, 1)
         return linear_cross_entropy(hidden, self.gpt.output.weight, codes.flatten(), self.chunk)
 
 
 def unsharded_copy(gpt: GPT, world: World, everywhere: bool = False) -> GPT:
-    """A decoder that one process can sample from: on rank 0, or on every rank.
+    """A GPT that one process can sample from: on rank 0, or on every rank if `everywhere`.
 
-    All ranks call it: a sharded decoder's weights are gathered.
+    All ranks must call it, because the weights of a sharded model are gathered. A model that is
+    not sharded is returned as it is.
     """
     if all(local(parameter) is parameter for parameter in gpt.parameters()):
         return gpt
@@ -38,6 +47,6 @@ def unsharded_copy(gpt: GPT, world: World, everywhere: bool = False) -> GPT:
         return gpt
     with torch.device("meta"):
         whole = GPT(gpt.config)
-    load_weights(whole, state, "the sharded decoder", assign=True)
+    load_weights(whole, state, "the sharded model", assign=True)
     whole.build_rotary()
     return whole.to(world.device).eval()

@@ -9,19 +9,22 @@ from torch.nn import functional as F
 from autoregressive import GPT, generate
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
 from autoregressive.inference.precision_check import next_code_logits
-from autoregressive.models.config import PRESETS
+from autoregressive.models.conditioning import as_condition
+from autoregressive.models.transformer import PRESETS
 from core.config import InputError
 
 
 def cached_logits(gpt: GPT, codes: torch.Tensor, condition, scale: float = 1.0) -> torch.Tensor:
-    """The logits of every step of a decoder that is made to choose `codes`."""
+    """The logits of every step of an engine whose sampler picks `codes`."""
 
-    def force(logits: torch.Tensor, noise: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def force(
+        logits: torch.Tensor, sample_bits: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
         return codes.gather(1, position)[:, 0]
 
     batch, count = codes.shape
-    noise = torch.zeros(batch, 1, dtype=torch.int64)
-    request = GenerationRequest(condition, None, [scale] * count, noise, force)
+    bits = torch.zeros(batch, 1, dtype=torch.int64)
+    request = GenerationRequest(as_condition(condition), None, [scale] * count, bits, force)
     return next_code_logits(InferenceEngine(gpt), request, count, force)
 
 

@@ -65,7 +65,7 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r"layers\.1\.feed_forward\.w3\.weight is missing"):
         GPT.from_pretrained(tmp_path / "broken.pt", grid=(4, 4))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="not a decoder"):
+    with pytest.raises(InputError, match="not a GPT"):
         GPT.from_pretrained(tmp_path / "other.pt")
     with pytest.raises(InputError, match="no such file"):
         GPT.from_pretrained(tmp_path / "nothing.pt")

@@ -10,7 +10,7 @@ from scipy.stats import chi2
 
 from autoregressive import generate
 from autoregressive.inference.engine import InferenceEngine, engine_of
-from autoregressive.inference.generate import generate_rows, generate_steps, request_of
+from autoregressive.inference.generate import generate_rows, generate_steps, generation_request
 from autoregressive.inference.precision_check import compare
 from autoregressive.inference.quantized_linear import Int8Prepacked, WeightOnly, pack, quantize
 from autoregressive.inference.sampler import gumbel
@@ -53,7 +53,7 @@ def joint_distribution(gpt, label: int, config: SamplingConfig) -> torch.Tensor:
     labels = torch.full((len(images),), label)
     with torch.no_grad():
         conditional, null = gpt(images, labels), gpt(images, torch.full_like(labels, 5))
-    scale = torch.tensor(config.guidance(3))[:, None]
+    scale = torch.tensor(config.cfg_scales(3))[:, None]
     guided = null + scale * (conditional - null)
     steps = [reference_sampler.probabilities(guided[:, position], config) for position in range(3)]
     chosen = torch.stack(steps, 1).gather(2, images[..., None])[..., 0]
@@ -151,7 +151,7 @@ def test_a_picture_can_be_shown_row_by_row():
 
 def test_guidance_schedules():
     def scales(**settings: object) -> list[float]:
-        return SamplingConfig(cfg_scale=3.0, **settings).guidance(8)
+        return SamplingConfig(cfg_scale=3.0, **settings).cfg_scales(8)
 
     assert scales() == [3.0] * 8
     assert scales(cfg_interval=1) == [3.0] * 3 + [1.0] * 5
@@ -205,7 +205,7 @@ def test_guessing_ahead_draws_the_same_pictures(window, settings):
     labels = torch.arange(20) % 5
     plain = generate(gpt, labels, cfg_scale=3.0, seed=2, **settings)
     assert torch.equal(
-        generate(gpt, labels, cfg_scale=3.0, seed=2, speculative=window, **settings), plain
+        generate(gpt, labels, cfg_scale=3.0, seed=2, speculation_window=window, **settings), plain
     )
 
 
@@ -213,7 +213,7 @@ def test_guessing_ahead_follows_the_exact_distribution():
     gpt = tiny(seed=1, vocab_size=6, grid=(1, 3))
     with torch.no_grad():
         gpt.output.weight.mul_(0.3)
-    config = SamplingConfig(3.0, top_k=4, top_p=0.9, seed=12, speculative=2)
+    config = SamplingConfig(3.0, top_k=4, top_p=0.9, seed=12, speculation_window=2)
     draws = 20_000
     codes = generate(gpt, torch.full((draws,), 2), **vars(config)).flatten(1)
     check_chi_square(codes, joint_distribution(gpt, 2, config) * draws)
@@ -223,7 +223,7 @@ def test_guessing_ahead_takes_fewer_steps_where_guesses_are_right():
     gpt = tiny(vocab_size=50)
     with torch.no_grad():
         gpt.output.weight.zero_()  # all codes are alike: the likeliest is always the same
-    config = SamplingConfig(1.0, greedy=True, speculative=4)
+    config = SamplingConfig(1.0, greedy=True, speculation_window=4)
     steps = list(generate_steps(gpt, LABELS, config))
     assert len(steps) == 1 + 4  # the first code, then 15 by four
 
@@ -233,7 +233,7 @@ def test_known_codes_and_guesses_go_together():
     plain = generate(gpt, LABELS, seed=5)
     known = plain.clone()
     known[:, 1:] = -1
-    again = generate(gpt, LABELS, seed=5, known=known, speculative=6)
+    again = generate(gpt, LABELS, seed=5, forced_codes=known, speculation_window=6)
     assert torch.equal(again, plain)
 
 
@@ -243,7 +243,7 @@ def test_eight_bit_keys_and_values_change_the_distribution_a_little(kept):
     with torch.no_grad():
         gpt.output.weight.mul_(0.1)
     exact, other = InferenceEngine(gpt), InferenceEngine(gpt, cache=kept)
-    request = request_of(gpt.config, LABELS, SamplingConfig(), torch.arange(3))
+    request = generation_request(gpt, LABELS, SamplingConfig())
     change = compare(exact, other, request, count=16)
     assert 0 < change["kl"] < {"int8": 1e-3, "fp8": 2e-2}[kept]
     assert change["same_likeliest"] > 0.8
@@ -271,5 +271,7 @@ def test_a_masked_prefix_longer_than_what_is_valid_changes_nothing(monkeypatch):
     gpt = tiny(seed=2, num_kv_heads=2)
     exact = generate(gpt, LABELS, seed=4, cfg_interval=5)
     decoder = InferenceEngine(gpt)
-    monkeypatch.setattr(decoder, "_extent", lambda valid, hides: (decoder.cache.capacity, True))
+    monkeypatch.setattr(
+        decoder, "_kv_extent", lambda length, needs_mask: (decoder.cache.capacity, True)
+    )
     assert torch.equal(generate(decoder, LABELS, seed=4, cfg_interval=5), exact)

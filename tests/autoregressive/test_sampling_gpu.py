@@ -8,7 +8,7 @@ from helpers.models import tiny
 
 from autoregressive import generate
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import request_of
+from autoregressive.inference.generate import generation_request
 from autoregressive.inference.precision_check import compare
 from autoregressive.inference.sampling_config import SamplingConfig
 
@@ -34,7 +34,7 @@ def test_codes_equal_those_of_the_cpu(settings):
 def test_graphs_draw_what_eager_steps_draw(compiled):
     gpt = tiny(seed=4, dim=64, num_kv_heads=2)
     decoder = InferenceEngine(gpt, "bf16", compile=compiled, device=CUDA)
-    request = request_of(gpt.config, LABELS, SamplingConfig(cfg_interval=4), torch.arange(4))
+    request = generation_request(gpt, LABELS, SamplingConfig(cfg_interval=4))
     *_, (codes, _) = decoder.steps(dataclasses.replace(request, eager=True))
     eager = codes.clone()
     *_, (codes, _) = decoder.steps(request)
@@ -51,7 +51,7 @@ def test_lower_precision_changes_the_distribution_a_little(precision, cache):
     gpt = tiny(seed=2, dim=64)
     with torch.no_grad():
         gpt.output.weight.mul_(0.1)
-    request = request_of(gpt.config, LABELS, SamplingConfig(), torch.arange(4))
+    request = generation_request(gpt, LABELS, SamplingConfig())
     exact, other = (
         InferenceEngine(gpt, *how, device=CUDA) for how in (("bf16",), (precision, cache))
     )

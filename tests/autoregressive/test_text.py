@@ -308,12 +308,12 @@ def test_given_codes_stay_and_the_rest_follows_from_them(condition):
     whole = generate(gpt, given, cfg_scale=3.0, seed=1)
     known = whole.clone()
     known[:, 2:] = -1
-    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, known=known), whole)
+    assert torch.equal(generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=known), whole)
     known[:, 0, 0] = (whole[:, 0, 0] + 1) % 50
-    changed = generate(gpt, given, cfg_scale=3.0, seed=1, known=known)
+    changed = generate(gpt, given, cfg_scale=3.0, seed=1, forced_codes=known)
     assert torch.equal(changed[:, :2], known[:, :2])
-    with pytest.raises(InputError, match="known codes"):
-        generate(gpt, given, known=known[:, :1])
+    with pytest.raises(InputError, match="forced_codes"):
+        generate(gpt, given, forced_codes=known[:, :1])
 
 
 @pytest.mark.slow

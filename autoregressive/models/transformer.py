@@ -1,0 +1,224 @@
+"""The transformer block: Llama's, with 2-D rotary positions, for training and sampling alike.
+
+Facts that the released weights depend on: q | k | v packed in one matrix, a rotary embedding of
+interleaved pairs, and RMSNorm that computes in float32 and casts back before its weight.
+
+The block knows nothing of caches. It gets an `attend` function, which receives the rotated queries
+and keys and the values: causal attention by default, a key-value cache in the inference engine.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autoregressive.models.rope import rotate
+
+# name: (num_layers, num_heads, dim)
+PRESETS = {
+    "GPT-B": (12, 12, 768),
+    "GPT-L": (24, 16, 1024),
+    "GPT-XL": (36, 20, 1280),
+    "GPT-XXL": (48, 24, 1536),
+    "GPT-XXXL": (48, 40, 2560),
+    "GPT-1B": (22, 32, 2048),
+    "GPT-3B": (24, 32, 3200),
+    "GPT-7B": (32, 32, 4096),
+}
+
+# (queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim))
+# -> (batch, length, heads, head_dim)
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and regularisation of the transformer, without what the training data decides.
+
+    Args:
+        num_layers: Number of transformer blocks.
+        num_heads: Number of attention heads.
+        dim: Width of the residual stream; a multiple of 4 x num_heads (2-D rotary embedding).
+        num_kv_heads: Number of key and value heads, for grouped-query attention; 0: num_heads.
+        ffn_multiple: The FFN's hidden width, 8/3 dim, is rounded up to a multiple of this.
+        norm_eps: Epsilon of the RMSNorms.
+        rope_base: Base of the rotary frequencies.
+        rope_condition: Rotary rows of condition tokens: zero, as in the released models, or
+            identity, which leaves their queries and keys as they are.
+        token_dropout: Dropout rate on the embedded sequence.
+        residual_dropout: Dropout rate on the attention's output.
+        ffn_dropout: Dropout rate on the FFN's output.
+        drop_path: Stochastic depth rate; grows linearly over the blocks from 0 to this value. The
+            paper sets residual_dropout and ffn_dropout to 0 when it is used.
+    """
+
+    num_layers: int = 12
+    num_heads: int = 12
+    dim: int = 768
+    num_kv_heads: int = 0
+    ffn_multiple: int = 256
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_condition: Literal["zero", "identity"] = "zero"
+    token_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    ffn_dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
+            raise ValueError("model: num_layers, num_heads, dim and ffn_multiple must be >= 1")
+        if self.dim % (4 * self.num_heads):
+            raise ValueError(
+                f"model.dim {self.dim} must be a multiple of 4 x model.num_heads "
+                f"{self.num_heads}: the 2-D rotary embedding splits each head into four parts"
+            )
+        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
+            )
+        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the FFN."""
+        return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
+
+
+def infer_transformer_fields(
+    tensors: Mapping[str, torch.Tensor], num_heads: int | None = None
+) -> dict[str, Any]:
+    """Fields of TransformerConfig that a state dict tells by its keys and shapes.
+
+    num_heads cannot be told from shapes: the published one for this width if None, else heads of
+    width 64. Raises KeyError for a state dict without transformer blocks.
+    """
+    dim = tensors["tok_embeddings.weight"].shape[1]
+    packed = tensors["layers.0.attention.wqkv.weight"].shape[0]
+    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
+    num_heads = num_heads or heads_of_width.get(dim, dim // 64)
+    kv_heads = (packed - dim) // 2 // (dim // num_heads)
+    return {
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key[:7] == "layers."),
+        "num_heads": num_heads,
+        "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
+        "dim": dim,
+    }
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467): float32 inside, cast back, then weighted."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Every position attends to itself and the positions before it; see Attend for the shapes.
+
+    scale multiplies the scores; None: 1 / sqrt(head_dim).
+    """
+    attended = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=queries.shape[2] != keys.shape[2],
+    )
+    return attended.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and optionally grouped keys and values."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.head_dim = config.head_dim
+        packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.dim, packed, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
+    ) -> torch.Tensor:
+        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim)."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        # Queries and keys are rotated in one go: half as many kernels in the inference engine.
+        rotated, values = heads.split([self.num_heads + self.kv_heads, self.kv_heads], dim=-2)
+        rotated = rotate(rotated, rotary)
+        queries, keys = rotated.split([self.num_heads, self.kv_heads], dim=-2)
+        return self.dropout(self.wo(attend(queries, keys, values).flatten(-2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        gate, up = self.gate_up(x)
+        return self.dropout(self.w2(F.silu(gate) * up))
+
+    def gate_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two projections (..., dim) -> (..., ffn_dim); inference/packing.py fuses them."""
+        return self.w1(x), self.w3(x)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = _drop_path(config, layer)
+
+    def forward(
+        self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
+    ) -> torch.Tensor:
+        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim)."""
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, attend))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+def _drop_path(config: TransformerConfig, layer: int) -> nn.Module:
+    rate = config.drop_path * layer / max(1, config.num_layers - 1)
+    if rate == 0:
+        return nn.Identity()
+    from timm.layers.drop import DropPath  # takes seconds to import, and few runs use it
+
+    return DropPath(rate)
