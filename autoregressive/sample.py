@@ -121,7 +121,12 @@ def sample(config: SampleConfig, world: World) -> None:
         check_size(size, Path(config.gpt), judge.reference)
     evaluator = judge.evaluator(world) if judge else None
     settings = {**pair.settings, "resize": config.resize, "npz": config.npz}
-    settings |= {"sampling": config.sampling.settings(pair.gpt.config.condition), **shown.settings}
+    settings |= {
+        "sampling": config.sampling.settings(
+            pair.gpt.config.condition, pair.gpt.config.guidance_input
+        ),
+        **shown.settings,
+    }
     writer = ShardWriter(config.out, shown.count, config.shard_size, settings, world)
     finished = writer.finished() if judge else []
     todo = writer.begin()

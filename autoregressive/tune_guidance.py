@@ -92,7 +92,9 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     settings |= {"reference": judge.reference.sha256, "distance": judge.distance}
     path = config.out / "search.json"
     rows = world.broadcast(_resume(path, settings) if world.is_main else None)
-    candidates = [candidate.resolved(gpt.condition) for candidate in config.candidates()]
+    candidates = [
+        candidate.resolved(gpt.condition, gpt.guidance_input) for candidate in config.candidates()
+    ]
     todo = [c for c in candidates if not any(asdict(c).items() <= row.items() for row in rows)]
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from autoregressive.inference.kv_cache import (
 from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
 from autoregressive.models.conditioning import Condition
-from autoregressive.models.gpt import GPT
+from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
 # Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
@@ -59,6 +59,7 @@ class GenerationRequest:
         forced_codes: (batch, num_codes) int64, codes to use instead of sampled ones; -1: sample.
         speculation_window: Codes verified per step; 1: no speculation.
         eager: Run without CUDA graphs; required if the sampler has side effects.
+        guidance: Strength that a model with guidance_input gets as an input; None for others.
     """
 
     condition: Condition
@@ -69,6 +70,7 @@ class GenerationRequest:
     forced_codes: torch.Tensor | None = None
     speculation_window: int = 1
     eager: bool = False
+    guidance: float | None = None
 
 
 def num_guided_codes(cfg_scales: list[float]) -> int:
@@ -85,6 +87,7 @@ class GenerationState:
     cfg_scales: (num_codes + window,) float32.
     sample_bits: (batch, 1) int64, random bits of each image.
     forced_codes: like codes; -1 where a code is sampled.
+    modulations: with adaln, (2 batch, 1, parts * dim) of each block and of the last norm.
     """
 
     def __init__(self, batch: int, num_codes: int, window: int, device: torch.device) -> None:
@@ -97,6 +100,7 @@ class GenerationState:
         self.prefix_lengths = integers(2 * batch)
         self.cfg_scales = torch.ones(num_codes + window, device=device)
         self.offsets = torch.arange(window, device=device)
+        self.modulations: list[torch.Tensor] = []
 
     def begin(self, request: GenerationRequest) -> None:
         """Reset the buffers for a new request."""
@@ -140,9 +144,14 @@ class InferenceEngine:
         like = self.embedding[:0]
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
-        self.cls_embedding = gpt.cls_embedding
+        self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
+        adaptive = [block.ada_lin for block in gpt.blocks] + [gpt.norm_ada_lin]
+        self.adaptive = [copy.deepcopy(part).to(like) for part in adaptive if part is not None]
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
+            self.t_embedder = copy.deepcopy(gpt.t_embedder)
+            if self.t_embedder is not None:
+                self.t_embedder.to(self.device)
         self.blocks = [inference_block(block, self.config, like, precision) for block in gpt.blocks]
         self.norm = inference_norm(gpt.norm, like)
         self.output = pack(gpt.output.weight.detach().to(self.device), dtype, precision)
@@ -234,7 +243,11 @@ class InferenceEngine:
             condition = type(condition).cat([condition, away])  # pyright: ignore[reportArgumentType]
         rows = (2 if guided else 1) * state.batch
         drop = (torch.arange(rows, device=self.device) >= state.batch) & (negative is None)
-        x = self.cls_embedding(condition, drop).to(self.embedding.dtype)
+        x = self.cls_embedding(condition, drop)
+        if self.t_embedder is not None and request.guidance is not None:
+            x = x + self.t_embedder(torch.full((rows,), request.guidance, device=self.device))
+        x = x.to(self.embedding.dtype)
+        self._modulate(state, x)
         longest = x.shape[1]
         lengths = self.cls_embedding.lengths(condition)
         ragged = lengths is not None and bool((lengths != longest).any())
@@ -244,13 +257,13 @@ class InferenceEngine:
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         metadata = AttentionMetadata(slots, lengths.int(), longest, longest, None)
-        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.prefill, *buffers, metadata, self.attention_scale
             )
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
-            x = block.forward(x, rotary, attend)
-        last = self.norm(x)[torch.arange(rows, device=self.device), lengths - 1]
+            x = block.forward(x, rotary, attend, self._modulation(state, i, rows))
+        last = self._last_norm(state, x)[torch.arange(rows, device=self.device), lengths - 1]
         self._sample(state, last[:, None], state.filled, guided, request.sampler)
         state.filled.add_(1)
         # The first guesses: forced codes, elsewhere the first code.
@@ -286,15 +299,33 @@ class InferenceEngine:
             mask = torch.arange(kv_end, device=self.device) > slots[..., None]
         row_lengths = (slots[:, -1] + 1).int()
         metadata = AttentionMetadata(slots, row_lengths, kv_end, kv_length or kv_end, mask)
-        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.attend, *buffers, metadata, self.attention_scale
             )
-            x = block(x, rotary, attend)
+            x = block(x, rotary, attend, self._modulation(state, i, len(x)))
         next_positions = state.filled + state.offsets
-        sampled = self._sample(state, self.norm(x), next_positions, guided, sampler)
+        sampled = self._sample(state, self._last_norm(state, x), next_positions, guided, sampler)
         accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
         state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
+
+    def _modulate(self, state: GenerationState, prefix: torch.Tensor) -> None:
+        """With adaln: scales, shifts and gains of these rows, which stay the same for an image."""
+        if not self.adaptive:
+            return
+        computed = [part(prefix) for part in self.adaptive]
+        if not state.modulations:
+            size = 2 * state.batch
+            state.modulations = [part.new_zeros(size, *part.shape[1:]) for part in computed]
+        for buffer, part in zip(state.modulations, computed, strict=True):
+            buffer[: len(part)] = part
+
+    def _modulation(self, state: GenerationState, layer: int, rows: int) -> torch.Tensor | None:
+        return state.modulations[layer][:rows] if state.modulations else None
+
+    def _last_norm(self, state: GenerationState, x: torch.Tensor) -> torch.Tensor:
+        modulation = self._modulation(state, -1, len(x))
+        return self.norm(x) if modulation is None else modulated(self.norm(x), modulation)
 
     def _sample(
         self,

@@ -53,6 +53,11 @@ class TransformerConfig:
         ffn_dropout: Dropout rate on the FFN's output.
         drop_path: Stochastic depth rate; grows linearly over the blocks from 0 to this value. The
             paper sets residual_dropout and ffn_dropout to 0 when it is used.
+        adaln: Adaptive norms: none, or full: in every block a linear layer turns the condition into
+            scales, shifts and gains of attention and FFN, and another one into those of the last
+            norm (IBQ). Needs a condition of one token: a class.
+        adaln_gain: Factor on the initial weights of the gains, with adaln; IBQ takes 1e-3 for its
+            B and L models, 1e-4 for XL and 1e-5 for XXL.
     """
 
     num_layers: int = 12
@@ -67,6 +72,8 @@ class TransformerConfig:
     residual_dropout: float = 0.0
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
+    adaln: Literal["none", "full"] = "none"
+    adaln_gain: float = 1e-3
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -118,6 +125,7 @@ def infer_transformer_fields(
         "num_heads": num_heads,
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
         "dim": dim,
+        "adaln": "full" if "layers.0.ada_lin.1.weight" in tensors else "none",
     }
 
 
@@ -197,7 +205,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and FFN, each added to the residual stream."""
+    """Pre-norm attention and FFN, each added to the residual stream.
+
+    With config.adaln, `ada_lin` maps the condition to a gain, a scale and a shift for each of the
+    two: x + gain * f(norm(x) * (1 + scale) + shift) (IBQ, SEED-Voken).
+    """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -205,14 +217,46 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 6)
         self.drop_path = _drop_path(config, layer)
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        attend: Attend = causal_attention,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim)."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, attend))
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim).
+
+        condition: (batch, 1, dim), with adaln.
+        """
+        if self.ada_lin is None:
+            x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, attend))
+            return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        modulation = self.ada_lin(condition).chunk(6, dim=-1)
+        attention_gain, ffn_gain, attention_scale, ffn_scale, attention_shift, ffn_shift = (
+            modulation
+        )
+        h = self.attention_norm(x) * (1 + attention_scale) + attention_shift
+        x = x + self.drop_path(attention_gain * self.attention(h, rotary, attend))
+        h = self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift
+        return x + self.drop_path(ffn_gain * self.feed_forward(h))
+
+
+class AdaptiveLinear(nn.Sequential):
+    """The layer of an adaptive norm: condition (..., dim) -> (..., parts * dim)."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+    @torch.no_grad()
+    def initialize(self, gain: float, gain_rows: int) -> None:
+        """IBQ's initial weights, after N(0, 0.02): the first rows times `gain`, the rest halved."""
+        weight = self.get_parameter("1.weight")
+        weight[:gain_rows] *= gain
+        weight[gain_rows:] *= 0.5
+        self.get_parameter("1.bias").zero_()
 
 
 def _drop_path(config: TransformerConfig, layer: int) -> nn.Module:
