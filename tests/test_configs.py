@@ -12,6 +12,7 @@ from helpers.paths import ROOT
 from core.config import load_config, parse_config, save_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.parent.name != "released"]  # a table, no command's
 COMMANDS = [
     f"{path.parent.name}.{path.stem}"
     for package in ("evaluations", "language", "tokenizer", "autoregressive")
