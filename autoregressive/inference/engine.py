@@ -112,6 +112,17 @@ class GenerationState:
         if request.forced_codes is not None:
             self.forced_codes[:, : self.num_codes] = request.forced_codes
 
+    def modulate(self, computed: list[torch.Tensor]) -> None:
+        """Keep scales, shifts and gains of the prefix's rows, which an image does not change."""
+        rows = 2 * self.batch
+        self.modulations = self.modulations or [c.new_zeros(rows, *c.shape[1:]) for c in computed]
+        for buffer, part in zip(self.modulations, computed, strict=True):
+            buffer[: len(part)] = part
+
+    def modulation(self, layer: int, rows: int) -> torch.Tensor | None:
+        """What block `layer` (-1: the last norm) reads; None without adaln."""
+        return self.modulations[layer][:rows] if self.modulations else None
+
 
 class InferenceEngine:
     """A GPT with weights that are packed once, and the caches and CUDA graphs of sampling.
@@ -149,9 +160,7 @@ class InferenceEngine:
         self.adaptive = [copy.deepcopy(part).to(like) for part in adaptive if part is not None]
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
-            self.t_embedder = copy.deepcopy(gpt.t_embedder)
-            if self.t_embedder is not None:
-                self.t_embedder.to(self.device)
+            self.t_embedder = gpt.t_embedder and copy.deepcopy(gpt.t_embedder).to(self.device)
         self.blocks = [inference_block(block, self.config, like, precision) for block in gpt.blocks]
         self.norm = inference_norm(gpt.norm, like)
         self.output = pack(gpt.output.weight.detach().to(self.device), dtype, precision)
@@ -247,7 +256,7 @@ class InferenceEngine:
         if self.t_embedder is not None and request.guidance is not None:
             x = x + self.t_embedder(torch.full((rows,), request.guidance, device=self.device))
         x = x.to(self.embedding.dtype)
-        self._modulate(state, x)
+        state.modulate([part(x) for part in self.adaptive])
         longest = x.shape[1]
         lengths = self.cls_embedding.lengths(condition)
         ragged = lengths is not None and bool((lengths != longest).any())
@@ -262,8 +271,10 @@ class InferenceEngine:
                 self.cache_type.prefill, *buffers, metadata, self.attention_scale
             )
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
-            x = block.forward(x, rotary, attend, self._modulation(state, i, rows))
-        last = self._last_norm(state, x)[torch.arange(rows, device=self.device), lengths - 1]
+            x = block.forward(x, rotary, attend, state.modulation(i, rows))
+        last = modulated(self.norm(x), state.modulation(-1, len(x)))[
+            torch.arange(rows, device=self.device), lengths - 1
+        ]
         self._sample(state, last[:, None], state.filled, guided, request.sampler)
         state.filled.add_(1)
         # The first guesses: forced codes, elsewhere the first code.
@@ -303,29 +314,17 @@ class InferenceEngine:
             attend = functools.partial(
                 self.cache_type.attend, *buffers, metadata, self.attention_scale
             )
-            x = block(x, rotary, attend, self._modulation(state, i, len(x)))
+            x = block(x, rotary, attend, state.modulation(i, len(x)))
         next_positions = state.filled + state.offsets
-        sampled = self._sample(state, self._last_norm(state, x), next_positions, guided, sampler)
+        sampled = self._sample(
+            state,
+            modulated(self.norm(x), state.modulation(-1, len(x))),
+            next_positions,
+            guided,
+            sampler,
+        )
         accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
         state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
-
-    def _modulate(self, state: GenerationState, prefix: torch.Tensor) -> None:
-        """With adaln: scales, shifts and gains of these rows, which stay the same for an image."""
-        if not self.adaptive:
-            return
-        computed = [part(prefix) for part in self.adaptive]
-        if not state.modulations:
-            size = 2 * state.batch
-            state.modulations = [part.new_zeros(size, *part.shape[1:]) for part in computed]
-        for buffer, part in zip(state.modulations, computed, strict=True):
-            buffer[: len(part)] = part
-
-    def _modulation(self, state: GenerationState, layer: int, rows: int) -> torch.Tensor | None:
-        return state.modulations[layer][:rows] if state.modulations else None
-
-    def _last_norm(self, state: GenerationState, x: torch.Tensor) -> torch.Tensor:
-        modulation = self._modulation(state, -1, len(x))
-        return self.norm(x) if modulation is None else modulated(self.norm(x), modulation)
 
     def _sample(
         self,

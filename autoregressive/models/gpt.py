@@ -176,13 +176,13 @@ class GPT(nn.Module):
         for block in self.layers:
             x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
         x = self.norm(x)
-        if self.norm_ada_lin is None:
-            return x
-        return modulated(x, self.norm_ada_lin(condition))
+        return modulated(x, self.norm_ada_lin and self.norm_ada_lin(condition))
 
 
-def modulated(x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim)."""
+def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
+    if modulation is None:
+        return x
     scale, shift = modulation.chunk(2, dim=-1)
     return x * (1 + scale) + shift
 
