@@ -114,8 +114,8 @@ class GenerationState:
 
     def modulate(self, computed: list[torch.Tensor]) -> None:
         """Keep scales, shifts and gains of the prefix's rows, which an image does not change."""
-        rows = 2 * self.batch
-        self.modulations = self.modulations or [c.new_zeros(rows, *c.shape[1:]) for c in computed]
+        size = 2 * self.batch
+        self.modulations = self.modulations or [c.new_zeros(size, *c.shape[1:]) for c in computed]
         for buffer, part in zip(self.modulations, computed, strict=True):
             buffer[: len(part)] = part
 
@@ -272,9 +272,8 @@ class InferenceEngine:
             )
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
             x = block.forward(x, rotary, attend, state.modulation(i, rows))
-        last = modulated(self.norm(x), state.modulation(-1, len(x)))[
-            torch.arange(rows, device=self.device), lengths - 1
-        ]
+        x = modulated(self.norm(x), state.modulation(-1, rows))
+        last = x[torch.arange(rows, device=self.device), lengths - 1]
         self._sample(state, last[:, None], state.filled, guided, request.sampler)
         state.filled.add_(1)
         # The first guesses: forced codes, elsewhere the first code.
@@ -316,13 +315,8 @@ class InferenceEngine:
             )
             x = block(x, rotary, attend, state.modulation(i, len(x)))
         next_positions = state.filled + state.offsets
-        sampled = self._sample(
-            state,
-            modulated(self.norm(x), state.modulation(-1, len(x))),
-            next_positions,
-            guided,
-            sampler,
-        )
+        x = modulated(self.norm(x), state.modulation(-1, len(x)))
+        sampled = self._sample(state, x, next_positions, guided, sampler)
         accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
         state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
 

@@ -176,7 +176,9 @@ class GPT(nn.Module):
         for block in self.layers:
             x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
         x = self.norm(x)
-        return modulated(x, self.norm_ada_lin and self.norm_ada_lin(condition))
+        if self.norm_ada_lin is None:
+            return x
+        return modulated(x, self.norm_ada_lin(condition))
 
 
 def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
