@@ -87,7 +87,6 @@ class GenerationState:
     cfg_scales: (num_codes + window,) float32.
     sample_bits: (batch, 1) int64, random bits of each image.
     forced_codes: like codes; -1 where a code is sampled.
-    modulations: with adaln, (2 batch, 1, parts * dim) of each block and of the last norm.
     """
 
     def __init__(self, batch: int, num_codes: int, window: int, device: torch.device) -> None:
@@ -113,7 +112,7 @@ class GenerationState:
             self.forced_codes[:, : self.num_codes] = request.forced_codes
 
     def modulate(self, computed: list[torch.Tensor]) -> None:
-        """Keep scales, shifts and gains of the prefix's rows, which an image does not change."""
+        """Keep each block's and the last norm's (rows, 1, parts * dim), the same at every step."""
         size = 2 * self.batch
         self.modulations = self.modulations or [c.new_zeros(size, *c.shape[1:]) for c in computed]
         for buffer, part in zip(self.modulations, computed, strict=True):
