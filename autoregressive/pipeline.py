@@ -94,7 +94,7 @@ class ImagePipeline:
         grid: rows and columns of codes, for a released file that does not tell.
         Raises InputError if a model is missing or the two do not fit each other.
         """
-        overrides = {} if grid is None else {"grid": grid}
+        overrides: dict[str, Any] = {} if grid is None else {"grid": grid}
         loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, **overrides)
         vq, vq_sha256 = load_tokenizer(tokenizer, tokenizer_weights)
         check_compatible(loaded, vq, vq_sha256, str(tokenizer))

@@ -124,7 +124,9 @@ def sample(config: SampleConfig, world: World) -> None:
     # Keys and values stay those of folders that older versions began, which must continue.
     settings = {**pipeline.settings, **config.compute.settings, **conditions.settings}
     settings |= {"resize": config.resize or 0, "npz": config.npz}
-    settings |= {"sampling": config.sampling.settings(gpt_config.condition)}
+    settings |= {
+        "sampling": config.sampling.settings(gpt_config.condition, gpt_config.guidance_input)
+    }
     writer = ShardWriter(config.out, conditions.count, config.shard_size, settings, world)
     finished = writer.finished() if scorer else []
     todo = writer.begin()

@@ -2,7 +2,7 @@
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
         --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
-        --scales [1.5,2.0,2.5] --schedules [constant,cosine] --powers [1.0,2.75]
+        --scales '[1.5,2.0,2.5]' --schedules '[constant,cosine]' --powers '[1.0,2.75]'
 
 Writes search.csv, search.json and search.png, and prints the flags of the best setting. Run it
 again with more values: settings that were scored before are not scored again. Distances at 10,000
@@ -116,9 +116,11 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     settings |= {"reference": scorer.reference.sha256}
     path = config.out / "search.json"
     rows = world.broadcast(_resume(path, settings) if world.is_main else None)
-    candidates = [candidate.resolved(gpt.condition) for candidate in config.candidates()]
+    candidates = [
+        candidate.resolved(gpt.condition, gpt.guidance_input) for candidate in config.candidates()
+    ]
     done = lambda settings: any(settings.items() <= row.items() for row in rows)  # noqa: E731
-    todo = [c for c in candidates if not done(c.settings(gpt.condition))]
+    todo = [c for c in candidates if not done(c.settings(gpt.condition, gpt.guidance_input))]
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
@@ -141,7 +143,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
             conditions.negative,
         )
         name = f"{sampling.cfg_schedule} {sampling.cfg_power:g} {sampling.cfg_scale:g}"
-        rows.append({"run": name, **sampling.settings(gpt.condition), **scores})
+        rows.append({"run": name, **sampling.settings(gpt.condition, gpt.guidance_input), **scores})
         if world.is_main:
             write_json(path, {"settings": settings, "note": note, "rows": rows})
     if not world.is_main:

@@ -72,3 +72,12 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
     """The first 16 hex digits of a JSON value's sha256, to tell settings apart."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

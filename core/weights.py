@@ -1,7 +1,6 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
-import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.errors import InputError
-from core.files import atomic_path
+from core.files import atomic_path, read_json
+from core.files import file_sha256 as file_sha256  # also imported from here
+from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
+from core.released import ReleasedModel, find_released
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -32,27 +34,32 @@ class Released(NamedTuple):
 
 
 # Where the reference's trainers put each part (DDP: model, ema, discriminator; DeepSpeed: module).
-_PART_KEYS = {
+PART_KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("model", "module", "state_dict"),
     "ema": ("ema",),
     "discriminator": ("discriminator",),
 }
 
 
-def read_file(path: Path) -> Released:
-    """Read a safetensors file, or a released `.pt` / `.pth`."""
+def read_file(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) -> Released:
+    """Read a safetensors file, or a released `.pt` / `.pth` / `.ckpt`.
+
+    part_keys: under which names a file may keep each part.
+    """
     if path.suffix == ".safetensors":
-        return Released({"model": load_tensors(path)}, {})
-    return read_released(path)
+        beside = path.with_name("config.json")  # the Hub mixin's folders
+        arguments = read_json(beside) if beside.is_file() else {}
+        return Released({"model": plain_keys(load_tensors(path))}, arguments)
+    return read_released(path, part_keys)
 
 
-def read_released(path: Path) -> Released:
+def read_released(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) -> Released:
     """Read a `.pt` / `.pth` of the reference, or a bare state dict, running none of its code.
 
     Raises InputError for a damaged file and for a pickle that holds more than tensors and flags.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_placeholders(path)]):
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -64,15 +71,15 @@ def read_released(path: Path) -> Released:
     if not isinstance(stored, dict):
         raise InputError(f"{path}: holds a {type(stored).__name__}, expected a state dict")
     parts = {}
-    for part, names in _PART_KEYS.items():
+    for part, names in part_keys.items():
         for name in names:
             if _is_state_dict(stored.get(name)):
-                parts[part] = _plain(stored[name])
+                parts[part] = plain_keys(stored[name])
                 break
     if not parts and _is_state_dict(stored):
-        parts["model"] = _plain(stored)
+        parts["model"] = plain_keys(stored)
     if not parts:
-        raise InputError(f"{path}: no weights under {', '.join(_PART_KEYS['model'])} or at the top")
+        raise InputError(f"{path}: no weights under {', '.join(part_keys['model'])} or at the top")
     arguments = stored.get("args")
     return Released(parts, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
 
@@ -86,13 +93,46 @@ def _is_state_dict(value: Any) -> bool:  # noqa: ANN401 - whatever the file hold
     return isinstance(value, Mapping) and any(torch.is_tensor(v) for v in value.values())
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Without the prefixes that DDP ("module.") and torch.compile ("_orig_mod.") add."""
+# What trainers wrap around a model puts these into its keys: DDP, torch.compile, FSDP.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def plain_keys(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, without the names of wrappers in their keys."""
     plain = {}
     for key, value in state.items():
         if torch.is_tensor(value):
-            plain[key.replace("_orig_mod.", "").removeprefix("module.")] = value
+            for wrapper in WRAPPERS[1:]:
+                key = key.replace(wrapper, "")
+            plain[key.removeprefix(WRAPPERS[0])] = value
     return plain
+
+
+# Lightning pickles its settings beside the weights. They are not needed: their classes are replaced
+# by one that does nothing, so that no code of the file or of these packages runs.
+_SETTINGS_PACKAGES = ("omegaconf", "pytorch_lightning", "lightning", "lightning_fabric", "typing")
+
+
+class _Placeholder:
+    """Takes any arguments and state, and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _placeholders(path: Path) -> list[tuple[type, str]]:
+    """Stand-ins for the settings classes that a Lightning checkpoint names."""
+    if path.suffix != ".ckpt":
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [
+        (type("Placeholder", (_Placeholder,), {}), name)
+        for name in names
+        if name.split(".")[0] in _SETTINGS_PACKAGES
+    ]
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -143,46 +183,36 @@ def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bo
     module.load_state_dict(tensors, assign=assign)
 
 
-def find_weights(path_or_hub_id: str | Path, filename: str) -> Path:
-    """A local file or folder as it is; else `owner/name[/file]` from the Hub, through its cache.
+def find_weights(source: str | Path, filename: str, revision: str | None = None) -> Path:
+    """The file or folder of a local path, a released name, or `owner/name[/file][@revision]`.
 
-    For `owner/name` alone, `filename` and `config.yaml` are fetched and their folder is returned.
+    A local path wins. For `owner/name` alone, `filename` and its configuration are fetched and
+    their folder is returned. Raises InputError where there is none of these.
     """
-    local = Path(path_or_hub_id)
+    local = Path(source)
     if local.exists():
         return local
-    parts = str(path_or_hub_id).split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{path_or_hub_id}: no such file or folder")
-    repository, wanted = "/".join(parts[:2]), "/".join(parts[2:])
-    if wanted:
-        return fetch(repository, wanted)
-    fetch(repository, "config.yaml")
-    return fetch(repository, filename).parent
-
-
-def fetch(repository: str, filename: str) -> Path:
-    """A file of a Hub repository, through its cache; InputError where it is not to be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # its retries are not our one line
+    released = find_released(source)
+    if released:
+        return fetch(hub_file(released))
+    file = parse_hub_id(str(source))
+    if file is None:
+        raise InputError(f"{source}: no such file or folder, and no released model of this name")
+    file = file._replace(revision=revision or file.revision)
+    if file.filename:
+        return fetch(file)
     try:
-        return Path(hf_hub_download(repository, filename))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{repository}/{filename}: neither a local path nor to be had from the Hub ({error})"
-        ) from error
+        fetch(file._replace(filename="config.yaml"))
+    except NotOnHubError:  # a folder as huggingface_hub's model mixin writes it
+        fetch(file._replace(filename="config.json"))
+    return fetch(file._replace(filename=filename)).parent
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def hub_file(released: ReleasedModel) -> HubFile:
+    """Where a released model is; raises InputError where the table does not say."""
+    if not released.repository or not released.file:
+        raise InputError(f"{released.name}: {released.note or 'not on the Hub'}")
+    return HubFile(released.repository, released.file, released.revision, released.sha256)
 
 
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
@@ -201,3 +231,10 @@ def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
     if not path.is_file() or not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no checkpoint here (expected config.yaml and {path.name})")
     return folder / "config.yaml", path
+
+
+def mixin_file(folder: Path) -> Path | None:
+    """The weights of a folder that huggingface_hub's model mixin wrote; None for anything else."""
+    weights = folder / "model.safetensors"
+    ours = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+    return weights if (folder / "config.json").is_file() and not ours else None

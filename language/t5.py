@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from core.config import InputError
-from core.weights import fetch
+from core.hub import HubFile, fetch
 
 TOKENS_PER_BATCH = 1024  # padded tokens that the encoder sees at a time
 
@@ -82,7 +82,7 @@ def load_t5(
     from transformers.utils import logging
 
     if not Path(source).is_dir():
-        fetch(str(source), "config.json")  # reports a missing repository in one line
+        fetch(HubFile(str(source), "config.json"))  # a missing one is noticed here, in one line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

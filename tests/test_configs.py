@@ -13,7 +13,8 @@ from helpers.paths import ROOT
 
 from core.config import load_config, save_config
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RELEASED = ROOT / "configs" / "released"  # a table of models: no command reads these as its config
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent != RELEASED)
 
 
 def header(path) -> dict[str, str]:

@@ -33,7 +33,7 @@ from autoregressive.inference.kv_cache import (
 from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
 from autoregressive.models.conditioning import Condition
-from autoregressive.models.gpt import GPT
+from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
 # Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
@@ -59,6 +59,7 @@ class GenerationRequest:
         forced_codes: (batch, num_codes) int64, codes to use instead of sampled ones; -1: sample.
         speculation_window: Codes verified per step; 1: no speculation.
         eager: Run without CUDA graphs; required if the sampler has side effects.
+        guidance: Strength that a model with guidance_input gets as an input; None for others.
     """
 
     condition: Condition
@@ -69,6 +70,7 @@ class GenerationRequest:
     forced_codes: torch.Tensor | None = None
     speculation_window: int = 1
     eager: bool = False
+    guidance: float | None = None
 
 
 def num_guided_codes(cfg_scales: list[float]) -> int:
@@ -97,6 +99,7 @@ class GenerationState:
         self.prefix_lengths = integers(2 * batch)
         self.cfg_scales = torch.ones(num_codes + window, device=device)
         self.offsets = torch.arange(window, device=device)
+        self.modulations: list[torch.Tensor] = []
 
     def begin(self, request: GenerationRequest) -> None:
         """Reset the buffers for a new request."""
@@ -107,6 +110,17 @@ class GenerationState:
         self.forced_codes.fill_(-1)
         if request.forced_codes is not None:
             self.forced_codes[:, : self.num_codes] = request.forced_codes
+
+    def modulate(self, computed: list[torch.Tensor]) -> None:
+        """Keep each block's and the last norm's (rows, 1, parts * dim), the same at every step."""
+        size = 2 * self.batch
+        self.modulations = self.modulations or [c.new_zeros(size, *c.shape[1:]) for c in computed]
+        for buffer, part in zip(self.modulations, computed, strict=True):
+            buffer[: len(part)] = part
+
+    def modulation(self, layer: int, rows: int) -> torch.Tensor | None:
+        """What block `layer` (-1: the last norm) reads; None without adaln."""
+        return self.modulations[layer][:rows] if self.modulations else None
 
 
 class InferenceEngine:
@@ -140,9 +154,12 @@ class InferenceEngine:
         like = self.embedding[:0]
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
-        self.cls_embedding = gpt.cls_embedding
+        self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
+        adaptive = [block.ada_lin for block in gpt.blocks] + [gpt.norm_ada_lin]
+        self.adaptive = [copy.deepcopy(part).to(like) for part in adaptive if part is not None]
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
+            self.t_embedder = gpt.t_embedder and copy.deepcopy(gpt.t_embedder).to(self.device)
         self.blocks = [inference_block(block, self.config, like, precision) for block in gpt.blocks]
         self.norm = inference_norm(gpt.norm, like)
         self.output = pack(gpt.output.weight.detach().to(self.device), dtype, precision)
@@ -234,7 +251,11 @@ class InferenceEngine:
             condition = type(condition).cat([condition, away])  # pyright: ignore[reportArgumentType]
         rows = (2 if guided else 1) * state.batch
         drop = (torch.arange(rows, device=self.device) >= state.batch) & (negative is None)
-        x = self.cls_embedding(condition, drop).to(self.embedding.dtype)
+        x = self.cls_embedding(condition, drop)
+        if self.t_embedder is not None and request.guidance is not None:
+            x = x + self.t_embedder(torch.full((rows,), request.guidance, device=self.device))
+        x = x.to(self.embedding.dtype)
+        state.modulate([part(x) for part in self.adaptive])
         longest = x.shape[1]
         lengths = self.cls_embedding.lengths(condition)
         ragged = lengths is not None and bool((lengths != longest).any())
@@ -244,13 +265,14 @@ class InferenceEngine:
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         metadata = AttentionMetadata(slots, lengths.int(), longest, longest, None)
-        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.prefill, *buffers, metadata, self.attention_scale
             )
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
-            x = block.forward(x, rotary, attend)
-        last = self.norm(x)[torch.arange(rows, device=self.device), lengths - 1]
+            x = block.forward(x, rotary, attend, state.modulation(i, rows))
+        x = modulated(self.norm(x), state.modulation(-1, rows))
+        last = x[torch.arange(rows, device=self.device), lengths - 1]
         self._sample(state, last[:, None], state.filled, guided, request.sampler)
         state.filled.add_(1)
         # The first guesses: forced codes, elsewhere the first code.
@@ -286,13 +308,14 @@ class InferenceEngine:
             mask = torch.arange(kv_end, device=self.device) > slots[..., None]
         row_lengths = (slots[:, -1] + 1).int()
         metadata = AttentionMetadata(slots, row_lengths, kv_end, kv_length or kv_end, mask)
-        for block, buffers in zip(self.blocks, self.cache.layers, strict=True):
+        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.attend, *buffers, metadata, self.attention_scale
             )
-            x = block(x, rotary, attend)
+            x = block(x, rotary, attend, state.modulation(i, len(x)))
         next_positions = state.filled + state.offsets
-        sampled = self._sample(state, self.norm(x), next_positions, guided, sampler)
+        x = modulated(self.norm(x), state.modulation(-1, len(x)))
+        sampled = self._sample(state, x, next_positions, guided, sampler)
         accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
         state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
 

@@ -32,7 +32,7 @@ def generate(
 ) -> torch.Tensor:
     """Sample the codes of one image per condition -> (batch, height, width) int64.
 
-    cfg_scale to seed, and `more` (cfg_start, cfg_schedule, cfg_power, speculation_window): the
+    cfg_scale to seed, and `more` (cfg_start, cfg_schedule, ...): the
     fields of SamplingConfig. For the other arguments and what is raised, see `sample_codes`.
     """
     sampling = SamplingConfig(
@@ -123,7 +123,10 @@ def generation_request(
         raise InputError(
             f"sample_ids: expected ({len(condition)},), one per condition, got {tuple(ids.shape)}"
         )
-    config, sampling = engine.config, sampling.resolved(engine.config.condition)
+    config = engine.config
+    sampling = sampling.resolved(config.condition, config.guidance_input)
+    if sampling.guidance is not None and not config.guidance_input:
+        raise InputError("guidance: this model does not take it as an input; use cfg_scale")
     return GenerationRequest(
         condition,
         negative,
@@ -132,6 +135,7 @@ def generation_request(
         TopKTopPSampler(sampling.temperature, sampling.top_k or 0, sampling.top_p, sampling.greedy),
         None if forced_codes is None else _flat_codes(config, forced_codes, len(condition)),
         sampling.speculation_window,
+        guidance=sampling.guidance,
     )
 
 

@@ -41,6 +41,10 @@ def inference_block(
     copy.attention.add_module("wo", packed(F.pad(wo, (0, padding)).flatten(1)))
     copy.attention.add_module("dropout", nn.Identity())
     copy.feed_forward = FusedFeedForward(ffn, packed)
+    if copy.ada_lin is not None:
+        # The engine computes scales, shifts and gains once per image and passes them instead of
+        # the condition.
+        copy.add_module("ada_lin", nn.Identity())
     for name, norm in block.named_modules():
         if isinstance(norm, RMSNorm):
             padded = padding if name.startswith("attention.") else 0  # a norm over head_dim

@@ -32,6 +32,8 @@ class SamplingConfig:
             above 1 is the power-cosine of RAR (arXiv 2411.00776).
         speculation_window: Codes verified per step; 1: no speculation. The images are the same.
             How much time it saves depends on the model; it pays only at small batches.
+        guidance: Guidance strength in (0, 1], for models that take it as an input (GFT); about
+            1 / cfg_scale of other models. null: 1, none, for those models.
     """
 
     cfg_scale: float | None = None
@@ -45,6 +47,7 @@ class SamplingConfig:
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
     cfg_power: float = 1.0
     speculation_window: int = 1
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         # The spelling of the reference and of configurations saved before null was accepted.
@@ -63,26 +66,37 @@ class SamplingConfig:
             raise ValueError("temperature and top_k must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, must be in (0, 1]")
+        if self.guidance is not None and not 0 < self.guidance <= 1:
+            raise ValueError(f"guidance is {self.guidance}, must be in (0, 1] (1: none)")
         if self.speculation_window < 1:
             raise ValueError(
                 f"speculation_window is {self.speculation_window}, must be >= 1 (1: no speculation)"
             )
 
-    def resolved(self, condition: str) -> "SamplingConfig":
-        """A copy whose cfg_scale and top_k are set; condition is the model's: class or text."""
+    def resolved(self, condition: str, guidance_input: bool = False) -> "SamplingConfig":
+        """A copy whose cfg_scale, top_k and guidance are set.
+
+        condition is the model's, class or text; guidance_input: it takes guidance as an input.
+        """
         cfg_scale, top_k = USUAL[condition]
+        guidance = self.guidance
+        if guidance_input:
+            cfg_scale, guidance = 1.0, 1.0 if guidance is None else guidance
         return replace(
             self,
             cfg_scale=cfg_scale if self.cfg_scale is None else self.cfg_scale,
             top_k=top_k if self.top_k is None else self.top_k,
+            guidance=guidance,
         )
 
-    def settings(self, condition: str) -> dict[str, Any]:
+    def settings(self, condition: str, guidance_input: bool = False) -> dict[str, Any]:
         """The resolved values for an index.json, in the spelling that folders have had so far.
 
         A sample folder continues only under equal settings, so its spelling must not change.
         """
-        values = asdict(self.resolved(condition))
+        values = asdict(self.resolved(condition, guidance_input))
+        if values["guidance"] is None:
+            del values["guidance"]
         if self.cfg_interval is None:
             values["cfg_interval"] = -1
         window = values.pop("speculation_window")

@@ -5,6 +5,7 @@ A condition holds one entry per image. An embedding module turns it into prefix 
 classifier-free guidance needs (Ho and Salimans, arXiv 2207.12598).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +200,35 @@ class TextEmbedding(nn.Module):
         longest = min(features.shape[1], self.max_tokens)
         if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
             raise InputError(f"caption lengths must be in 1 .. {longest}")
+
+
+class GuidanceEmbedding(nn.Module):
+    """The guidance strength as an input of the model (GFT): a vector for the condition tokens.
+
+    Sinusoids of 1000 times the strength, then two linear layers; the second starts at zero, so that
+    a fine-tuned model starts as the original one.
+    """
+
+    SINUSOIDS, SCALE, BASE = 256, 1000.0, 10000.0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, guidance: torch.Tensor) -> torch.Tensor:
+        """Strengths (batch,) float32 in (0, 1], 1 for none -> (batch, 1, dim)."""
+        return self.mlp(self.sinusoids(guidance).to(self.get_parameter("mlp.0.weight").dtype))[
+            :, None
+        ]
+
+    def sinusoids(self, guidance: torch.Tensor) -> torch.Tensor:
+        """(batch,) -> (batch, 256), cosines first, in float32: bf16 cannot tell close strengths."""
+        half = self.SINUSOIDS // 2
+        steps = torch.arange(half, dtype=torch.float32, device=guidance.device)
+        angles = (
+            self.SCALE * guidance.float()[:, None] * torch.exp(-math.log(self.BASE) * steps / half)
+        )
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def ragged_order(lengths: torch.Tensor, num_prefix: int, num_codes: int) -> torch.Tensor:

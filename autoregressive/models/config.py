@@ -21,6 +21,8 @@ class GPTConfig(TransformerConfig):
         max_text_tokens: Largest number of tokens of a caption.
         text_encoder: Identity of the text encoder that the model was trained with; empty if
             unknown.
+        guidance_input: The model takes the guidance strength as an input, and samples with one row
+            per image instead of two (GFT).
     """
 
     condition: Literal["class", "text"] = "class"
@@ -31,11 +33,14 @@ class GPTConfig(TransformerConfig):
     text_dim: int = 2048
     max_text_tokens: int = 120
     text_encoder: str = ""
+    guidance_input: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.num_classes, self.vocab_size, *self.grid) < 1:
             raise ValueError("model: num_classes, vocab_size and grid must be >= 1")
+        if self.adaln != "none" and self.condition != "class":
+            raise ValueError("model.adaln needs a condition of one token: condition class")
 
     @property
     def num_codes(self) -> int:

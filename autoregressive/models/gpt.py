@@ -12,14 +12,21 @@ from torch import nn
 
 from autoregressive.models.conditioning import (
     ClassEmbedding,
+    Condition,
     ConditionLike,
+    GuidanceEmbedding,
     TextEmbedding,
     as_condition,
     ragged_order,
 )
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table
-from autoregressive.models.transformer import PRESETS, Block, RMSNorm
+from autoregressive.models.transformer import (
+    PRESETS,
+    AdaptiveLinear,
+    Block,
+    RMSNorm,
+)
 from core.config import InputError
 from core.training.initialization import Constant, Normal, initialize
 
@@ -36,10 +43,12 @@ class GPT(nn.Module):
             self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
         else:
             self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
+        self.t_embedder = GuidanceEmbedding(config.dim) if config.guidance_input else None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.build_rotary()
         if not self.norm.weight.is_meta:
@@ -88,10 +97,15 @@ class GPT(nn.Module):
         """How a tensor of the state dict is initialised; see core.initialization."""
         if name.endswith("norm.weight"):
             return Constant(1.0)
-        if name == "output.weight":
-            return Constant(0.0)  # the first loss is ln(vocab_size)
+        if name in ("output.weight", "t_embedder.mlp.2.weight") or name.endswith(".bias"):
+            # A zero head: the first loss is ln(vocab_size).
+            return Constant(0.0)
         if name == "cls_embedding.uncond_embedding":
             return Normal(1 / math.sqrt(self.config.text_dim))
+        if name.endswith("ada_lin.1.weight"):
+            # IBQ: the rows of the gains, if any, are small, and the others half of the rest's.
+            gain_rows = 2 * self.config.dim if name.startswith("layers.") else 0
+            return Normal(0.01, gain_rows, 2 * self.config.adaln_gain)
         return Normal(0.02)
 
     @property
@@ -105,6 +119,7 @@ class GPT(nn.Module):
         condition: ConditionLike,
         drop_condition: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Teacher forcing: codes (batch, N) int64 -> logits (batch, N, vocab) float32.
 
@@ -112,8 +127,10 @@ class GPT(nn.Module):
             or a Condition.
         drop_condition: (batch,) bool, rows that get the null condition instead; default none.
         positions: (batch or 1, N) int64, the grid position of each code; default raster order.
+        guidance: (batch,) float32 in (0, 1], for a model with guidance_input; None leaves it out.
         """
-        return self.output(self.hidden(codes, condition, drop_condition, positions)).float()
+        hidden = self.hidden(codes, condition, drop_condition, positions, guidance)
+        return self.output(hidden).float()
 
     def hidden(
         self,
@@ -121,6 +138,7 @@ class GPT(nn.Module):
         condition: ConditionLike,
         drop_condition: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The input of the output head, (batch, N, dim) in the dtype of computation.
 
@@ -132,7 +150,8 @@ class GPT(nn.Module):
             drop_condition = torch.zeros(batch, dtype=torch.bool, device=device)
         if positions is None:
             positions = torch.arange(num_codes, device=device)[None]
-        prefix = self.cls_embedding(condition, drop_condition)
+        prefix = self.prefix(condition, drop_condition, guidance)
+        adaptive = None if self.norm_ada_lin is None else prefix
         x = torch.cat([prefix, self.tok_embeddings(codes[:, :-1])], dim=1)
         # Rows of the rotary table: condition tokens use the last ones before the grid's.
         num_prefix, num_condition = prefix.shape[1], self.config.num_condition
@@ -142,15 +161,42 @@ class GPT(nn.Module):
         )
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
-            return self._blocks(x, self.rotary[rows])[:, num_prefix - 1 :]
+            return self._blocks(x, self.rotary[rows], adaptive)[:, num_prefix - 1 :]
         order = ragged_order(lengths, num_prefix, num_codes - 1)
         x = x.gather(1, order[..., None].expand_as(x))
         hidden = self._blocks(x, self.rotary[rows.expand(batch, -1).gather(1, order)])
         last = lengths[:, None] - 1 + torch.arange(num_codes, device=device)
         return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _blocks(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    def prefix(
+        self, condition: Condition, drop: torch.Tensor, guidance: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The condition tokens (batch, C, dim); drop (batch,) bool marks null conditions.
+
+        Raises InputError for a guidance that this model does not take.
+        """
+        tokens = self.cls_embedding(condition, drop)
+        if guidance is None:
+            return tokens
+        if self.t_embedder is None:
+            raise InputError("guidance: this model does not take it as an input (guidance_input)")
+        return tokens + self.t_embedder(guidance)
+
+    def _blocks(
+        self, x: torch.Tensor, rotary: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
-            x = block(x, rotary)
-        return self.norm(x)
+            x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
+        x = self.norm(x)
+        if self.norm_ada_lin is None:
+            return x
+        return modulated(x, self.norm_ada_lin(condition))
+
+
+def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
+    if modulation is None:
+        return x
+    scale, shift = modulation.chunk(2, dim=-1)
+    return x * (1 + scale) + shift

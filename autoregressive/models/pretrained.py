@@ -10,14 +10,17 @@ import torch
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.released_layouts import TransformerWeights, read_transformer
 from autoregressive.models.transformer import infer_transformer_fields
 from core.config import InputError, load_config
+from core.released import released_architecture
 from core.weights import (
     Weights,
     file_sha256,
     find_weights,
     inference_files,
     load_weights,
+    mixin_file,
     read_file,
 )
 
@@ -30,23 +33,30 @@ class Loaded(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A decoder as its file has it: not yet checked against its configuration."""
+    """A GPT as its file has it: not yet checked against its configuration."""
 
     config: GPTConfig
     tensors: dict[str, torch.Tensor]
     path: Path
 
 
-def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) -> Loaded:  # noqa: ANN401
+def load_gpt(
+    source: str | Path,
+    weights: Weights = "auto",
+    revision: str | None = None,
+    **overrides: Any,  # noqa: ANN401 - any config field
+) -> Loaded:
     """Load a GPT; every tensor of the file must fit, and none may be missing.
 
-    source: a released `.pt` / `.pth` (DDP, FSDP or DeepSpeed layout), a `.safetensors` file, a
-        checkpoint or run folder of ours, or `owner/name[/file]` on the Hub.
+    source: a released model's name (see autoregressive.convert --list), a released file in any
+        layout of released_layouts, a checkpoint or run folder of ours, or
+        `owner/name[/file][@revision]` on the Hub.
     weights: "auto" takes the EMA weights of our folders, and `model` of released files.
+    revision: branch, tag or commit on the Hub.
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
     Raises InputError if the weights do not fit, are damaged, or would run code.
     """
-    config, tensors, path = read_gpt(source, weights, **overrides)
+    config, tensors, path = read_gpt(source, weights, revision, **overrides)
     with torch.device("meta"):
         gpt = GPT(config)
     tensors = {key: value.float() for key, value in tensors.items()}
@@ -55,34 +65,37 @@ def load_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) ->
     return Loaded(gpt.eval(), file_sha256(path))
 
 
-def read_gpt(source: str | Path, weights: Weights = "auto", **overrides: Any) -> Stored:  # noqa: ANN401
-    """The configuration and weights of a decoder, for the arguments of load_gpt.
+def read_gpt(
+    source: str | Path,
+    weights: Weights = "auto",
+    revision: str | None = None,
+    **overrides: Any,  # noqa: ANN401 - any config field
+) -> Stored:
+    """The configuration and the weights of a GPT, for the arguments of load_gpt.
 
     The tensors are mapped from the file and have its dtype: all processes of a node share one copy.
     """
-    path = find_weights(source, "model.safetensors")
-    if path.is_dir():
+    path = find_weights(source, "model.safetensors", revision)
+    mixin = mixin_file(path)
+    if path.is_dir() and mixin is None:
         config_path, path = inference_files(path, weights)
         config = dataclasses.replace(load_config(GPTConfig, config_path), **overrides)
-        tensors = read_file(path).weights("model", path)
-    else:
-        stored = read_file(path)
-        tensors = stored.weights("model" if weights == "auto" else weights, path)
-        config = _infer_config(tensors, stored.arguments, path, overrides)
-        tensors.pop("freqs_cis", None)  # some released files carry the rotary table
-    return Stored(config, tensors, path)
+        return Stored(config, read_file(path).weights("model", path), path)
+    path = mixin or path
+    stored = read_transformer(path, weights)
+    config = _infer_config(stored, path, {**released_architecture(source), **overrides})
+    return Stored(config, stored.tensors, path)
 
 
 def _infer_config(
-    tensors: Mapping[str, torch.Tensor],
-    arguments: Mapping[str, Any],
-    path: Path,
-    overrides: Mapping[str, Any],
+    stored: TransformerWeights, path: Path, overrides: Mapping[str, Any]
 ) -> GPTConfig:
     """The configuration that keys and shapes tell; grid from the file if it can, else 16 x 16."""
+    tensors = stored.tensors
     try:
         fields = infer_transformer_fields(tensors, overrides.get("num_heads"))
         fields["vocab_size"] = len(tensors["tok_embeddings.weight"])
+        fields["guidance_input"] = "t_embedder.mlp.0.weight" in tensors
     except KeyError as error:
         raise InputError(f"{path}: not a GPT of this project ({error} is missing)") from error
     if "cls_embedding.embedding_table.weight" in tensors:
@@ -97,21 +110,19 @@ def _infer_config(
         num_condition, fields["text_dim"] = null.shape
         fields["max_text_tokens"] = num_condition
     if "grid" not in overrides:
-        fields["grid"] = _infer_grid(tensors, arguments, num_condition, path)
+        fields["grid"] = _infer_grid(stored, num_condition, path)
     return GPTConfig(**{**fields, **overrides})
 
 
-def _infer_grid(
-    tensors: Mapping[str, torch.Tensor],
-    arguments: Mapping[str, Any],
-    num_condition: int,
-    path: Path,
-) -> tuple[int, int]:
+def _infer_grid(stored: TransformerWeights, num_condition: int, path: Path) -> tuple[int, int]:
     """The grid from the rotary table or the training flags, if the file carries them."""
-    if "freqs_cis" in tensors:
-        side = round((tensors["freqs_cis"].shape[0] - num_condition) ** 0.5)
-    elif "image_size" in arguments:
-        side = int(arguments["image_size"]) // int(arguments.get("downsample_size", 16))
+    flags = stored.arguments
+    if stored.rotary_rows is not None:
+        side = round((stored.rotary_rows - num_condition) ** 0.5)
+    elif "image_size" in flags:
+        side = int(flags["image_size"]) // int(flags.get("downsample_size", 16))
+    elif "block_size" in flags:  # the number of codes
+        side = round(int(flags["block_size"]) ** 0.5)
     else:
         side = 16
         warnings.warn(f"{path} does not tell its grid; taking 16 x 16 (pass grid=)", stacklevel=5)

@@ -55,6 +55,11 @@ class TransformerConfig:
             paper sets residual_dropout and ffn_dropout to 0 when it is used.
         qk_norm: RMSNorm over head_dim on queries and keys, before the rotation (Henry et al.,
             arXiv 2010.04245; Dehghani et al., arXiv 2302.05442): stabilises large models.
+        adaln: Adaptive norms: none, or full: in every block a linear layer turns the condition into
+            scales, shifts and gains of attention and FFN, and another one into those of the last
+            norm (IBQ). Needs a condition of one token: a class.
+        adaln_gain: Factor on the initial weights of the gains, with adaln; IBQ takes 1e-3 for its
+            B and L models, 1e-4 for XL and 1e-5 for XXL.
     """
 
     num_layers: int = 12
@@ -70,6 +75,8 @@ class TransformerConfig:
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
     qk_norm: bool = False
+    adaln: Literal["none", "full"] = "none"
+    adaln_gain: float = 1e-3
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -122,6 +129,7 @@ def infer_transformer_fields(
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
         "dim": dim,
         "qk_norm": "layers.0.attention.q_norm.weight" in tensors,
+        "adaln": "full" if "layers.0.ada_lin.1.weight" in tensors else "none",
     }
 
 
@@ -208,7 +216,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and FFN, each added to the residual stream."""
+    """Pre-norm attention and FFN, each added to the residual stream.
+
+    With config.adaln, `ada_lin` maps the condition to a gain, a scale and a shift for each of the
+    two: x + gain * f(norm(x) * (1 + scale) + shift) (IBQ, SEED-Voken).
+    """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -216,14 +228,38 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 6)
         self.drop_path = _drop_path(config, layer)
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        attend: Attend = causal_attention,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim)."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, attend))
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim).
+
+        condition: (batch, 1, dim), with adaln.
+        """
+        if self.ada_lin is None:
+            x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, attend))
+            return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        modulation = self.ada_lin(condition).chunk(6, dim=-1)
+        attention_gain, ffn_gain, attention_scale, ffn_scale, attention_shift, ffn_shift = (
+            modulation
+        )
+        h = self.attention_norm(x) * (1 + attention_scale) + attention_shift
+        x = x + self.drop_path(attention_gain * self.attention(h, rotary, attend))
+        h = self.ffn_norm(x) * (1 + ffn_scale) + ffn_shift
+        return x + self.drop_path(ffn_gain * self.feed_forward(h))
+
+
+class AdaptiveLinear(nn.Sequential):
+    """The layer of an adaptive norm: condition (..., dim) -> (..., parts * dim)."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 def _drop_path(config: TransformerConfig, layer: int) -> nn.Module:

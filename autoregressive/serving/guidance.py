@@ -38,7 +38,7 @@ def guidance_scales(
 
     condition: "class" or "text", which decides the usual scale. Raises ValueError as above.
     """
-    return parse_guidance(arguments).resolved(condition).guidance(num_codes)
+    return parse_guidance(arguments).resolved(condition).cfg_scales(num_codes)
 
 
 def _check(key: str, value: Any) -> None:  # noqa: ANN401 - whatever a client sent

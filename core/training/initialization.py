@@ -31,9 +31,11 @@ class Constant:
 
 @dataclass(frozen=True)
 class Normal:
-    """Elements are drawn from a normal distribution of mean 0 and this standard deviation."""
+    """A normal distribution of mean 0. The first `gain_rows` rows are multiplied by `gain`."""
 
     std: float
+    gain_rows: int = 0
+    gain: float = 1.0
 
 
 @torch.no_grad()
@@ -49,8 +51,10 @@ def initialize(model: nn.Module, seed: int) -> None:
         if isinstance(distribution, Constant):
             own.fill_(distribution.value)
         elif own.numel():
-            start = first_row(tensor) * math.prod(tensor.shape[1:])
+            first = first_row(tensor)
+            start = first * math.prod(tensor.shape[1:])
             _fill_normal(own, distribution.std, _name_seed(seed, name), start)
+            own[: max(0, distribution.gain_rows - first)] *= distribution.gain
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def test_every_mismatch_is_named_and_nothing_is_loaded():
 def test_a_hub_id_is_fetched_through_its_cache(tmp_path, monkeypatch):
     asked = []
 
-    def download(repository: str, filename: str) -> str:
+    def download(repository: str, filename: str, **_: object) -> str:
         asked.append((repository, filename))
         return str(tmp_path / "snapshot" / filename)
 
@@ -127,7 +127,7 @@ def test_a_hub_id_is_fetched_through_its_cache(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="no such file or folder"):
             find_weights(wrong, "x")
 
-    def offline(*_: str) -> str:
+    def offline(*_: str, **__: object) -> str:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)

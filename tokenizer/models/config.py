@@ -1,6 +1,7 @@
 """The tokenizer's configuration."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,12 @@ class VQConfig:
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
         codebook_dim: Width of an entry.
+        quantizer: vq: the nearest entry (LlamaGen). ibq: the largest inner product, trained by
+            index back-propagation (SEED-Voken); needs l2_normalize false.
         l2_normalize: Compare and decode unit vectors.
         dropout: Dropout in the residual blocks.
-        commitment_weight: Weight of the loss that pulls the encoder to its codes.
+        commitment_weight: Weight of the loss that pulls the encoder to its codes; of the one that
+            pulls the codes to the encoder for ibq, as published.
         entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
     """
 
@@ -31,6 +35,7 @@ class VQConfig:
     dropout: float = 0.0
     commitment_weight: float = 0.25
     entropy_weight: float = 0.0
+    quantizer: Literal["vq", "ibq"] = "vq"
 
     def __post_init__(self) -> None:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)
@@ -40,6 +45,8 @@ class VQConfig:
             raise ValueError(
                 f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
             )
+        if self.quantizer == "ibq" and self.l2_normalize:
+            raise ValueError("model.quantizer ibq compares raw vectors: set l2_normalize false")
         if not 0 <= self.dropout < 1 or min(self.commitment_weight, self.entropy_weight) < 0:
             raise ValueError("model: dropout must be in [0, 1), the weights >= 0")
 

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 
 from core.config import InputError, load_config
+from core.released import released_architecture
 from core.weights import (
     Weights,
     file_sha256,
     find_weights,
     inference_files,
     load_weights,
+    mixin_file,
     read_file,
 )
 from tokenizer.models.config import VQConfig
+from tokenizer.models.released_layouts import read_tokenizer
 from tokenizer.models.vq_model import VQModel
 
 
@@ -33,26 +36,30 @@ class LoadedTokenizer(NamedTuple):
 def load_tokenizer(
     source: str | Path,
     weights: Weights = "auto",
+    revision: str | None = None,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> LoadedTokenizer:
     """Load a tokenizer, strictly.
 
-    source: a released `.pt`, a `.safetensors` file, a checkpoint or run folder of ours, or
-        `owner/name[/file]` on the Hub.
+    source: a released model's name (see autoregressive.convert --list), a released file in any
+        layout of released_layouts, a checkpoint or run folder of ours, or
+        `owner/name[/file][@revision]` on the Hub.
     weights: "auto" takes the averaged weights where there are any.
+    revision: branch, tag or commit on the Hub.
     overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
     Raises InputError where the weights do not fit, are damaged, or would run code.
     """
-    path = find_weights(source, "model.safetensors")
-    if path.is_dir():
+    path = find_weights(source, "model.safetensors", revision)
+    told = released_architecture(source)
+    mixin = mixin_file(path)
+    if path.is_dir() and mixin is None:
         config_path, path = inference_files(path, weights)
         config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
         tensors = read_file(path).weights("model", path)
     else:
-        stored = read_file(path)
-        part = "ema" if weights == "auto" and "ema" in stored.parts else weights
-        tensors = stored.weights("model" if part == "auto" else part, path)
-        config = VQConfig(**{**_infer_shape(tensors, path), **overrides})
+        path = mixin or path
+        tensors, fields = read_tokenizer(path, weights)
+        config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
     return LoadedTokenizer(vq.eval(), file_sha256(path))

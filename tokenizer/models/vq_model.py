@@ -12,6 +12,7 @@ from core.config import InputError
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
+from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
@@ -27,6 +28,10 @@ class Reconstruction(NamedTuple):
 
 def build_quantizer(config: VQConfig) -> Quantizer:
     """The quantizer that a configuration describes."""
+    if config.quantizer == "ibq":
+        return IndexBackpropQuantizer(
+            config.vocab_size, config.codebook_dim, config.commitment_weight, config.entropy_weight
+        )
     return VectorQuantizer(
         config.vocab_size,
         config.codebook_dim,
