@@ -1,6 +1,6 @@
 """Sampling speed, next to the device's lower bound and to a plain implementation.
 
-python -m benchmarks.sampling --precisions '[bf16,int8]' --batches '[1,8]' --against naive
+python -m benchmarks.sampling --precisions '[bf16,int8]' --batches '[1,8]' --against reference
 
 The lower bound ("floor") is, per code, the time to read the weights and the stored keys and values
 once, or to multiply by them if that takes longer, at the bandwidth and speed measured at the start.
@@ -53,8 +53,8 @@ class BenchmarkConfig:
         batches: Batch sizes.
         precisions: Precisions of the engine: fp32, bf16, int8, w8a8, fp8.
         sampling: Guidance and filters.
-        against: naive: also time the reference's algorithm, in fp32 and bf16.
-        naive_codes: Number of codes to time it for (each takes the same time); null: all.
+        against: reference: also time the reference's algorithm, in fp32 and bf16.
+        reference_codes: Number of codes to time it for (each takes the same time); null: all.
         compile: Time the engine without torch.compile, with it, or both.
         intervals: Values of sampling.cfg_interval to time the engine with.
         tokenizer: Also time the VQ-16 tokenizer, plainly and as the sampling commands run it.
@@ -68,8 +68,8 @@ class BenchmarkConfig:
     batches: tuple[int, ...] = (1, 8)
     precisions: tuple[DecodePrecision, ...] = ("bf16",)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(top_k=2000))
-    against: Literal["none", "naive"] = "none"
-    naive_codes: int | None = 32
+    against: Literal["none", "reference"] = "none"
+    reference_codes: int | None = 32
     compile: tuple[bool, ...] = (False,)
     intervals: tuple[int | None, ...] = (None,)
     tokenizer: bool = False
@@ -78,8 +78,8 @@ class BenchmarkConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads, self.naive_codes or 1, *self.batches) < 1:
-            raise ValueError("repeats, threads, batches and naive_codes must be >= 1")
+        if min(self.repeats, self.threads, self.reference_codes or 1, *self.batches) < 1:
+            raise ValueError("repeats, threads, batches and reference_codes must be >= 1")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def random_gpt(size: str, grid: tuple[int, int], precision: Precision, device: t
     return gpt.to(device, dtype_of(precision))
 
 
-def naive_times(
+def reference_times(
     config: BenchmarkConfig,
     size: str,
     grid: tuple[int, int],
@@ -172,7 +172,7 @@ def naive_times(
     os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     torch.set_num_threads(config.threads)
     gpt = random_gpt(size, grid, precision, device)
-    count = min(config.naive_codes or gpt.config.num_codes, gpt.config.num_codes)
+    count = min(config.reference_codes or gpt.config.num_codes, gpt.config.num_codes)
     labels = torch.arange(batch, device=device) % gpt.config.num_classes
     return step_times(
         reference_sampler.steps(gpt, labels, config.sampling.resolved("class")), count, device
@@ -200,8 +200,8 @@ def measure_size(
         labels = torch.arange(batch, device=device.device) % gpt.config.num_classes
         runs: dict[tuple[str, str, bool, int | None], Callable[[], list[float]]] = {}
         for name, pool in plain.items():
-            runs["naive", name, False, None] = functools.partial(
-                lambda pool, *arguments: pool.submit(naive_times, *arguments).result(),
+            runs["reference", name, False, None] = functools.partial(
+                lambda pool, *arguments: pool.submit(reference_times, *arguments).result(),
                 *(pool, config, size, grid, name, batch, device.device),
             )
         for (key, engine), interval in itertools.product(engines.items(), config.intervals):
@@ -240,9 +240,9 @@ def measure_size(
                 launches = LAUNCH * (7 * gpt.config.num_layers + 6)
                 row["fraction_of_launch_aware_floor"] = (fastest + launches) / least[key]
             for against in plain if method == "ours" else ():
-                other = ("naive", against, False, None)
-                row[f"times_naive_{against}"] = least[other] / least[key]
-                row[f"median_times_naive_{against}"] = median[other] / median[key]
+                other = ("reference", against, False, None)
+                row[f"times_reference_{against}"] = least[other] / least[key]
+                row[f"median_times_reference_{against}"] = median[other] / median[key]
             rows.append(row)
     return rows
 
@@ -282,7 +282,7 @@ def measure(config: BenchmarkConfig) -> None:
     results = []
     with contextlib.ExitStack() as stack:
         plain: dict[Precision, Executor] = {}
-        if config.against == "naive":
+        if config.against == "reference":
             for name in ("fp32", "bf16"):
                 process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
                 plain[name] = stack.enter_context(process)

@@ -4,8 +4,8 @@ python -m benchmarks.streaming --gpt runs/demo/gpt --tokenizer runs/demo/tokeniz
     --metrics.reference runs/demo/real.npz --metrics.extractor proxy
 
 Compared with two ways that use files: `files` samples with our engine, writes one png per image,
-packs them into an npz and scores it; `naive` does the same with the published sampling loop. All
-run in one process with loaded models, on the same images; on a CPU, process time is measured.
+packs them into an npz and scores it; `reference` does the same with the published sampling loop.
+All run in one process with loaded models, on the same images; on a CPU, process time is measured.
 """
 
 import json
@@ -103,7 +103,7 @@ def measure(config: StreamingConfig, world: World) -> None:
     ways: dict[str, Callable[[int], dict[str, float]]] = {
         "streaming": stream,
         "files": lambda count: by_files(ours, pipeline, count, scorer, world),
-        "naive": lambda count: by_files(reference, pipeline, count, scorer, world),
+        "reference": lambda count: by_files(reference, pipeline, count, scorer, world),
     }
     taken, distances = {}, {}
     for name, way in ways.items():

@@ -159,7 +159,7 @@ def run_command(main: Callable[[], None]) -> None:
 def _set_environment() -> None:
     """What torch reads from the environment once, at its first allocation."""
     # Large pages for large tensors on CPUs, where Linux gives them on request: a kernel that takes
-    # memory anew spends its time on page faults otherwise (VQ-16 encodes an image in 0.77 s instead
+    # new memory spends its time on page faults otherwise (VQ-16 encodes an image in 0.77 s instead
     # of 1.09 in float32; a decoding step took 36 or 244 ms by the allocator's mood, now 36).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

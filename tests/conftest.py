@@ -10,7 +10,7 @@ from helpers.codes import write_codes, write_features  # noqa: F401
 from helpers.commands import command, run_module  # noqa: F401
 from helpers.images import jpeg, write_tar  # noqa: F401
 from helpers.paths import GOLDENS, ROOT  # noqa: F401
-from helpers.paths import SHARED_DATA as PICTURES  # noqa: F401
+from helpers.paths import SHARED_DATA as SHARED_DATA
 
 from core.distributed.world import World, choose_device
 

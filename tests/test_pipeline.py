@@ -81,11 +81,11 @@ def test_images_become_scores_through_every_command(tmp_path):
     assert scores["samples"]["proxy_fd"] > scores["val"]["proxy_fd"] > 1e-3
     history = [json.loads(line) for line in (gpt / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in history if "proxy_fd" in line] == [3, 6]
-    for picture in (
+    for image in (
         vq / "curves.png",
         vq / "samples" / "step_0000006.png",
         gpt / "samples" / "step_0000006.png",
         tmp_path / "rec" / "reconstructions.png",
         tmp_path / "samples" / "samples.png",
     ):
-        assert Image.open(picture).size[0] > 16, picture
+        assert Image.open(image).size[0] > 16, image

@@ -48,7 +48,7 @@ class Totals:
 
 
 def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torch.Tensor:
-    """Up to `count` pictures of a folder or list, centre-cropped: (n, height, width, 3) uint8."""
+    """Up to `count` images of a folder or list, centre-cropped: (n, height, width, 3) uint8."""
     images = open_images(source)
     count = min(len(images), count)
     # Spread over the whole list, which is sorted by class.
@@ -57,22 +57,22 @@ def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torc
     batch = next(ordered_batches(dataset, chosen, count, num_workers=0))
     SkipLog().add(batch.skipped)
     if batch.pixels is None:
-        raise InputError(f"{source}: none of {count} pictures can be read")
+        raise InputError(f"{source}: none of {count} images can be read")
     return batch.pixels
 
 
 @torch.no_grad()
 def reconstruct(
-    vq: VQModel, pictures: torch.Tensor, world: World
+    vq: VQModel, images: torch.Tensor, world: World
 ) -> tuple[np.ndarray, dict[str, float]]:
     """A grid of originals over reconstructions (height, width, 3) uint8, and PSNR in dB."""
     training = vq.training
     vq.eval()
     rebuilt = []
-    for pixels in pictures.split(16):
-        images = pixels_to_images(pixels.to(world.device))
-        rebuilt.append(images_to_pixels(vq.decode(vq.encode(images))).cpu())
+    for pixels in images.split(16):
+        batch = pixels_to_images(pixels.to(world.device))
+        rebuilt.append(images_to_pixels(vq.decode(vq.encode(batch))).cpu())
     vq.train(training)
     fake = torch.cat(rebuilt)
-    scores = {"validation_psnr": float(psnr(pictures, fake).mean())}
-    return side_by_side(pictures[:16], fake[:16], columns=8), scores
+    scores = {"validation_psnr": float(psnr(images, fake).mean())}
+    return side_by_side(images[:16], fake[:16], columns=8), scores

@@ -42,13 +42,13 @@ def guidance_scales(
 
 
 def _check(key: str, value: Any) -> None:  # noqa: ANN401 - whatever a client sent
-    shown = repr(value)[:40]
+    value_text = repr(value)[:40]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in _INTEGERS and not (is_number and isinstance(value, int)):
-        raise ValueError(f"{key} is {shown}, must be an integer")
+        raise ValueError(f"{key} is {value_text}, must be an integer")
     if key in _NUMBERS and not (is_number and math.isfinite(value)):
-        raise ValueError(f"{key} is {shown}, must be a finite number")
+        raise ValueError(f"{key} is {value_text}, must be a finite number")
     if key == "cfg_schedule" and value not in SCHEDULES:
-        raise ValueError(f"cfg_schedule is {shown}, must be one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"cfg_schedule is {value_text}, must be one of {', '.join(SCHEDULES)}")
     if key == "cfg_scale" and float(value) < 1:
-        raise ValueError(f"cfg_scale is {shown}, must be >= 1 (1: no guidance)")
+        raise ValueError(f"cfg_scale is {value_text}, must be >= 1 (1: no guidance)")

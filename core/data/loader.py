@@ -20,7 +20,7 @@ from core.data.skip_log import Skipped
 logger = logging.getLogger(__name__)
 
 
-MAX_LOADER_DEATHS = 5  # in one run; then its machine has a fault that starting anew does not mend
+MAX_LOADER_DEATHS = 5  # in one run; then its machine has a fault that a new process does not mend
 
 
 class TrainingImages(Dataset):
@@ -103,7 +103,7 @@ def training_batches(
                 raise OSError(
                     f"loader processes die again and again ({error}; {advice})"
                 ) from error
-            logger.warning("%s (%s); starting its place anew", error, advice)
+            logger.warning("%s (%s); starting another one in its place", error, advice)
 
 
 class _Batches(torch.utils.data.Sampler[list[int]]):

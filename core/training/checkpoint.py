@@ -167,7 +167,7 @@ class Checkpointer:
             self._load(folder)
             return read_json(folder / "training" / "state.json")
         if steps:
-            raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start anew")
+            raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start again")
         return {"step": 0}
 
     def _files(self, folder: Path) -> dict[str, Path]:

@@ -157,12 +157,12 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
     ):
         print(f"{title:<21}" + "".join(f"{size:>9}" for size in sizes))
         for strategy in get_args(Strategy):
-            cells = []
+            columns = []
             for size in sizes:
                 needed = count(strategy, size, _shared(parallel, world, size))
-                cells.append(f"{needed / 2**30:>9.1f}")
+                columns.append(f"{needed / 2**30:>9.1f}")
             mark = "<- chosen" if strategy == parallel.strategy else ""
-            print(f"  {strategy:<19}" + "".join(cells), mark)
+            print(f"  {strategy:<19}" + "".join(columns), mark)
     print(
         f"Host memory is for checkpoints and samples, with {node} processes per node; the start "
         "needs none, because the model is built on its device shard by shard."

@@ -120,7 +120,7 @@ def test_every_sample_of_an_epoch_is_seen_once_whatever_the_number_of_processes(
 
 
 def start(arguments: list[object], log: Path) -> subprocess.Popen:
-    """A run of two processes under torchrun, which starts them anew when one dies."""
+    """A run of two processes under torchrun, which starts them again when one dies."""
     line = command("autoregressive.train", *arguments, processes=2)
     position = line.index("--standalone")
     line[position:position] = ["--max-restarts=3", "--monitor-interval=0.1"]

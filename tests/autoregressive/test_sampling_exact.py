@@ -64,7 +64,7 @@ def check_chi_square(codes: torch.Tensor, expected: torch.Tensor) -> None:
     """Images (n, 3) of 6 codes against the expected number of each of the 216."""
     seen = torch.bincount((codes * torch.tensor([36, 6, 1])).sum(1), minlength=216).double()
     assert seen[expected == 0].sum() == 0
-    rare = expected < 10  # one cell, so that chi-square holds
+    rare = expected < 10  # one bin, so that chi-square holds
     seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     kept = expected > 0

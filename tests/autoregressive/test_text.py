@@ -39,7 +39,7 @@ MODEL = ("--model.num_layers", 1, "--model.num_heads", 2, "--model.dim", 32)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_t5) -> Path:
-    """30 captioned pictures (two without a caption), their features, and codes at two grids."""
+    """30 captioned images (two without a caption), their features, and codes at two grids."""
     folder = tmp_path_factory.mktemp("text")
     pairs = folder / "pairs"
     pairs.mkdir()

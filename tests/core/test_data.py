@@ -111,7 +111,7 @@ def test_a_bad_picture_gives_its_place_to_another_whatever_the_batch(tmp_path, n
     (whole,) = training_batches(dataset, iter([np.arange(8)]), num_workers, False)
     halves = training_batches(dataset, iter([np.arange(4), np.arange(4, 8)]), num_workers, False)
     assert torch.equal(whole[0], torch.cat([pixels for pixels, _ in halves]))
-    # Two epochs of four pictures meet it at least twice.
+    # Two epochs of four images meet it at least twice.
     assert {skipped.reason for skipped in whole[1]} == {"not an image"}
     assert len(whole[1]) >= 2
 

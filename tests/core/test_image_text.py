@@ -14,7 +14,7 @@ from core.data.open import open_images
 def shard(tmp_path):
     """A good pair, then one of each kind that is not."""
     members = {"000.jpg": jpeg(), "000.txt": b"a good one", "000.json": b'{"aesthetic": 6.5}'}
-    members |= {"001.jpg": jpeg()[:400], "001.txt": b"a truncated picture"}
+    members |= {"001.jpg": jpeg()[:400], "001.txt": b"a truncated image"}
     members |= {"002.jpg": jpeg()}
     members |= {"003.jpg": jpeg(), "003.txt": b"caf\xe9"}
     members |= {"004.jpg": jpeg(), "004.txt": b"  "}
@@ -70,11 +70,11 @@ def test_pairs_are_filtered_by_score_and_aspect(shard):
 
 
 def test_the_references_lists_are_read_line_by_line(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
     lines = [
-        {"image_path": "pictures/a.jpg", "text": ["short", "a long one"]},
-        {"image_path": "pictures/gone.jpg", "text": ["short"]},
+        {"image_path": "images/a.jpg", "text": ["short", "a long one"]},
+        {"image_path": "images/gone.jpg", "text": ["short"]},
     ]
     text = "\n".join(json.dumps(line) for line in lines) + "\nno json\n"
     (tmp_path / "part.jsonl").write_text(text)

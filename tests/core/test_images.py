@@ -21,7 +21,7 @@ from core.data.images import (
 from core.data.npz import read_npz_images, save_npz
 
 
-def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
+def make_image(height: int, width: int, mode: str = "RGB") -> Image.Image:
     random = np.random.default_rng(0)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(
         mode
@@ -32,7 +32,7 @@ def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
     ("height", "width"), [(300, 500), (1100, 700), (40, 31), (256, 256), (1, 1)]
 )
 def test_the_centre_crop_is_that_of_adm(height, width):
-    side, image = 64, picture(height, width)
+    side, image = 64, make_image(height, width)
     expected = image
     while min(expected.size) >= 2 * side:
         expected = expected.resize(tuple(x // 2 for x in expected.size), Image.BOX)
@@ -46,13 +46,13 @@ def test_the_centre_crop_is_that_of_adm(height, width):
 
 def test_crops_of_any_shape_have_the_asked_size():
     for height, width in ((32, 96), (96, 32)):
-        assert center_crop(picture(50, 70), height, width).size == (width, height)
+        assert center_crop(make_image(50, 70), height, width).size == (width, height)
         random = np.random.default_rng(1)
-        assert random_crop(picture(50, 70), height, width, random).size == (width, height)
+        assert random_crop(make_image(50, 70), height, width, random).size == (width, height)
 
 
 def test_a_random_crop_depends_on_its_generator_alone():
-    image = picture(80, 90)
+    image = make_image(80, 90)
     crops = [np.asarray(random_crop(image, 32, 32, np.random.default_rng(s))) for s in (1, 1, 2)]
     assert np.array_equal(crops[0], crops[1])
     assert not np.array_equal(crops[0], crops[2])
@@ -61,7 +61,7 @@ def test_a_random_crop_depends_on_its_generator_alone():
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
 @pytest.mark.parametrize(("height", "width"), [(9, 7), (1, 1)])
 def test_every_mode_becomes_rgb(tmp_path, mode, height, width):
-    image = picture(height, width, mode)
+    image = make_image(height, width, mode)
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
     image.save(path)
     loaded = load_image(path)
@@ -81,7 +81,7 @@ def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path):
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    image, exif = picture(10, 20), Image.Exif()
+    image, exif = make_image(10, 20), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (10, 20)
@@ -106,7 +106,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def test_what_is_no_whole_picture_is_refused_with_its_reason():
-    jpeg = encoded(picture(64, 64), "JPEG")
+    jpeg = encoded(make_image(64, 64), "JPEG")
     for data, reason in (
         (jpeg[: len(jpeg) // 2], "damaged image"),
         (b"hello, I am text", "not an image"),

@@ -130,7 +130,7 @@ def test_a_loader_process_that_dies_is_named_and_replaced_and_no_sample_is_lost(
         seen.append([pixels[:, 0, 0, 0].tolist() for pixels, _ in batches])
     assert seen[0] == seen[1]
     assert "DataLoader worker" in caplog.text
-    assert "starting its place anew" in caplog.text
+    assert "starting another one in its place" in caplog.text
 
 
 def test_a_resumed_run_lists_no_skipped_picture_twice(tmp_path):

@@ -31,13 +31,13 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pixels):
-    """A folder of pictures (one of them broken), the same as npz, as a sample run; a reference."""
+    """A folder of images (one of them broken), the same as npz, as a sample run; a reference."""
     folder = tmp_path_factory.mktemp("made")
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         path = folder / "images" / str(i % 3) / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(picture).save(path)
-    (folder / "images" / "2" / "zz.jpg").write_text("not a picture")
+        Image.fromarray(image).save(path)
+    (folder / "images" / "2" / "zz.jpg").write_text("not a image")
     labels = np.arange(COUNT) % 3
     save_npz(folder / "samples.npz", COUNT, [pixels], arr_1=labels)
     for name, noise in (("cfg_1", 0), ("cfg_2", 60)):

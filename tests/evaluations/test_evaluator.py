@@ -15,7 +15,7 @@ COUNT = 37  # divides by neither 2 nor 4
 
 
 def exact_extractor() -> SimpleNamespace:
-    """An extractor whose features do not depend on how pictures are batched, unlike a network's."""
+    """An extractor whose features do not depend on how images are batched, unlike a network's."""
 
     class Extractor(SimpleNamespace):
         def __call__(self, pixels: torch.Tensor) -> Features:
@@ -25,7 +25,7 @@ def exact_extractor() -> SimpleNamespace:
     return Extractor(metric="fid", dim=8, spatial_dim=5, classifier=None, weights_sha256="")
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     random = np.random.default_rng(0)
     return torch.from_numpy(random.integers(0, 256, (COUNT, 4, 4, 3), dtype=np.uint8))
 
@@ -42,12 +42,12 @@ def evaluate(
     evaluator = Evaluator(exact_extractor(), CPU, 7, keep_features)
     for start in range(0, len(ids), batch):
         part = torch.tensor(ids[start : start + batch])
-        evaluator.update(pictures()[part], part)
+        evaluator.update(images()[part], part)
     return evaluator.merge(world)
 
 
 def check_against_one_process(found: FeatureStatistics) -> None:
-    whole = pictures().flatten(1).float()
+    whole = images().flatten(1).float()
     assert found.ids.tolist() == list(range(COUNT))
     assert found.pooled.count == found.spatial.count == COUNT
     assert torch.equal(found.features, whole[:, :8])
@@ -88,8 +88,8 @@ def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
     extractor = ProxyExtractor(CPU)
     one, two = Evaluator(extractor, CPU, 6), Evaluator(extractor, CPU, 6)
     for ids in torch.arange(COUNT).split(10):
-        one.update(pictures()[ids], ids)
-        two.update(pictures()[ids].clone(), ids.numpy())
+        one.update(images()[ids], ids)
+        two.update(images()[ids].clone(), ids.numpy())
     first, second = one.merge(world), two.merge(world)
     assert torch.equal(first.pooled.outer, second.pooled.outer)
     assert torch.equal(first.features, second.features)

@@ -210,18 +210,16 @@ def test_the_extractor_runs_in_float32_whatever_surrounds_it():
 def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
     folder = SHARED_DATA / "cifar10" / "train"
     if not folder.is_dir():
-        pytest.skip("the CIFAR-10 pictures are not here")
-    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
+        pytest.skip("the CIFAR-10 images are not here")
+    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[::2]]
+    pixels = np.stack([np.asarray(image) for image in images])
     extractor = ProxyExtractor(CPU)
 
     def look(pixels: np.ndarray) -> Gaussian:
         return Gaussian.of_rows(extractor(torch.from_numpy(pixels)).pooled)
 
     blurred = [
-        np.stack(
-            [np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))) for picture in pictures]
-        )
+        np.stack([np.asarray(image.filter(ImageFilter.GaussianBlur(radius))) for image in images])
         for radius in (0.5, 1, 2, 3)
     ]
     noise = np.random.default_rng(0).standard_normal(pixels.shape)
@@ -231,6 +229,6 @@ def test_the_proxy_distance_rises_with_blur_noise_and_lost_classes():
     real = look(pixels)
     assert abs(frechet_distance(real, real)) < 1e-6
     for series in (blurred, noised, dropped):
-        distances = [frechet_distance(look(pictures), real) for pictures in series]
+        distances = [frechet_distance(look(images), real) for images in series]
         assert distances == sorted(distances)
         assert distances[0] > 1e-4

@@ -204,7 +204,7 @@ def test_psnr_and_ssim_of_known_pictures():
     noise = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     for measure in (ssim, ssim_reference_inflated):
         assert measure(noise, noise).tolist() == pytest.approx([1, 1])
-    # Of two flat pictures only the luminance term is left.
+    # Of two flat images only the luminance term is left.
     c1 = (0.01 * 255) ** 2
     expected = (2 * 100 * 110 + c1) / (100**2 + 110**2 + c1)
     assert ssim(grey, grey + 10).item() == pytest.approx(expected)

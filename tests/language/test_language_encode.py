@@ -19,7 +19,7 @@ WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "mat", "in", "sun", "and
 
 @pytest.fixture
 def pairs(tmp_path) -> Path:
-    """60 pictures with captions; number 7 has none."""
+    """60 images with captions; number 7 has none."""
     folder, draw = tmp_path / "pairs", random.Random(0)
     folder.mkdir()
     for i in range(60):

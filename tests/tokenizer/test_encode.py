@@ -28,9 +28,9 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Colour, grey, tiny and wide pictures in two classes, a truncated one and a text file."""
-    random, folder = np.random.default_rng(0), tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Colour, grey, tiny and wide images in two classes, a truncated one and a text file."""
+    random, folder = np.random.default_rng(0), tmp_path / "images"
     for i, shape in enumerate([(30, 40, 3), (50, 20), (5, 6, 3), (16, 90, 3), (1, 1, 3), (40, 40)]):
         path = folder / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,12 +38,12 @@ def pictures(tmp_path: Path) -> Path:
     jpeg = folder / "a" / "truncated.jpg"
     Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(jpeg)
     jpeg.write_bytes(jpeg.read_bytes()[:600])
-    (folder / "b" / "text.jpg").write_text("no picture")
+    (folder / "b" / "text.jpg").write_text("no image")
     return folder
 
 
-def flags(tokenizer: Path, pictures: Path, out: Path, *more: object) -> list[object]:
-    common = ("--tokenizer", tokenizer, "--data", pictures, "--out", out, "--device", "cpu")
+def flags(tokenizer: Path, images: Path, out: Path, *more: object) -> list[object]:
+    common = ("--tokenizer", tokenizer, "--data", images, "--out", out, "--device", "cpu")
     return [*common, "--image_size", "[16,12]", "--shard_size", 3, "--num_workers", 0, *more]
 
 
@@ -65,9 +65,9 @@ def test_ten_crops_are_the_corners_the_centre_and_their_flips():
 
 
 @pytest.mark.slow
-def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, pictures):
+def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, images):
     more = ("--crop", "ten", "--crop_ranges", "[1.1,1.05]")
-    run_module("tokenizer.encode", *flags(tokenizer, pictures, tmp_path / "out", *more))
+    run_module("tokenizer.encode", *flags(tokenizer, images, tmp_path / "out", *more))
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["images"] == 8
     assert index["count"] == 6
@@ -81,15 +81,15 @@ def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, pictures):
     labels = ShardReader(tmp_path / "out", "labels")
     assert labels[np.arange(6)].tolist() == [0, 0, 0, 1, 1, 1]
     vq = small()
-    crop = Crops(16, 12, (1.1, 1.05), flip=False)(load_image(pictures / "a" / "0.png"))
+    crop = Crops(16, 12, (1.1, 1.05), flip=False)(load_image(images / "a" / "0.png"))
     with torch.no_grad():
         expected = vq.encode(pixels_to_images(torch.from_numpy(crop))).flatten(1)
     assert (found[0] == expected.numpy()).mean() > 0.99
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_its_finished_shards(tmp_path, tokenizer, pictures):
-    run = flags(tokenizer, pictures, tmp_path / "out", "--flip", "true")
+def test_a_killed_run_keeps_its_finished_shards(tmp_path, tokenizer, images):
+    run = flags(tokenizer, images, tmp_path / "out", "--flip", "true")
     run_module("tokenizer.encode", *run)
     whole = codes(tmp_path / "out")
     assert whole.shape == (6, 2, 48)
@@ -106,18 +106,18 @@ def test_a_killed_run_keeps_its_finished_shards(tmp_path, tokenizer, pictures):
 
 
 @pytest.mark.slow
-def test_two_processes_encode_every_image_once(tmp_path, tokenizer, pictures):
-    run_module("tokenizer.encode", *flags(tokenizer, pictures, tmp_path / "one"))
-    run_module("tokenizer.encode", *flags(tokenizer, pictures, tmp_path / "two"), processes=2)
+def test_two_processes_encode_every_image_once(tmp_path, tokenizer, images):
+    run_module("tokenizer.encode", *flags(tokenizer, images, tmp_path / "one"))
+    run_module("tokenizer.encode", *flags(tokenizer, images, tmp_path / "two"), processes=2)
     assert np.array_equal(codes(tmp_path / "one"), codes(tmp_path / "two"))
     images = ShardReader(tmp_path / "two", "images")
     assert len(set(images[np.arange(6)].tolist())) == 6
 
 
 @pytest.mark.slow
-def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, pictures):
+def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, images):
     out = tmp_path / "scores"
-    run = flags(tokenizer, pictures, out)
+    run = flags(tokenizer, images, out)
     position = run.index("--shard_size")
     del run[position : position + 2]
     rfid = ("--rfid", "true", "--metrics.extractor", "proxy", "--metrics.batch_size", 4)

@@ -81,7 +81,7 @@ def test_the_tokenizer_is_the_published_one(goldens):
     with torch.no_grad():
         codes = vq.encode(image(11, 64, 2))
         decoded = vq.decode(torch.from_numpy(golden["codes"].astype(np.int64)))
-    clear = golden["margin"] > 1e-3  # one cell is a tie
+    clear = golden["margin"] > 1e-3  # one position is a tie
     assert (codes.numpy() == golden["codes"])[clear].all()
     np.testing.assert_allclose(decoded, golden["recon"].astype(np.float32), atol=2e-3)
 

@@ -70,7 +70,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     recompute = ("--parallel.activation_checkpointing", "full")
     killed = flags(data, tmp_path / "killed", *more, *recompute)
     log = tmp_path / "killed" / "metrics.jsonl"
-    for lines in (1, 5):  # before the first checkpoint, and in the middle of the game
+    for lines in (1, 5):  # before the first checkpoint, and in adversarial training
         kill_when(partial(has_lines, log, lines), "tokenizer.train", *killed)
         assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:07d}").exists()
     run_module("tokenizer.train", *killed)
@@ -125,7 +125,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     data = write_pictures(tmp_path / "data")
     whole = (data / "class0" / "0.png").read_bytes()
     (data / "class0" / "broken.png").write_bytes(whole[: len(whole) // 2])
-    (data / "class1" / "text.jpg").write_text("no picture")
+    (data / "class1" / "text.jpg").write_text("no image")
     more = ("--training.num_steps", 2 * STEPS)
     done = run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     named = (tmp_path / "run" / "skipped_rank0.txt").read_text()

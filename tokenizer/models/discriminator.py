@@ -1,4 +1,4 @@
-"""The networks that tell real pictures from reconstructions."""
+"""The networks that tell real images from reconstructions."""
 
 import itertools
 import math
@@ -44,7 +44,9 @@ def build_discriminator(config: DiscriminatorConfig, image_size: tuple[int, int]
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches. Keys follow the released training checkpoints.
+    """Classifies overlapping patches as real or reconstructed.
+
+    Keys follow the released training checkpoints.
 
     BatchNorm uses the statistics of each rank's own batch, as the reference does.
     """

@@ -40,7 +40,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One-head self-attention over all cells, added to its input."""
+    """One-head self-attention over all positions, added to its input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
