@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from autoregressive.inference.generate import generate
     from autoregressive.models.config import GPTConfig
     from autoregressive.models.gpt import GPT
-    from autoregressive.pipeline import ImagePipeline
+    from autoregressive.sampling.pipeline import ImagePipeline
 
 __all__ = ["GPT", "GPTConfig", "ImagePipeline", "generate"]
 
 _MODULES = {
     "GPT": "autoregressive.models.gpt",
     "GPTConfig": "autoregressive.models.config",
-    "ImagePipeline": "autoregressive.pipeline",
+    "ImagePipeline": "autoregressive.sampling.pipeline",
     "generate": "autoregressive.inference.generate",
 }
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from autoregressive.conditions import ConditionConfig, open_conditions
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.conditioning import Condition
-from autoregressive.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.conditions import ConditionConfig, open_conditions
+from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import pixels_to_images, save_png

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.conditions import (
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.sampling.conditions import (
     ClassConditions,
     ConditionConfig,
     Conditions,
     PromptConditions,
     open_conditions,
 )
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.pipeline import ImagePipeline, WeightsConfig
-from autoregressive.png_layouts import Layout, write_pngs
-from autoregressive.sampling_loop import CodeBatch, decode_batches, sample_batches
+from autoregressive.sampling.loop import CodeBatch, decode_batches, sample_batches
+from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.png_layouts import Layout, write_pngs
 from core.config import config_values, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png

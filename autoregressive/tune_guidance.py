@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from autoregressive.conditions import ConditionConfig, open_conditions
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.pipeline import ImagePipeline, WeightsConfig
-from autoregressive.sampling_loop import score_samples
+from autoregressive.sampling.conditions import ConditionConfig, open_conditions
+from autoregressive.sampling.loop import score_samples
+from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed.world import World, distributed
 from core.files import read_json, write_json

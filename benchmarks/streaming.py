@@ -20,8 +20,8 @@ from PIL import Image
 
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.pipeline import ImagePipeline
-from autoregressive.sampling_loop import score_samples
+from autoregressive.sampling.loop import score_samples
+from autoregressive.sampling.pipeline import ImagePipeline
 from benchmarks import reference_sampler
 from benchmarks.sampling import seconds
 from core.config import parse_config, run_command

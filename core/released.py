@@ -30,7 +30,7 @@ class PublishedScores:
         image_size: Side of the images that were compared, in pixels.
         num_images: Number of images.
         reference: What they were compared with; null if the source does not state it.
-        interpolation: How images were resized, which alone can move rFID by 0.2; null likewise.
+        interpolation: How images were resized, which alone can move rFID by 0.2; null if unknown.
         source: The file or paper that the numbers are from.
         note: What else a reader of the numbers should know.
     """
@@ -62,7 +62,7 @@ class ReleasedModel:
         sampling: Fields of SamplingConfig, as published.
         scores: What was published.
         licence: Licence of the weights; null if the source does not state it.
-        paper: Where the model is described; null likewise.
+        paper: Where the model is described; null if unknown.
         note: What else a user should know.
     """
 

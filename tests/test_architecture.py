@@ -200,10 +200,7 @@ NAMES = {  # identifiers of an earlier version -> what they are called now
     "Nets": "TrainingModels",
     "Pair": "ImagePipeline",
     "ShownConfig": "ConditionConfig",
-    "shown": "conditions",
-    "known": "forced_codes",
     "least_kept": "logit_threshold",
-    "Draw": "Sampler",
     "Drawing": "TopKTopPSampler",
     "Place": "AttentionMetadata",
     "Store": "KVBuffer",
@@ -212,9 +209,10 @@ NAMES = {  # identifiers of an earlier version -> what they are called now
     "Collected": "FeatureStatistics",
     "give_way": "lower_thread_priority",
     "whole_gpt": "unsharded_copy",
-    "averaged": "ema_model",
     "make_ready": "prepare",
 }
+# Ordinary words, which no parameter of ours should have as its name.
+PARAMETERS = {"shown": "conditions", "known": "forced_codes", "averaged": "ema_model"}
 TEXTS = ("*.py", "*.yaml", "*.md", "*.sh", "*.sbatch")
 # The change log names what was renamed.
 EXCEPT = {"tests/test_architecture.py", "CHANGELOG.md"}
@@ -253,6 +251,12 @@ def test_no_private_name_is_left():
         for path, tree in TREES.items()
         for name, line in identifiers(tree)
         if name in NAMES
+    }
+    found |= {
+        f"{relative(path)}:{node.lineno}: {node.arg}": PARAMETERS[node.arg]
+        for path in SOURCES
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.arg) and node.arg in PARAMETERS
     }
     assert found == {}
 

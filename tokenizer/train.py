@@ -48,7 +48,7 @@ from tokenizer.models.discriminator import DiscriminatorConfig, build_discrimina
 from tokenizer.models.layers import ResnetBlock
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
-from tokenizer.validation import Totals, load_pictures, reconstruct
+from tokenizer.validation import Totals, load_images, reconstruct
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     images_on_disk = open_images(config.data)
-    validation = load_pictures(
+    validation = load_images(
         config.validation or config.data, config.validation_images, config.image_size
     )
     plan = plan_training(config, len(images_on_disk))
@@ -232,8 +232,8 @@ def train(config: TrainConfig, world: World) -> None:
             metrics["epoch"] = session.samples / len(images_on_disk)
             if skipped_steps:
                 metrics["skipped_steps"] = skipped_steps
-            if skipped_pictures := sum(world.gather(len(skips))):
-                metrics["skipped_pictures"] = skipped_pictures
+            if skipped_images := sum(world.gather(len(skips))):
+                metrics["skipped_images"] = skipped_images
             session.log(metrics)
         if session.evaluation_due:
             evaluate(session, models.ema_vq, validation)

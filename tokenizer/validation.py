@@ -47,7 +47,7 @@ class Totals:
         self.usage = CodebookUsage(self.vocab_size, self.world.device)
 
 
-def load_pictures(source: Path, count: int, image_size: tuple[int, int]) -> torch.Tensor:
+def load_images(source: Path, count: int, image_size: tuple[int, int]) -> torch.Tensor:
     """Up to `count` images of a folder or list, centre-cropped: (n, height, width, 3) uint8."""
     images = open_images(source)
     count = min(len(images), count)

@@ -19,9 +19,9 @@ def register() -> None:
     from autoregressive.serving.vllm_config import LlamaGenConfig
 
     AutoConfig.register(MODEL_TYPE, LlamaGenConfig, exist_ok=True)
-    known = ModelRegistry.get_supported_archs()
+    registered = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES.values():
-        if name not in known:
+        if name not in registered:
             # By name: vLLM imports the module only in the processes that run the model.
             ModelRegistry.register_model(name, f"autoregressive.serving.vllm_model:{name}")
 

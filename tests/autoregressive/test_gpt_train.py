@@ -11,8 +11,9 @@ from helpers.training import STEPS, flags, losses, weights
 
 from autoregressive.data.open import open_data
 from autoregressive.models.config import GPTConfig
-from autoregressive.train import TrainConfig, build_models, train
-from autoregressive.validation import validation_loss
+from autoregressive.train import build_models, train
+from autoregressive.training.config import TrainConfig
+from autoregressive.training.validation import validation_loss
 from core.config import InputError, parse_config
 from core.distributed.world import World
 

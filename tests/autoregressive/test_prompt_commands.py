@@ -10,11 +10,11 @@ import torch
 from helpers.models import tiny, write_models
 from PIL import Image
 
-from autoregressive.conditions import ConditionConfig, read_prompts
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.inpaint import InpaintConfig, inpaint
 from autoregressive.sample import SampleConfig, sample
+from autoregressive.sampling.conditions import ConditionConfig, read_prompts
 from core.config import InputError
 from core.data.shards import ShardReader, read_index
 from core.distributed.world import choose_device

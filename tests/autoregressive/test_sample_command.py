@@ -8,10 +8,10 @@ from helpers.commands import kill_when, run_module
 from helpers.models import tiny, write_models
 from PIL import Image
 
-from autoregressive.conditions import ConditionConfig, sample_labels
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sample import SampleConfig, image_grid_ids, sample
+from autoregressive.sampling.conditions import ConditionConfig, sample_labels
 from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz

@@ -141,7 +141,7 @@ def test_captions_of_different_lengths_do_not_depend_on_their_batch():
         assert torch.equal(one[0], together[i])
 
 
-def test_a_picture_can_be_shown_row_by_row():
+def test_a_image_can_be_shown_row_by_row():
     gpt, config = tiny(), SamplingConfig(top_k=5)
     rows = list(generate_rows(gpt, LABELS, config))
     assert [tuple(part.shape) for part in rows] == [(3, n, 4) for n in (1, 2, 3, 4)]
@@ -200,7 +200,7 @@ def test_fp8_is_refused_on_a_cpu():
 @pytest.mark.parametrize(
     "settings", [{"greedy": True}, {"top_k": 9}, {"cfg_interval": 4, "top_p": 0.9}], ids=str
 )
-def test_guessing_ahead_draws_the_same_pictures(window, settings):
+def test_guessing_ahead_draws_the_same_images(window, settings):
     gpt = tiny(seed=6)
     labels = torch.arange(20) % 5
     plain = generate(gpt, labels, cfg_scale=3.0, seed=2, **settings)

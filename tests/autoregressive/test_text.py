@@ -19,8 +19,8 @@ from autoregressive import GPTConfig, generate
 from autoregressive.data import captions as captions_module
 from autoregressive.data.captions import TextDataset
 from autoregressive.data.config import DataConfig
-from autoregressive.train import TrainConfig
-from autoregressive.validation import SampleGrid
+from autoregressive.training.config import TrainConfig
+from autoregressive.training.validation import SampleGrid
 from core.config import InputError, save_config
 from core.data.shards import ShardReader, read_index
 from core.distributed.world import World
@@ -115,7 +115,7 @@ def test_short_captions_come_at_their_rate_and_depend_on_the_position_alone(made
 
 
 @pytest.mark.slow
-def test_features_of_other_pictures_are_refused(made, tmp_path):
+def test_features_of_other_images_are_refused(made, tmp_path):
     for path in (made / "features").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     index = read_index(tmp_path)

@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert "step_0000002 is damaged" in caplog.text
 
 
-def test_a_run_with_damaged_checkpoints_alone_does_not_start_anew(tmp_path, world):
+def test_a_run_with_damaged_checkpoints_alone_does_not_start_again(tmp_path, world):
     keeper, _ = checkpointer(tmp_path, world, network())
     keeper.save(1)
     keeper.wait()

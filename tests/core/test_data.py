@@ -22,14 +22,14 @@ from core.rng import random_uniform, seed_step
 CPU = choose_device("cpu")
 
 
-def save_pictures(folder, *names):
+def save_images(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name)
 
 
 def test_classes_are_the_sorted_folders(tmp_path):
-    save_pictures(tmp_path, "b/1.png", "a/2.png", "a/1.JPEG", "c/sub/1.png")
+    save_images(tmp_path, "b/1.png", "a/2.png", "a/1.JPEG", "c/sub/1.png")
     images = find_images(tmp_path)
     assert images.classes == ("a", "b", "c")
     assert images.labels.tolist() == [0, 0, 1, 2]
@@ -37,7 +37,7 @@ def test_classes_are_the_sorted_folders(tmp_path):
 
 
 def test_flat_folders_and_lists_are_read(tmp_path):
-    save_pictures(tmp_path / "flat", "2.png", "1.png")
+    save_images(tmp_path / "flat", "2.png", "1.png")
     assert find_images(tmp_path / "flat").labels.tolist() == [-1, -1]
     (tmp_path / "list.tsv").write_text("flat/2.png\tdog\nflat/1.png\tcat\n")
     listed = find_images(tmp_path / "list.tsv")
@@ -47,9 +47,9 @@ def test_flat_folders_and_lists_are_read(tmp_path):
     assert find_images(tmp_path / "numbers.tsv").labels.tolist() == [0, 12]
 
 
-def test_what_holds_no_pictures_is_refused(tmp_path):
+def test_what_holds_no_images_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    save_pictures(tmp_path / "classes", "a/1.png")
+    save_images(tmp_path / "classes", "a/1.png")
     (tmp_path / "classes" / "b").mkdir()
     (tmp_path / "odd.tsv").write_text("a\tb\nc\n")
     for name, message in (
@@ -84,8 +84,8 @@ def test_a_batch_that_does_not_split_evenly_is_refused():
         check_batch_size(10, 2, World(0, 4, CPU))
 
 
-def test_bad_pictures_are_reported_in_order_and_counted_once(tmp_path):
-    save_pictures(tmp_path, "a/1.png", "a/3.png")
+def test_bad_images_are_reported_in_order_and_counted_once(tmp_path):
+    save_images(tmp_path, "a/1.png", "a/3.png")
     (tmp_path / "a" / "2.png").write_text("text")
     dataset = OrderedImages(find_images(tmp_path), CenterCrop(4, 4))
     (batch,) = ordered_batches(dataset, [0, 1, 2], batch_size=4, num_workers=0)
@@ -104,8 +104,8 @@ def first_red(image, random):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_picture_gives_its_place_to_another_whatever_the_batch(tmp_path, num_workers):
-    save_pictures(tmp_path, "1.png", "333.png", "55555.png")
+def test_a_bad_image_gives_its_place_to_another_whatever_the_batch(tmp_path, num_workers):
+    save_images(tmp_path, "1.png", "333.png", "55555.png")
     (tmp_path / "2.png").write_text("text")
     dataset = TrainingImages(find_images(tmp_path), first_red, seed=0)
     (whole,) = training_batches(dataset, iter([np.arange(8)]), num_workers, False)
@@ -117,7 +117,7 @@ def test_a_bad_picture_gives_its_place_to_another_whatever_the_batch(tmp_path, n
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_folder_without_one_good_picture_ends_with_one_line(tmp_path, num_workers):
+def test_a_folder_without_one_good_image_ends_with_one_line(tmp_path, num_workers):
     (tmp_path / "1.png").write_text("text")
     dataset = TrainingImages(find_images(tmp_path), first_red, seed=0)
     with pytest.raises(InputError, match=r"^100 images in a row .*not an image$"):

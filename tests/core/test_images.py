@@ -75,7 +75,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path):
+def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
     Image.fromarray(np.full((2, 2), 200, np.uint16)).save(tmp_path / "dark.png")
     assert np.asarray(load_image(tmp_path / "dark.png")).max() == 1
 
@@ -105,7 +105,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_what_is_no_whole_picture_is_refused_with_its_reason():
+def test_what_is_no_whole_image_is_refused_with_its_reason():
     jpeg = encoded(make_image(64, 64), "JPEG")
     for data, reason in (
         (jpeg[: len(jpeg) // 2], "damaged image"),
@@ -148,7 +148,7 @@ def test_an_npz_is_written_as_a_stream_and_read_by_numpy(tmp_path):
         list(read_npz_images(tmp_path / "text.npz"))
 
 
-def test_the_grid_holds_every_picture():
+def test_the_grid_holds_every_image():
     pixels = np.stack([np.full((4, 5, 3), i, np.uint8) for i in range(5)])
     grid = image_grid(pixels, columns=3, padding=1)
     assert grid.shape == (2 * 5 + 1, 3 * 6 + 1, 3)

@@ -133,7 +133,7 @@ def test_a_loader_process_that_dies_is_named_and_replaced_and_no_sample_is_lost(
     assert "starting another one in its place" in caplog.text
 
 
-def test_a_resumed_run_lists_no_skipped_picture_twice(tmp_path):
+def test_a_resumed_run_lists_no_skipped_image_twice(tmp_path):
     path = tmp_path / "skipped.txt"
     SkipLog(path).add([Skipped("a.png", "damaged image"), Skipped("b.png", "not an image")])
     resumed = SkipLog(path)

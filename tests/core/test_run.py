@@ -84,7 +84,7 @@ def test_a_run_that_starts_afresh_reports_step_0_once_and_a_resumed_one_keeps_it
         assert [line["step"] for line in metrics(tmp_path)] == expected
 
 
-def test_a_picture_can_be_drawn_before_anything_is_reported(tmp_path, world, caplog):
+def test_a_image_can_be_drawn_before_anything_is_reported(tmp_path, world, caplog):
     run = Run(tmp_path, Inner(), ReportConfig(), world)
     run.start(0, 10, "image")
     run.draw(0, np.zeros((4, 4, 3), np.uint8))

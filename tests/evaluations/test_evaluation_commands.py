@@ -194,7 +194,7 @@ def test_published_references_in_float32_are_read_as_float64(tmp_path):
     assert found.image_size is None
 
 
-def test_pictures_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, world):
+def test_images_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, world):
     np.savez(tmp_path / "none.npz", other=pixels)
     np.savez(tmp_path / "float.npz", arr_0=pixels.astype(np.float32))
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}, {}], object))

@@ -70,21 +70,21 @@ def run_rank(rank: int, size: int, rendezvous: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_agree_with_one_process_and_count_padded_pictures_once(size, tmp_path):
+def test_ranks_agree_with_one_process_and_count_padded_images_once(size, tmp_path):
     rendezvous = f"file://{tmp_path / 'rendezvous'}"
     torch.multiprocessing.spawn(run_rank, (size, rendezvous), nprocs=size)
 
 
-def test_one_process_counts_a_repeated_picture_once(world):
+def test_one_process_counts_a_repeated_image_once(world):
     check_against_one_process(evaluate([*range(COUNT), 3, 3, *range(COUNT)], world))
 
 
-def test_scores_do_not_depend_on_the_order_of_the_pictures(world):
+def test_scores_do_not_depend_on_the_order_of_the_images(world):
     order = np.random.default_rng(0).permutation(COUNT).tolist()
     check_against_one_process(evaluate(order, world, batch=4))
 
 
-def test_pictures_streamed_as_they_come_equal_those_of_a_file(world):
+def test_images_streamed_as_they_come_equal_those_of_a_file(world):
     extractor = ProxyExtractor(CPU)
     one, two = Evaluator(extractor, CPU, 6), Evaluator(extractor, CPU, 6)
     for ids in torch.arange(COUNT).split(10):

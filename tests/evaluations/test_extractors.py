@@ -157,9 +157,7 @@ def test_without_weights_or_internet_a_command_ends_with_one_line(tmp_path, monk
         assert part in line
 
 
-def test_dinov2_files_of_any_picture_size_are_read_and_a_missing_one_is_named(
-    tmp_path, monkeypatch
-):
+def test_dinov2_files_of_any_image_size_are_read_and_a_missing_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(dinov2, "ARCHITECTURE", "vit_small_patch14_dinov2")  # the large has 1.2 GB
     tensors = {k: v.clone() for k, v in dinov2.build_dinov2().state_dict().items()}
     small = tensors["pos_embed"]

@@ -197,7 +197,7 @@ def test_float16_distances_fall_back_where_they_overflow():
     )
 
 
-def test_psnr_and_ssim_of_known_pictures():
+def test_psnr_and_ssim_of_known_images():
     grey = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
     assert psnr(grey, grey + 10).item() == pytest.approx(10 * np.log10(255**2 / 100))
     assert psnr(grey, grey).item() == 100

@@ -20,7 +20,7 @@ from language.captions import clean_caption, first_sentence
         ("  ", ""),
     ],
 )
-def test_what_does_not_describe_a_picture_goes(caption, cleaned):
+def test_what_does_not_describe_a_image_goes(caption, cleaned):
     assert clean_caption(caption) == cleaned
 
 

@@ -115,7 +115,7 @@ def test_two_processes_encode_every_image_once(tmp_path, tokenizer, images):
 
 
 @pytest.mark.slow
-def test_reconstruction_scores_are_written_with_a_picture(tmp_path, tokenizer, images):
+def test_reconstruction_scores_are_written_with_a_image(tmp_path, tokenizer, images):
     out = tmp_path / "scores"
     run = flags(tokenizer, images, out)
     position = run.index("--shard_size")

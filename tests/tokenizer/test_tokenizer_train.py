@@ -22,7 +22,7 @@ STYLEGAN = ("--loss.discriminator_start", 0, "--discriminator.kind", "stylegan")
 STYLEGAN = (*STYLEGAN, "--discriminator.max_channels", 8)
 
 
-def write_pictures(folder: Path, count: int = 12) -> Path:
+def write_images(folder: Path, count: int = 12) -> Path:
     random = np.random.default_rng(0)
     for i in range(count):
         path = folder / f"class{i % 3}" / f"{i}.png"
@@ -63,7 +63,7 @@ def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     more = (*ADVERSARIAL, "--training.ema_decay", 0.9, "--training.gradient_accumulation", 2)
     run_module("tokenizer.train", *flags(data, tmp_path / "whole", *more))
     # Recomputed activations change nothing, and their wrappers stay out of the checkpoints.
@@ -82,7 +82,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [("--loss.adversarial_weight", 0), STYLEGAN])
 def test_two_processes_give_the_losses_of_one(tmp_path, loss):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     run_module("tokenizer.train", *flags(data, tmp_path / "one", *loss))
     run_module("tokenizer.train", *flags(data, tmp_path / "two", *loss), processes=2)
     names = {"reconstruction", "codebook", "commitment", "generator", "discriminator"}
@@ -93,7 +93,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, loss):
 
 @pytest.mark.slow
 def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_path):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     more = (*ADVERSARIAL, "--optimizer.lr", 3e-3, "--report.sample_every", 4)
     run_module("tokenizer.train", *flags(data, tmp_path / "run", *more))
     history = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
@@ -110,7 +110,7 @@ def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_pat
 
 @pytest.mark.slow
 def test_fine_tuning_starts_from_weights_without_optimiser_state(tmp_path, world):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     train_here(flags(data, tmp_path / "first"), world)
     state = weights(tmp_path / "first", "model")
     torch.save({"model": state}, tmp_path / "inference_only.pt")
@@ -121,8 +121,8 @@ def test_fine_tuning_starts_from_weights_without_optimiser_state(tmp_path, world
 
 
 @pytest.mark.slow
-def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
-    data = write_pictures(tmp_path / "data")
+def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path):
+    data = write_images(tmp_path / "data")
     whole = (data / "class0" / "0.png").read_bytes()
     (data / "class0" / "broken.png").write_bytes(whole[: len(whole) // 2])
     (data / "class1" / "text.jpg").write_text("no image")
@@ -132,7 +132,7 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     assert "broken.png\tdamaged image" in named
     assert "text.jpg\tnot an image" in named
     reports = [line for line in metrics(tmp_path / "run") if "reconstruction" in line]
-    assert reports[-1]["skipped_pictures"] == 2
+    assert reports[-1]["skipped_images"] == 2
     assert "2 images skipped" in done.stdout
 
 
@@ -147,27 +147,27 @@ def test_bad_pictures_are_counted_and_named_and_training_goes_on(tmp_path):
     ],
 )
 def test_bad_input_is_refused_by_name_before_anything_is_written(tmp_path, world, wrong, message):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     with pytest.raises(InputError, match=message):
         train_here(flags(data, tmp_path / "run", *wrong), world)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_class_folder_is_refused(tmp_path, world):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     (data / "class9").mkdir()
     with pytest.raises(InputError, match="class9"):
         train_here(flags(data, tmp_path / "run"), world)
 
 
 def test_a_loss_that_explodes_stops_at_a_named_step(tmp_path, world):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     with pytest.raises(InputError, match="non-finite gradient at step"):
         train_here(flags(data, tmp_path / "run", "--optimizer.lr", 1e30), world)
 
 
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     run = flags(data, tmp_path / "run", "--training.batch_size", "many")
     failed = run_module("tokenizer.train", *run, ok=False)
     assert failed.returncode == 2

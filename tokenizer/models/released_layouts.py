@@ -3,7 +3,7 @@
 | layout | how it is recognised | what differs |
 |---|---|---|
 | LlamaGen | keys of ours, under model, ema, module, state_dict or bare | may lack `codebook_used` |
-| Hub mixin | a folder with config.json and model.safetensors | likewise |
+| Hub mixin | a folder with config.json and model.safetensors | the same |
 | GEAR, Warmup | the parts vq and vq_ema | nothing, or SEED's names |
 | SEED-Voken (IBQ) | `encoder.down.*`, in a Lightning file | names, averaged copies, losses |
 """

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from autoregressive.conditions import PromptConditions
+from autoregressive.sampling.conditions import PromptConditions
 from core.config import InputError
 from core.data.grids import image_grid
 from core.data.images import save_png

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +18,9 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.pipeline import ImagePipeline
-from autoregressive.sampling_loop import score_samples
+from autoregressive.sampling.loop import score_samples
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.training.config import TrainConfig
 from core.config import InputError, load_config
 from core.data.grids import image_grid
 from core.distributed.world import Precision, World
@@ -32,27 +31,7 @@ from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
-if TYPE_CHECKING:
-    from autoregressive.train import TrainConfig
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How often samples are scored during training, and how many.
-
-    Args:
-        every: Interval between evaluations in optimizer steps; null for none.
-        num_images: Number of images to sample for an evaluation, over all classes in turn.
-    """
-
-    every: int | None = None
-    num_images: int = 5000
-
-    def __post_init__(self) -> None:
-        if (self.every is not None and self.every < 1) or self.num_images < 2:
-            raise ValueError("evaluation: every must be >= 1, or null; num_images must be >= 2")
 
 
 def start_from(gpt: GPT, source: str) -> None:

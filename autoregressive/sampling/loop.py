@@ -8,7 +8,7 @@ import torch
 
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.conditioning import Condition, ConditionLike
-from autoregressive.pipeline import ImagePipeline
+from autoregressive.sampling.pipeline import ImagePipeline
 from core.distributed.world import World
 from evaluations.evaluator import Evaluator
 from evaluations.scorer import Scorer, score

@@ -1,0 +1,1 @@
+"""The configuration and the evaluation of a training of the GPT."""
