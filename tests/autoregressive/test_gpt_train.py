@@ -83,11 +83,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path, world):
 def test_the_loss_falls_and_validation_is_reported(tmp_path, world):
     codes, held_out = write_codes(tmp_path / "codes"), write_codes(tmp_path / "val", count=10)
     more = ("--validation", f"[{held_out}]", "--report.sample_every", 6, "--optimizer.lr", 1e-2)
+    more = (*more, "--training.num_steps", 24)
     train_here(flags(codes, tmp_path / "run", *more), world)
     history = losses(tmp_path / "run")
     assert history[-1] < history[0] - 0.5
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "validation_loss" in line] == [0, 6, 12]
+    assert [json.loads(line)["step"] for line in lines if "validation_loss" in line] == [
+        *(0, 6, 12, 18, 24)
+    ]
     assert (tmp_path / "run" / "curves.png").exists()
 
 

@@ -131,7 +131,7 @@ import resource, sys
 from pathlib import Path
 from helpers.training import checkpointer
 from core.config import run_command
-from core.distributed import World, choose_device
+from core.distributed.world import World, choose_device
 from torch import nn
 def main():
     net = nn.Linear(300, 300)
@@ -168,5 +168,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_pa
         assert len(lines) == 1
         assert find_damage(tmp_path / "step_0000003") == ""
     else:  # what was trained since would be lost without a word
-        assert done.returncode == 2
+        assert done.returncode == 1  # a disk may have space again: a launcher tries again
         assert "cannot save the checkpoint of step 3" in lines[-1]

@@ -106,7 +106,7 @@ import json
 import sys
 from pathlib import Path
 import torch
-from core.distributed import distributed
+from core.distributed.world import distributed
 with distributed("cpu") as world:
     total = world.sum(torch.tensor([world.rank + 1.0]))
     seen = [float(total), world.gather(world.rank), world.broadcast(world.rank + 5)]
