@@ -84,6 +84,18 @@ def unread_fields(kinds: set[type], reads: Reads) -> list[str]:
         for kind in kinds
         for part in dataclasses.fields(kind)
         if not any((base, part.name) in reads for base in declaring_classes(kind, part.name))
+        and not read_through_a_protocol(kind, part.name, reads)
+    )
+
+
+def read_through_a_protocol(kind: type, name: str, reads: Reads) -> bool:
+    """Whether code reads the field of a Protocol that `kind` fulfils, such as SessionConfig."""
+    fields = {part.name for part in dataclasses.fields(kind)}
+    protocols = {owner for owner, field_name in reads if field_name == name}
+    return any(
+        getattr(owner, "_is_protocol", False)
+        and {n for n in vars(owner) if not n.startswith("_")} <= fields
+        for owner in protocols
     )
 
 

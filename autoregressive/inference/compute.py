@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -48,7 +48,12 @@ class ComputeConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ImagePipeline.prepare, except the device: each rank has its own."""
-        return {name: value for name, value in asdict(self).items() if name != "device"}
+        return {
+            "precision": self.precision,
+            "cache_precision": self.cache_precision,
+            "tokenizer_precision": self.tokenizer_precision,
+            "compile": self.compile,
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
