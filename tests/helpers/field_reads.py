@@ -135,7 +135,9 @@ class _Module:
                     self.read(self.type_of(node.args[0], variables), name)
 
     def read(self, kind: type | None, name: str) -> None:
-        if kind:
+        if kind and getattr(kind, "_is_protocol", False):
+            self.reads.add((kind, name))
+        elif kind:
             self.reads |= {(base, name) for base in declaring_classes(kind, name)}
 
     def annotated(self, annotation: ast.expr | None) -> type | None:
