@@ -28,17 +28,13 @@ class Reconstruction(NamedTuple):
 
 def build_quantizer(config: VQConfig) -> Quantizer:
     """The quantizer that a configuration describes."""
-    if config.quantizer == "ibq":
-        return IndexBackpropQuantizer(
-            config.vocab_size, config.codebook_dim, config.commitment_weight, config.entropy_weight
-        )
-    return VectorQuantizer(
-        config.vocab_size,
-        config.codebook_dim,
-        config.l2_normalize,
-        config.commitment_weight,
-        config.entropy_weight,
-    )
+    size = (config.vocab_size, config.codebook_dim)
+    weights = (config.commitment_weight, config.entropy_weight)
+    match config.quantizer:
+        case "vq":
+            return VectorQuantizer(*size, config.l2_normalize, *weights, config.vq)
+        case "ibq":
+            return IndexBackpropQuantizer(*size, *weights)
 
 
 class VQModel(nn.Module):
@@ -96,7 +92,8 @@ class VQModel(nn.Module):
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
+        vectors = self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(vectors))
 
     def _project(self, images: torch.Tensor) -> torch.Tensor:
         f = self.config.downsample

@@ -1,12 +1,33 @@
 """Vector quantisation with a low-dimensional, l2-normalised codebook (LlamaGen, section 2.1)."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.quantizers.base import Quantized, Quantizer
 
-SEARCH_ROWS = 8192  # vectors compared with the codebook at once: 512 MiB of scores at 16,384 codes
+SEARCH_ROWS = 8192  # vectors compared with the codebook at once, fewer if it is large:
+SEARCH_SCORES = 1 << 27  # scores held at once, 512 MiB in float32
+ROTATION_EPSILON = 1e-6  # added to every norm of the rotation trick, as published
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Options of the quantizer vq alone.
+
+    Args:
+        gradient: How the decoder's gradient reaches the encoder. straight_through: unchanged.
+            rotation: rotated and scaled by the map from a vector to its entry (Fifty et al. 2024,
+            section 4).
+    """
+
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+
+
+DEFAULT_OPTIONS = VectorOptions()
 
 
 class VectorQuantizer(Quantizer):
@@ -19,9 +40,10 @@ class VectorQuantizer(Quantizer):
         l2_normalize: bool,
         commitment_weight: float,
         entropy_weight: float,
+        options: VectorOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__(vocab_size, dim)
-        self.l2_normalize = l2_normalize
+        self.l2_normalize, self.options = l2_normalize, options
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.embedding = nn.Embedding(vocab_size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
@@ -48,7 +70,10 @@ class VectorQuantizer(Quantizer):
             }
             if self.entropy_weight:
                 losses["entropy"] = self.entropy_weight * entropy_loss(z.flatten(0, -2), codebook)
-            vectors = z + (vectors - z).detach()
+            if self.options.gradient == "rotation":
+                vectors = rotate_to(z, vectors)
+            else:
+                vectors = z + (vectors - z).detach()
         return Quantized(codes, vectors.movedim(-1, 1), losses)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
@@ -66,9 +91,25 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     offset = codebook.square().sum(-1)
     chunks = [
         torch.addmm(offset, rows, codebook.T, alpha=-2).argmin(-1)
-        for rows in vectors.split(SEARCH_ROWS)
+        for rows in vectors.split(max(1, min(SEARCH_ROWS, SEARCH_SCORES // len(codebook))))
     ]
     return torch.cat(chunks)
+
+
+def rotate_to(vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The targets (..., dim) in value, as a rotation and scaling of the vectors (..., dim).
+
+    The rotation and the scale are constants of the backward pass, so that a gradient keeps its
+    angle to the vector. Fifty et al. 2024, equation 4.
+    """
+    with torch.no_grad():
+        norm, target_norm = (x.norm(dim=-1, keepdim=True) for x in (vectors, targets))
+        start, end = vectors / (norm + ROTATION_EPSILON), targets / (target_norm + ROTATION_EPSILON)
+        between = start + end
+        between /= between.norm(dim=-1, keepdim=True) + ROTATION_EPSILON
+        scale = target_norm / (norm + ROTATION_EPSILON)
+    reflected = vectors - 2 * (vectors * between).sum(-1, keepdim=True) * between
+    return scale * (reflected + 2 * (vectors * start).sum(-1, keepdim=True) * end)
 
 
 def entropy_loss(

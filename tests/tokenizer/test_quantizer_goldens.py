@@ -1,0 +1,37 @@
+"""Every quantizer gives the published code's codes, losses and gradients (float32)."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.quantizers import normal, relative_error
+
+from tokenizer.quantizers.vector import rotate_to
+
+
+@pytest.fixture
+def golden(goldens):
+    """Loads a file of recorded outputs by its name."""
+    return lambda name: np.load(goldens / "variants" / f"{name}.npz")
+
+
+def close(found: torch.Tensor, expected: np.ndarray) -> None:
+    assert relative_error(found, expected) < 1e-4
+
+
+def same_codes(codes: torch.Tensor, expected: np.ndarray) -> None:
+    assert codes.dtype == torch.int64
+    assert (codes.numpy() == expected).all()
+
+
+def gradient(value: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, z, retain_graph=True)[0]
+
+
+def test_the_rotation_trick_is_the_published_one(golden):
+    recorded = golden("rotation")
+    x = normal(5600, (64, 8)).requires_grad_()
+    q = 0.5 * x.detach() + 0.7 * normal(5601, (64, 8))
+    found = rotate_to(x, q)
+    close(found, recorded["forward"])
+    close(found, q.numpy())
+    close(gradient((found * normal(5602, x.shape)).sum(), x), recorded["dx"])
