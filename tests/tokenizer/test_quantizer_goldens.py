@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.quantizers import normal, relative_error
 
+from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
 from tokenizer.quantizers.vector import rotate_to
 
 
@@ -35,3 +36,20 @@ def test_the_rotation_trick_is_the_published_one(golden):
     close(found, recorded["forward"])
     close(found, q.numpy())
     close(gradient((found * normal(5602, x.shape)).sum(), x), recorded["dx"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "bound", "seed"), [("fsq_", "tanh", 5100), ("ifsq_", "sigmoid", 5102)]
+)
+def test_fsq_and_ifsq_are_the_published_ones(golden, prefix, bound, seed):
+    recorded = golden("fsq")
+    levels = tuple(recorded["ifsq_levels" if bound == "sigmoid" else "levels"].tolist())
+    options = FiniteScalarOptions(levels, bound)
+    quantizer = FiniteScalarQuantizer(int(np.prod(levels)), len(levels), 0.0, options)
+    z = normal(seed, (2, len(levels), 6, 7), 1.5).requires_grad_()
+    codes, vectors, losses = quantizer(z)
+    same_codes(codes, recorded[f"{prefix}codes"])
+    close(vectors, recorded[f"{prefix}vectors"])
+    noise = normal(seed + 1, z.shape)
+    close(gradient((vectors * noise).sum(), z), recorded[f"{prefix}dz"])
+    assert losses == {}

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
 from tokenizer.quantizers.vector import VectorOptions
 
 
@@ -22,12 +23,14 @@ class VQConfig:
         quantizer: How vectors become codes.
             vq: the nearest entry (LlamaGen).
             ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
+            fsq: every channel rounded to a few levels (FSQ, iFSQ).
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
         commitment_weight: Weight of the loss that pulls the encoder to its codes; of the one that
             pulls the codes to the encoder for ibq, as published.
         entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
         vq: Options of the quantizer vq alone.
+        fsq: Options of the quantizer fsq alone.
     """
 
     base_channels: int = 128
@@ -43,8 +46,10 @@ class VQConfig:
     quantizer: Literal[
         "vq",
         "ibq",
+        "fsq",
     ] = "vq"
     vq: VectorOptions = field(default_factory=VectorOptions)
+    fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)
 
     def __post_init__(self) -> None:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)

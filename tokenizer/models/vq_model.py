@@ -12,6 +12,7 @@ from core.config import InputError
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
+from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
@@ -35,6 +36,8 @@ def build_quantizer(config: VQConfig) -> Quantizer:
             return VectorQuantizer(*size, config.l2_normalize, *weights, config.vq)
         case "ibq":
             return IndexBackpropQuantizer(*size, *weights)
+        case "fsq":
+            return FiniteScalarQuantizer(*size, config.entropy_weight, config.fsq)
 
 
 class VQModel(nn.Module):
