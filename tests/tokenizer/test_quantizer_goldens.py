@@ -6,6 +6,7 @@ import torch
 from helpers.quantizers import normal, relative_error
 
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
+from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.vector import rotate_to
 
 
@@ -53,3 +54,27 @@ def test_fsq_and_ifsq_are_the_published_ones(golden, prefix, bound, seed):
     noise = normal(seed + 1, z.shape)
     close(gradient((vectors * noise).sum(), z), recorded[f"{prefix}dz"])
     assert losses == {}
+
+
+def test_lfq_is_the_published_one(golden):
+    recorded = golden("lfq")
+    quantizer = LookupFreeQuantizer(2**10, 10, 1.0, 1.0)
+    z = normal(5200, (2, 10, 8, 8), 0.3)
+    z[0, :, 0, 0] = 0
+    z.requires_grad_()
+    codes, vectors, losses = quantizer(z)
+    same_codes(codes, recorded["codes"])
+    close(vectors, recorded["vectors"])
+    close(losses["entropy"], recorded["loss_entropy"])
+    close(losses["commitment"], recorded["commitment_mean_square"])
+    close(gradient((vectors * normal(5201, z.shape)).sum(), z), recorded["dz_vectors"])
+    close(gradient(losses["entropy"], z), recorded["dz_entropy"])
+    close(gradient(losses["commitment"], z), recorded["dz_commitment"])
+
+
+def test_the_bits_of_an_lfq_code_are_in_the_published_order(golden):
+    codes = LookupFreeQuantizer(2**18, 18, 0.25, 0.0)(normal(5202, (1, 18, 5, 7))).codes
+    recorded = golden("lfq")
+    same_codes(codes, recorded["factor_full"])
+    same_codes(codes % 64, recorded["factor_pre"])
+    same_codes(codes // 64, recorded["factor_post"])

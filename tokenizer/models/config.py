@@ -23,6 +23,7 @@ class VQConfig:
         quantizer: How vectors become codes.
             vq: the nearest entry (LlamaGen).
             ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
+            lfq: the sign of every channel (MAGVIT-v2).
             fsq: every channel rounded to a few levels (FSQ, iFSQ).
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
@@ -47,6 +48,7 @@ class VQConfig:
         "vq",
         "ibq",
         "fsq",
+        "lfq",
     ] = "vq"
     vq: VectorOptions = field(default_factory=VectorOptions)
     fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)

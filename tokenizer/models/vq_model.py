@@ -14,6 +14,7 @@ from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
 from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
+from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
@@ -38,6 +39,8 @@ def build_quantizer(config: VQConfig) -> Quantizer:
             return IndexBackpropQuantizer(*size, *weights)
         case "fsq":
             return FiniteScalarQuantizer(*size, config.entropy_weight, config.fsq)
+        case "lfq":
+            return LookupFreeQuantizer(*size, *weights)
 
 
 class VQModel(nn.Module):
