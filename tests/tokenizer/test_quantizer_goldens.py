@@ -5,6 +5,10 @@ import pytest
 import torch
 from helpers.quantizers import normal, relative_error
 
+from tokenizer.quantizers.binary_spherical import (
+    BinarySphericalOptions,
+    BinarySphericalQuantizer,
+)
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.vector import rotate_to
@@ -78,3 +82,20 @@ def test_the_bits_of_an_lfq_code_are_in_the_published_order(golden):
     same_codes(codes, recorded["factor_full"])
     same_codes(codes % 64, recorded["factor_pre"])
     same_codes(codes // 64, recorded["factor_post"])
+
+
+@pytest.mark.parametrize(("file", "inverse_temperature"), [("bsq", 1.0), ("bsq_t100", 100.0)])
+@pytest.mark.parametrize(("form", "group_size"), [("group", 9), ("analytical", 1)])
+def test_bsq_is_the_published_one(golden, file, inverse_temperature, form, group_size):
+    recorded = golden(file)
+    options = BinarySphericalOptions(group_size, inverse_temperature, 1.0, 0.7)
+    quantizer = BinarySphericalQuantizer(2**18, 18, 0.25, 1.3, options)
+    z = normal(5300, (2, 18, 6, 6)).requires_grad_()
+    codes, vectors, losses = quantizer(z)
+    same_codes(codes, recorded["codes"])
+    close(vectors, recorded["vectors"])
+    assert torch.equal(quantizer.lookup(codes), vectors.detach())
+    total = losses["commitment"] + losses["entropy"]
+    close(total, recorded[f"{form}_loss"])
+    close(gradient(total, z), recorded[f"{form}_dz_loss"])
+    close(gradient((vectors * normal(5301, z.shape)).sum(), z), recorded["dz_vectors"])

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
 from tokenizer.quantizers.vector import VectorOptions
 
@@ -24,6 +25,7 @@ class VQConfig:
             vq: the nearest entry (LlamaGen).
             ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
             lfq: the sign of every channel (MAGVIT-v2).
+            bsq: the signs of a unit vector (BSQ).
             fsq: every channel rounded to a few levels (FSQ, iFSQ).
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
@@ -32,6 +34,7 @@ class VQConfig:
         entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
         vq: Options of the quantizer vq alone.
         fsq: Options of the quantizer fsq alone.
+        bsq: Options of the quantizer bsq alone.
     """
 
     base_channels: int = 128
@@ -49,9 +52,11 @@ class VQConfig:
         "ibq",
         "fsq",
         "lfq",
+        "bsq",
     ] = "vq"
     vq: VectorOptions = field(default_factory=VectorOptions)
     fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)
+    bsq: BinarySphericalOptions = field(default_factory=BinarySphericalOptions)
 
     def __post_init__(self) -> None:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)

@@ -12,6 +12,7 @@ from core.config import InputError
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
+from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
 from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
@@ -41,6 +42,8 @@ def build_quantizer(config: VQConfig) -> Quantizer:
             return FiniteScalarQuantizer(*size, config.entropy_weight, config.fsq)
         case "lfq":
             return LookupFreeQuantizer(*size, *weights)
+        case "bsq":
+            return BinarySphericalQuantizer(*size, *weights, config.bsq)
 
 
 class VQModel(nn.Module):
