@@ -11,6 +11,7 @@ from tokenizer.quantizers.binary_spherical import (
 )
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
+from tokenizer.quantizers.sim_vq import SimVQQuantizer
 from tokenizer.quantizers.vector import rotate_to
 
 
@@ -99,3 +100,22 @@ def test_bsq_is_the_published_one(golden, file, inverse_temperature, form, group
     close(total, recorded[f"{form}_loss"])
     close(gradient(total, z), recorded[f"{form}_dz_loss"])
     close(gradient((vectors * normal(5301, z.shape)).sum(), z), recorded["dz_vectors"])
+
+
+def test_simvq_is_the_published_one(golden):
+    recorded = golden("simvq")
+    quantizer = SimVQQuantizer(512, 16, 0.25, 0.0)
+    quantizer.embedding.weight.data = normal(5401, (512, 16), 16**-0.5)
+    quantizer.embedding_proj.weight.data = normal(5402, (16, 16), 16**-0.5)
+    quantizer.embedding_proj.bias.data = normal(5403, (16,), 0.1)
+    z = normal(5400, (2, 16, 8, 8), 0.5).requires_grad_()
+    codes, vectors, losses = quantizer(z)
+    same_codes(codes, recorded["codes"])
+    close(vectors, recorded["vectors"])
+    close(quantizer.plain_codebook()[::8], recorded["folded_codebook"])
+    total = losses["codebook"] + losses["commitment"]
+    close(total, recorded["loss"])
+    close(gradient((vectors * normal(5404, z.shape)).sum(), z), recorded["dz_vectors"])
+    close(gradient(total, z), recorded["dz_loss"])
+    close(gradient(total, quantizer.embedding_proj.weight), recorded["dW"])
+    close(gradient(total, quantizer.embedding_proj.bias), recorded["dbias"])

@@ -26,6 +26,7 @@ class VQConfig:
             ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
             lfq: the sign of every channel (MAGVIT-v2).
             bsq: the signs of a unit vector (BSQ).
+            simvq: the nearest entry of a linear map of frozen vectors (SimVQ).
             fsq: every channel rounded to a few levels (FSQ, iFSQ).
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
@@ -53,6 +54,7 @@ class VQConfig:
         "fsq",
         "lfq",
         "bsq",
+        "simvq",
     ] = "vq"
     vq: VectorOptions = field(default_factory=VectorOptions)
     fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)

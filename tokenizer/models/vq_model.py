@@ -16,6 +16,7 @@ from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
 from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
+from tokenizer.quantizers.sim_vq import SimVQQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
@@ -44,6 +45,8 @@ def build_quantizer(config: VQConfig) -> Quantizer:
             return LookupFreeQuantizer(*size, *weights)
         case "bsq":
             return BinarySphericalQuantizer(*size, *weights, config.bsq)
+        case "simvq":
+            return SimVQQuantizer(*size, *weights)
 
 
 class VQModel(nn.Module):
