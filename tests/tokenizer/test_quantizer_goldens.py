@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.quantizers import normal, relative_error
 
+from tokenizer.quantizers import vector
 from tokenizer.quantizers.binary_spherical import (
     BinarySphericalOptions,
     BinarySphericalQuantizer,
@@ -12,7 +13,7 @@ from tokenizer.quantizers.binary_spherical import (
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.sim_vq import SimVQQuantizer
-from tokenizer.quantizers.vector import rotate_to
+from tokenizer.quantizers.vector import VectorOptions, VectorQuantizer, nearest, rotate_to
 
 
 @pytest.fixture
@@ -119,3 +120,42 @@ def test_simvq_is_the_published_one(golden):
     close(gradient(total, z), recorded["dz_loss"])
     close(gradient(total, quantizer.embedding_proj.weight), recorded["dW"])
     close(gradient(total, quantizer.embedding_proj.bias), recorded["dbias"])
+
+
+def test_the_revival_of_dead_codes_is_the_published_one(golden, monkeypatch):
+    recorded = golden("cvq")
+
+    def recorded_where_tied(rows, codebook):
+        """Revived entries lie close together: within 1e-6 of the nearest, take the recorded one."""
+        found, wanted = nearest(rows, codebook), torch.from_numpy(recorded[f"codes_{step}"])
+        wanted = wanted.flatten().long()
+        distance = (rows.double()[:, None] - codebook.double()).square().sum(-1)
+        excess = distance.gather(1, wanted[:, None]) - distance.gather(1, found[:, None])
+        assert excess.abs().max() < 1e-6
+        assert (found != wanted).sum() <= 2
+        return wanted
+
+    monkeypatch.setattr(vector, "nearest", recorded_where_tied)
+    quantizer = VectorQuantizer(96, 12, False, 0.25, 0.0, VectorOptions(dead_codes="cvq")).train()
+    quantizer.embedding.weight.data = normal(5500, (96, 12), 0.3)
+    for step in range(3):
+        z = normal(5501 + step, (2, 12, 6, 6), 0.5).requires_grad_()
+        losses = quantizer(z).losses
+        found = torch.stack([losses["commitment"], losses["codebook"]])
+        close(found, recorded[f"losses_{step}"])
+        close(quantizer.embedding.weight, recorded[f"codebook_{step}"])
+    # The three recorded frequencies are one tensor, as it was after the last step.
+    close(quantizer.code_frequency, recorded["embed_prob_2"])
+    found.sum().backward()
+    close(quantizer.embedding.weight.grad, recorded["codebook_grad_last"])
+    close(z.grad, recorded["dz_last"])
+
+
+def test_encoding_revives_no_code():
+    options = VectorOptions(dead_codes="cvq")
+    quantizer = VectorQuantizer(8, 4, True, 0.25, 0.0, options).eval()
+    before = quantizer.embedding.weight.clone()
+    quantizer(torch.randn(1, 4, 2, 2))
+    assert torch.equal(quantizer.embedding.weight, before)
+    quantizer.train()(torch.randn(1, 4, 2, 2))
+    assert not torch.equal(quantizer.embedding.weight, before)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.dead_codes import revive_dead_codes
 
 SEARCH_ROWS = 8192  # vectors compared with the codebook at once, fewer if it is large:
 SEARCH_SCORES = 1 << 27  # scores held at once, 512 MiB in float32
@@ -22,9 +23,12 @@ class VectorOptions:
         gradient: How the decoder's gradient reaches the encoder. straight_through: unchanged.
             rotation: rotated and scaled by the map from a vector to its entry (Fifty et al. 2024,
             section 4).
+        dead_codes: What happens to entries that no vector chooses. keep: nothing. cvq: each
+            micro-batch moves them to vectors of the batch (CVQ-VAE, section 3.2).
     """
 
     gradient: Literal["straight_through", "rotation"] = "straight_through"
+    dead_codes: Literal["keep", "cvq"] = "keep"
 
 
 DEFAULT_OPTIONS = VectorOptions()
@@ -32,6 +36,8 @@ DEFAULT_OPTIONS = VectorOptions()
 
 class VectorQuantizer(Quantizer):
     """Replaces each vector by its nearest codebook entry, with straight-through gradients."""
+
+    code_frequency: torch.Tensor  # only with dead_codes cvq
 
     def __init__(
         self,
@@ -51,6 +57,8 @@ class VectorQuantizer(Quantizer):
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         # The released files contain this buffer of their trainer. Nothing reads it.
         self.register_buffer("codebook_used", torch.zeros(65536))
+        if options.dead_codes == "cvq":
+            self.register_buffer("code_frequency", torch.zeros(vocab_size))
 
     def codebook(self) -> torch.Tensor:
         """The entries (vocab_size, dim) float32, normalised if the model normalises vectors."""
@@ -60,8 +68,8 @@ class VectorQuantizer(Quantizer):
         """z (b, dim, h, w) -> codes, vectors, and the losses codebook, commitment and entropy."""
         # In float32 even under autocast: in bf16, 5.6 % of the codes change.
         with torch.autocast(z.device.type, enabled=False):
-            z = self._normalized(z.float().movedim(1, -1))
-            codebook = self.codebook()
+            raw = z.float().movedim(1, -1)
+            z, codebook = self._normalized(raw), self.codebook()
             codes = nearest(z.flatten(0, -2), codebook).view(z.shape[:-1])
             vectors = codebook[codes]
             losses = {
@@ -74,11 +82,23 @@ class VectorQuantizer(Quantizer):
                 vectors = rotate_to(z, vectors)
             else:
                 vectors = z + (vectors - z).detach()
+            # In training mode only, as the statistics of batch norm: encoding changes no entry.
+            if self.options.dead_codes == "cvq" and self.training:
+                self._revive(codes.flatten(), raw.flatten(0, -2))
         return Quantized(codes, vectors.movedim(-1, 1), losses)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (b, h, w) int64 -> vectors (b, dim, h, w) in the codebook's dtype."""
         return self.codebook()[codes].movedim(-1, 1).to(self.embedding.weight.dtype)
+
+    def _revive(self, codes: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Move rarely used entries to vectors (n, dim) of the batch, whose codes (n,) are given."""
+        weight = self.embedding.weight
+        revived = revive_dead_codes(
+            weight.detach(), self.code_frequency, codes, vectors, self.l2_normalize
+        )
+        # New tensors: the backward pass, and a checkpoint being copied, still read the old ones.
+        weight.data, self.code_frequency = revived
 
     def _normalized(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
