@@ -90,7 +90,7 @@ def prepare(
             model,
             device_ids=ids,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # no buffer here changes what training computes
+            broadcast_buffers=False,  # those that training reads are computed from all ranks
         )
     return model
 

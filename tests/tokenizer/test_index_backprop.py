@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.fill import image, weights_of
 from helpers.models import small
+from helpers.quantizers import normal, relative_error
 
 from core.files import read_json
 from core.weights import load_weights
@@ -12,11 +13,6 @@ from tokenizer import VQConfig, VQModel
 from tokenizer.models.released_layouts import seed_names
 from tokenizer.quantizers import index_backprop
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
-
-
-def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
-    draws = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(np.float32(scale) * draws)
 
 
 def published(weight: float = 1.0) -> tuple[IndexBackpropQuantizer, torch.Tensor]:
@@ -45,7 +41,7 @@ def test_values_and_gradients_are_the_published_ones(goldens, monkeypatch, chunk
     }[loss].backward()
     for found, name in ((z.grad, "dz"), (quantizer.embedding.weight.grad[::8], "dE")):
         expected = golden[f"{name}_{loss}"]
-        error = np.linalg.norm(found.numpy() - expected) / np.linalg.norm(expected)
+        error = relative_error(found, expected)
         assert error < 1e-4, (name, loss, error)
 
 

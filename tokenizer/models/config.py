@@ -1,7 +1,12 @@
 """The tokenizer's configuration."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Literal
+
+from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
+from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
+from tokenizer.quantizers.vector import VectorOptions
 
 
 @dataclass(frozen=True)
@@ -16,13 +21,21 @@ class VQConfig:
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
         codebook_dim: Width of an entry.
-        quantizer: vq: the nearest entry (LlamaGen). ibq: the largest inner product, trained by
-            index back-propagation (SEED-Voken); needs l2_normalize false.
-        l2_normalize: Compare and decode unit vectors.
+        quantizer: How vectors become codes.
+            vq: the nearest entry (LlamaGen).
+            ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
+            lfq: the sign of every channel (MAGVIT-v2).
+            bsq: the signs of a unit vector (BSQ).
+            simvq: the nearest entry of a linear map of frozen vectors (SimVQ).
+            fsq: every channel rounded to a few levels (FSQ, iFSQ).
+        l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
         commitment_weight: Weight of the loss that pulls the encoder to its codes; of the one that
             pulls the codes to the encoder for ibq, as published.
         entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
+        vq: Options of the quantizer vq alone.
+        fsq: Options of the quantizer fsq alone.
+        bsq: Options of the quantizer bsq alone.
     """
 
     base_channels: int = 128
@@ -35,7 +48,17 @@ class VQConfig:
     dropout: float = 0.0
     commitment_weight: float = 0.25
     entropy_weight: float = 0.0
-    quantizer: Literal["vq", "ibq"] = "vq"
+    quantizer: Literal[
+        "vq",
+        "ibq",
+        "fsq",
+        "lfq",
+        "bsq",
+        "simvq",
+    ] = "vq"
+    vq: VectorOptions = field(default_factory=VectorOptions)
+    fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)
+    bsq: BinarySphericalOptions = field(default_factory=BinarySphericalOptions)
 
     def __post_init__(self) -> None:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)
@@ -45,8 +68,18 @@ class VQConfig:
             raise ValueError(
                 f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
             )
-        if self.quantizer == "ibq" and self.l2_normalize:
-            raise ValueError("model.quantizer ibq compares raw vectors: set l2_normalize false")
+        if self.quantizer != "vq" and self.l2_normalize:
+            raise ValueError(
+                f"model.l2_normalize is for quantizer vq: set it to false for {self.quantizer}"
+            )
+        for part in dataclasses.fields(self):
+            options = getattr(self, part.name)
+            own = part.name == self.quantizer
+            if dataclasses.is_dataclass(options) and not own and options != type(options)():
+                raise ValueError(
+                    f"model.{part.name}: these options are for quantizer {part.name}, but "
+                    f"model.quantizer is {self.quantizer}"
+                )
         if not 0 <= self.dropout < 1 or min(self.commitment_weight, self.entropy_weight) < 0:
             raise ValueError("model: dropout must be in [0, 1), the weights >= 0")
 

@@ -12,7 +12,11 @@ from core.config import InputError
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
+from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
+from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
+from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
+from tokenizer.quantizers.sim_vq import SimVQQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
@@ -28,17 +32,21 @@ class Reconstruction(NamedTuple):
 
 def build_quantizer(config: VQConfig) -> Quantizer:
     """The quantizer that a configuration describes."""
-    if config.quantizer == "ibq":
-        return IndexBackpropQuantizer(
-            config.vocab_size, config.codebook_dim, config.commitment_weight, config.entropy_weight
-        )
-    return VectorQuantizer(
-        config.vocab_size,
-        config.codebook_dim,
-        config.l2_normalize,
-        config.commitment_weight,
-        config.entropy_weight,
-    )
+    size = (config.vocab_size, config.codebook_dim)
+    weights = (config.commitment_weight, config.entropy_weight)
+    match config.quantizer:
+        case "vq":
+            return VectorQuantizer(*size, config.l2_normalize, *weights, config.vq)
+        case "ibq":
+            return IndexBackpropQuantizer(*size, *weights)
+        case "fsq":
+            return FiniteScalarQuantizer(*size, config.entropy_weight, config.fsq)
+        case "lfq":
+            return LookupFreeQuantizer(*size, *weights)
+        case "bsq":
+            return BinarySphericalQuantizer(*size, *weights, config.bsq)
+        case "simvq":
+            return SimVQQuantizer(*size, *weights)
 
 
 class VQModel(nn.Module):
@@ -96,7 +104,8 @@ class VQModel(nn.Module):
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
+        vectors = self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(vectors))
 
     def _project(self, images: torch.Tensor) -> torch.Tensor:
         f = self.config.downsample

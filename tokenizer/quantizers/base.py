@@ -37,4 +37,4 @@ class Quantizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (b, h, w) int64 -> vectors (b, dim, h, w) in the parameters' dtype."""
+        """Codes (b, h, w) int64 -> vectors (b, dim, h, w), of any floating dtype."""
