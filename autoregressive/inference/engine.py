@@ -187,9 +187,8 @@ class InferenceEngine:
         guided_until = num_guided_codes(request.cfg_scales)
         state = self._begin(request)
         longest, ragged = self._prefill(request, state, guided_until > 0)
-        codes, done = state.codes[:, :num_codes], 1
+        codes, done, furthest = state.codes[:, :num_codes], 1, 1
         yield codes, done
-        furthest = 1
         while done < num_codes:
             guided = done < guided_until
             length = longest + furthest + window - 1
@@ -257,8 +256,9 @@ class InferenceEngine:
         x = x.to(self.embedding.dtype)
         state.modulate([part(x) for part in self.adaptive])
         longest = x.shape[1]
-        lengths = self.cls_embedding.lengths(condition)
-        ragged = lengths is not None and bool((lengths != longest).any())
+        lengths, ragged = self.cls_embedding.lengths(condition), False
+        if lengths is not None and self.device.type != "cuda":  # which masks, or reads the lengths
+            ragged = bool((lengths != longest).any())
         state.prefix_lengths[:rows] = longest if lengths is None else lengths
         lengths = state.prefix_lengths[:rows]
         first = self.config.num_condition - longest

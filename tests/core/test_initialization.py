@@ -1,14 +1,10 @@
 """Initial weights depend on the seed and the names of tensors, never on how they are spread."""
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from helpers.clusters import one_of_many
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,17 +25,6 @@ CONFIGS = {
     "text": GPTConfig(**SHAPE, condition="text", text_dim=12, max_text_tokens=9, grid=(4, 4)),
 }
 WORLDS = [("ddp", 1, None), ("fsdp", 1, None), ("fsdp", 2, None), ("fsdp", 4, None), ("hsdp", 4, 2)]
-
-
-@contextlib.contextmanager
-def one_of_many(rank: int, size: int) -> Iterator[World]:
-    """One rank of a world whose other ranks do not exist: collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield World(rank, size, CPU)
-    finally:
-        dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it holds the mesh of this rank
 
 
 def on_meta(config: GPTConfig) -> NextTokenLoss:
