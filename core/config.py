@@ -7,6 +7,7 @@ stops. This is the only file that knows jsonargparse.
 """
 
 import dataclasses
+import itertools
 import os
 import runpy
 import signal
@@ -103,7 +104,7 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
     """The files that `--config` names."""
     flag = "--config"
     files = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
-    files += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == flag]
+    files += [b for a, b in itertools.pairwise(arguments) if a == flag]
     return [Path(file) for file in files]
 
 

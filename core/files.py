@@ -38,10 +38,12 @@ def atomic_write(
 
     mode: "wb" for bytes, "w" for UTF-8 text. fsync: return only when the content is on the disk.
     """
-    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    # surrogateescape: a file name that is not UTF-8 is written as the bytes that it has.
+    is_text = mode == "w"
+    encoding, errors, newline = ("utf-8", "surrogateescape", "\n") if is_text else (None,) * 3
     with (
         atomic_path(path) as temporary,
-        temporary.open(mode, encoding=encoding, newline=newline) as file,
+        temporary.open(mode, encoding=encoding, errors=errors, newline=newline) as file,
     ):
         yield file
         file.flush()
