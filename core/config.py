@@ -20,7 +20,7 @@ import jsonargparse
 import yaml
 from tqdm import tqdm
 
-from core.config_checks import check_config_file, check_values, nearest_name
+from core.config_checks import check_config_file, check_nulls, check_values, nearest_name
 from core.errors import InputError
 from core.files import write_text
 
@@ -150,7 +150,9 @@ def _build(
 ) -> Config:
     parsed.pop("config", None)
     _check_groups(config_class, parsed)
-    check_values(parsed.as_dict())
+    values = parsed.as_dict()
+    check_nulls(config_class, values)
+    check_values(values)
     try:
         return config_class(**vars(parser.instantiate(parsed)))
     except ValueError as error:

@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -30,12 +30,16 @@ def check_config_file(path: Path) -> None:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, not a configuration")
     try:
-        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text("utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         count = 0
         for count, _ in enumerate(_nodes(root), 1):
             if count > MAX_CONFIG_VALUES:
                 raise InputError(f"{path}: aliases that write out to too many values")
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        yaml.safe_load(text)  # unknown tags, numbers of thousands of digits
+    except InputError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: not YAML ({reason})") from error
     if isinstance(root, yaml.MappingNode) and any(key.value == "config" for key, _ in root.value):
@@ -81,14 +85,29 @@ def check_text(text: str, name: str) -> None:
         raise InputError(f"{name}: contains a NUL character")
 
 
-def field_names(config_class: type, prefix: str = "") -> list[str]:
+def field_names(config_class: type) -> list[str]:
     """The names of all fields, nested ones with dots."""
-    names = []
+    return [name for name, _ in _fields(config_class)]
+
+
+def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of every field, groups included."""
+    types = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        names.append(f"{prefix}{field.name}")
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            names += field_names(field.type, f"{names[-1]}.")
-    return names
+        kind, name = types[field.name], f"{prefix}{field.name}"
+        yield name, kind
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _fields(kind, f"{name}.")
+
+
+def check_nulls(config_class: type, values: Mapping[str, Any]) -> None:
+    """Raise InputError for null in a field that must have a value; jsonargparse lets it pass."""
+    for name, kind in _fields(config_class):
+        value: Any = values
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None and type(None) not in get_args(kind):
+            raise InputError(f"{name} is null, expected a value")
 
 
 def nearest_name(config_class: type, arguments: Sequence[str], message: str) -> str:
