@@ -26,7 +26,7 @@ from autoregressive.sampling.loop import score_samples
 from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed.world import World, distributed
-from core.files import read_json, write_json
+from core.files import read_record, write_json
 from evaluations.features.extractors import note_of
 from evaluations.report import write_comparison
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
@@ -166,7 +166,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier search with the same settings."""
     if not path.exists():
         return []
-    found = read_json(path)
+    found = read_record(path, {"settings": dict, "rows": list[dict]})
     if found["settings"] != json.loads(json.dumps(settings)):
         raise InputError(
             f"{path}: made with other models, images or reference; choose another folder"

@@ -7,6 +7,7 @@ stops. This is the only file that knows jsonargparse.
 """
 
 import dataclasses
+import itertools
 import os
 import runpy
 import signal
@@ -17,7 +18,9 @@ from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
+from tqdm import tqdm
 
+from core.config_checks import check_config_file, check_nulls, check_values, nearest_name
 from core.errors import InputError
 from core.files import write_text
 
@@ -36,12 +39,26 @@ MISTAKES = (
 )
 
 
+# What jsonargparse and the YAML reader raise for text that is no configuration.
+_PARSE_ERRORS = (
+    jsonargparse.ArgumentError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    yaml.YAMLError,
+)
+
+
 def _parser(config_class: type) -> jsonargparse.ArgumentParser:
     description = (sys.modules[config_class.__module__].__doc__ or "").strip()
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m {_module_name(config_class)}",
         description=description,
         exit_on_error=False,
+        allow_abbrev=False,  # a flag that a later version adds must not change what `--ou` means
         formatter_class=_Help,
     )
     parser.add_argument(
@@ -70,22 +87,38 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None = N
 
     Raises InputError, naming the key, for an unknown key, a wrong type or a refused value.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for path in _config_files(given):
+        check_config_file(path)
     parser = _parser(config_class)
     try:
-        return _build(parser, config_class, parser.parse_args(arguments))
-    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
-        raise InputError(_one_line(error)) from error
+        return _build(parser, config_class, parser.parse_args(given))
+    except InputError:
+        raise
+    except _PARSE_ERRORS as error:
+        message = _one_line(error)
+        raise InputError(message + nearest_name(config_class, given, message)) from error
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """The files that `--config` names."""
+    flag = "--config"
+    files = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    files += [b for a, b in itertools.pairwise(arguments) if a == flag]
+    return [Path(file) for file in files]
 
 
 def load_config(config_class: type[Config], path: Path) -> Config:
     """The configuration saved in a YAML file, e.g. a checkpoint's `config.yaml`."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise InputError(f"{path}: no such configuration file")
+    check_config_file(Path(path))
     parser = _parser(config_class)
     try:
         return _build(parser, config_class, parser.parse_path(str(path)))
-    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
+    except _PARSE_ERRORS as error:
+        message = _one_line(error)
+        raise InputError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def save_config(config: Any, path: Path) -> None:  # noqa: ANN401 - any config dataclass
@@ -117,6 +150,9 @@ def _build(
 ) -> Config:
     parsed.pop("config", None)
     _check_groups(config_class, parsed)
+    values = parsed.as_dict()
+    check_nulls(config_class, values)
+    check_values(values)
     try:
         return config_class(**vars(parser.instantiate(parsed)))
     except ValueError as error:
@@ -173,7 +209,8 @@ def forward(name: str) -> None:
 def fail(message: str, code: int) -> NoReturn:
     """Print one line and leave with an exit code, without waiting for other ranks."""
     name = sys.modules["__main__"].__spec__
-    print(f"{name.name if name else 'error'}: {' '.join(message.split())}", file=sys.stderr)
+    # tqdm's own print: a line of its own, not the end of a progress bar's.
+    tqdm.write(f"{name.name if name else 'error'}: {' '.join(message.split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 2 and "SIGUSR2" in os.environ.get("PET_SIGNALS_TO_HANDLE", ""):

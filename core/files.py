@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args, get_origin
 
 from core.errors import InputError
 
@@ -37,10 +38,12 @@ def atomic_write(
 
     mode: "wb" for bytes, "w" for UTF-8 text. fsync: return only when the content is on the disk.
     """
-    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    # surrogateescape: a file name that is not UTF-8 is written as the bytes that it has.
+    is_text = mode == "w"
+    encoding, errors, newline = ("utf-8", "surrogateescape", "\n") if is_text else (None,) * 3
     with (
         atomic_path(path) as temporary,
-        temporary.open(mode, encoding=encoding, newline=newline) as file,
+        temporary.open(mode, encoding=encoding, errors=errors, newline=newline) as file,
     ):
         yield file
         file.flush()
@@ -61,12 +64,51 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     """Read a JSON file; raises InputError if it is missing or damaged."""
+    check_regular_file(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+
+
+def read_record(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object and check it: {"rows": list[int], "count": int}, a type for each key.
+
+    Keys that are not in `fields` may be there and are not checked. Integers must be >= 0. Raises
+    InputError, naming the key, where one is missing or of another type.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: holds a {type(record).__name__}, expected a JSON object")
+    for key, kind in fields.items():
+        if key not in record:
+            raise InputError(f"{path}: {key} is missing; written by another command?")
+        if not _is_a(record[key], kind):
+            name = kind.__name__ if kind in (int, str, dict, bool) else str(kind)
+            raise InputError(f"{path}: {key} is {str(record[key])[:60]}, expected {name}")
+    return record
+
+
+def _is_a(value: Any, kind: Any) -> bool:  # noqa: ANN401 - any JSON value, any type
+    """Whether a JSON value has a type such as int, dict or list[list[str]]."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, kind)
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise InputError unless this is a file: reading a pipe or a device may never end."""
+    try:
+        mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise InputError(f"{path}: is {kind}, expected a file")
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value

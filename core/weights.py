@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.errors import InputError
-from core.files import atomic_path, read_json
+from core.files import atomic_path, check_regular_file, read_record
 from core.files import file_sha256 as file_sha256  # also imported from here
 from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
 from core.released import ReleasedModel, find_released
@@ -48,7 +48,7 @@ def read_file(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) 
     """
     if path.suffix == ".safetensors":
         beside = path.with_name("config.json")  # the Hub mixin's folders
-        arguments = read_json(beside) if beside.is_file() else {}
+        arguments = read_record(beside, {}) if beside.is_file() else {}
         return Released({"model": plain_keys(load_tensors(path))}, arguments)
     return read_released(path, part_keys)
 
@@ -58,6 +58,7 @@ def read_released(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KE
 
     Raises InputError for a damaged file and for a pickle that holds more than tensors and flags.
     """
+    check_regular_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_placeholders(path)]):
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -66,8 +67,9 @@ def read_released(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KE
             f"{path}: refused, it holds Python objects besides tensors and could run code; "
             "re-save it as safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: not a PyTorch checkpoint, or damaged ({error})") from error
+    except Exception as error:  # damaged pickles raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a PyTorch checkpoint, or damaged ({reason})") from error
     if not isinstance(stored, dict):
         raise InputError(f"{path}: holds a {type(stored).__name__}, expected a state dict")
     parts = {}
@@ -137,11 +139,10 @@ def _placeholders(path: Path) -> list[tuple[type, str]]:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, on the CPU."""
+    check_regular_file(path)
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: damaged safetensors file ({error})") from error
 
 

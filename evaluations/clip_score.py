@@ -75,9 +75,8 @@ def load_clip(config: ClipScoreConfig, device: torch.device) -> tuple[Any, Any, 
 @torch.no_grad()
 def clip_score(config: ClipScoreConfig, world: World) -> None:
     """Score every image against its prompt and write clip_scores.json."""
-    index = read_index(config.samples)
-    if "prompts" not in index:
-        raise InputError(f"{config.samples}: a run without prompts (index.json has none)")
+    fields = {"prompts": list[str], "images_per_prompt": int}
+    index = read_index(config.samples, fields)
     model, transform, tokenize = load_clip(config, world.device)
     images = open_image_source(config.samples, (1, 1))
     mine = np.array_split(np.arange(images.count), world.size)[world.rank]

@@ -1,6 +1,5 @@
 """Images to score: an npz, a sample run, or anything that core.data.open reads."""
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,9 @@ import numpy as np
 import torch
 
 from core.config import InputError
-from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.arrays import npz_header, npz_names, read_npz_array
+from core.data.images import check_image_size
+from core.data.loader import CenterCrop, OrderedImages, check_num_workers, ordered_batches
 from core.data.npz import npz_images_shape, read_npz_images
 from core.data.open import Images, open_images
 from core.data.shards import read_index
@@ -18,8 +19,8 @@ from core.data.skip_log import Skipped
 
 def check_reading(image_size: tuple[int, int], num_workers: int) -> None:
     """Raise ValueError for settings with which no image can be read."""
-    if min(image_size) < 1 or num_workers < 0:
-        raise ValueError("image_size must be >= 1, num_workers >= 0")
+    check_image_size(*image_size)
+    check_num_workers(num_workers)
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,9 @@ def open_image_source(source: Path, image_size: tuple[int, int]) -> ImageSource:
 
 def _npz_labels(path: Path, count: int) -> np.ndarray | None:
     """`arr_1`, if it contains one class per image, as in ADM's files and our samples."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            labels = file["arr_1"] if "arr_1" in file.files else None
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: arr_1 is not an array of labels ({error})") from error
-    if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
+    if "arr_1" not in npz_names(path):
         return None
-    return labels
+    shape, dtype = npz_header(path, "arr_1")
+    if shape != (count,) or dtype.kind not in "iu":
+        return None
+    return read_npz_array(path, "arr_1", (count,), "iu")

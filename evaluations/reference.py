@@ -48,8 +48,8 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         check_reading(self.image_size, self.num_workers)
-        if self.kept_images < 0:
-            raise ValueError(f"kept_images is {self.kept_images}, must be >= 0")
+        if min(self.kept_images, self.seed) < 0:
+            raise ValueError("kept_images and seed must be >= 0")
         if self.out.suffix != ".npz":
             raise ValueError(f"out is {self.out}, must end in .npz")
 

@@ -4,7 +4,6 @@ mu, sigma (FID), mu_s, sigma_s (sFID): statistics of all images. arr_0: some of 
 scores that compare single images. ADM's published files are read without conversion.
 """
 
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 
 from core.config import InputError
+from core.data.arrays import npz_header, npz_names, read_npz_array
 from core.data.npz import npz_images_shape
-from core.files import read_json
+from core.files import read_record
 from core.weights import file_sha256
 from evaluations.features.extractors import FeatureExtractor
 from evaluations.metrics.frechet import Gaussian
@@ -48,40 +48,40 @@ def load_reference(path: Path, extractor: FeatureExtractor, kind: Kind) -> Refer
     """Read a reference; raises InputError if it is damaged or of another kind or extractor."""
     protocol: dict[str, Any] = {}
     if path.with_suffix(".json").is_file():
-        protocol = read_json(path.with_suffix(".json"))
+        fields = {"kind": str, "weights_sha256": str, "sha256": str}
+        protocol = read_record(path.with_suffix(".json"), fields)
     made_for = protocol.get("kind", "generation")
     if made_for != kind:
         raise InputError(f"{path}: a reference for {made_for}, not for {kind} (gFID is not rFID)")
     made_by = protocol.get("weights_sha256", extractor.weights_sha256)
     if made_by != extractor.weights_sha256:
         raise InputError(f"{path}: belongs to the extractor that it was built with ({made_by})")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pooled = _gaussian(path, file, "mu", "sigma", extractor.dim)
-            has_spatial = extractor.spatial_dim and "mu_s" in file.files
-            spatial = (
-                _gaussian(path, file, "mu_s", "sigma_s", extractor.spatial_dim)
-                if has_spatial
-                else None
-            )
-            has_images = "arr_0" in file.files
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a reference file with mu and sigma ({error})") from error
-    size = npz_images_shape(path)[1:3] if has_images else None
+    names = npz_names(path)
+    if not {"mu", "sigma"} <= set(names):
+        raise InputError(f"{path}: not a reference file with mu and sigma")
+    pooled = _gaussian(path, "mu", "sigma", extractor.dim)
+    spatial = None
+    if extractor.spatial_dim and "mu_s" in names:
+        spatial = _gaussian(path, "mu_s", "sigma_s", extractor.spatial_dim)
+    size = npz_images_shape(path)[1:3] if "arr_0" in names else None
     sha256 = file_sha256(path)
     if protocol.get("sha256", sha256) != sha256:
         raise InputError(f"{path}: has changed since {path.with_suffix('.json').name} was written")
     return ReferenceStats(path, sha256, pooled, spatial, size)
 
 
-def _gaussian(path: Path, file: Any, mean_key: str, key: str, dim: int) -> Gaussian:  # noqa: ANN401
-    """Mean and covariance of an open npz, converted to float64."""
-    mean, covariance = (torch.from_numpy(file[name]).double() for name in (mean_key, key))
-    if mean.shape != (dim,) or covariance.shape != (dim, dim):
+def _gaussian(path: Path, mean_key: str, key: str, dim: int) -> Gaussian:
+    """Mean and covariance in an npz, converted to float64."""
+    found = npz_header(path, mean_key)[0], npz_header(path, key)[0]
+    if found != ((dim,), (dim, dim)):
         raise InputError(
-            f"{path}: statistics of {mean.numel()} features, this extractor has {dim}; a reference "
+            f"{path}: statistics of {found[0]} features, this extractor has {dim}; a reference "
             "belongs to the extractor that it was built with"
         )
+    mean, covariance = (
+        torch.from_numpy(read_npz_array(path, name, shape, "f")).double()
+        for name, shape in ((mean_key, found[0]), (key, found[1]))
+    )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise InputError(f"{path}: {mean_key} or {key} is not finite")
     return Gaussian(mean, covariance)

@@ -53,7 +53,7 @@ def sweep(config: SweepConfig, world: World) -> None:
     """Score every run; write a table and a plot of distance against Inception Score or recall."""
     scorer = open_scorer(config.metrics, config.kind, world)
     settings = config_values(config)
-    sampling = [read_index(run).get("sampling", {}) for run in config.runs]
+    sampling = [read_index(run, {"sampling": dict})["sampling"] for run in config.runs]
     rows = []
     for run, swept in zip(config.runs, sampling, strict=True):
         images, out = open_image_source(run, config.image_size), config.out / run.name

@@ -78,12 +78,20 @@ _AFTER_REPAIR = (
 )
 
 
+# A caption is cut here before it is cleaned: several times what 120 tokens can hold. Some of the
+# published rules take time that grows with the square of the length.
+MAX_CHARACTERS = 4096
+
+
 def clean_caption(text: str, reference: bool = False) -> str:
     """Remove everything that does not describe the image, in lower case; may return "".
+
+    Of a longer text only the first MAX_CHARACTERS are used.
 
     reference: also delete Chinese characters and the characters around them, as the published
         code does (it keeps Kana and Hangul).
     """
+    text = text[:MAX_CHARACTERS]
     if not reference:
         text = ftfy.fix_text(text)  # the rules repair encodings only after lower(): mostly too late
     # Twice, as in the published code: the first pass can produce text that a rule matches.

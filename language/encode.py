@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.config import parse_config, run_command, save_config
+from core.config import InputError, parse_config, run_command, save_config
 from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
 from core.data.shards import ShardWriter
-from core.data.skip_log import Skipped
+from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, World, distributed
 from language.captions import Cleaning
 from language.features import DTYPES, ReferenceFeatures
 from language.text_encoder import TextEncoder, load_text_encoder
+
+MARKER_FACTS = {"skipped": list[list[str]], "cut": int}  # what a shard's marker records
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,15 @@ def write_shard(
 def finish(writer: ShardWriter, world: World) -> None:
     """Write index.json and, if pairs were skipped, skipped.txt; print a summary."""
     world.barrier()
-    markers = writer.markers()
+    markers = writer.markers(MARKER_FACTS)
     skipped = [Skipped(*item) for marker in markers for item in marker["skipped"]]
     reasons = dict(Counter(item.reason for item in skipped))
     cut = sum(marker["cut"] for marker in markers)
+    if len(skipped) == writer.count:
+        raise InputError(
+            f"{writer.settings['pairs']}: no pair has a usable caption, so there are no features "
+            f"(the first is {skipped[0].path}: {skipped[0].reason})"
+        )
     writer.finish({"skipped": len(skipped), "skipped_by_reason": reasons, "cut": cut})
     if not world.is_main:
         return
@@ -138,9 +145,7 @@ def finish(writer: ShardWriter, world: World) -> None:
         f"{writer.folder}: captions of {writer.count - len(skipped)} pairs, {cut} cut, index.json"
     )
     if skipped:
-        path = writer.folder / "skipped.txt"
-        path.write_text("".join(f"{item.path}\t{item.reason}\n" for item in skipped))
-        print(f"{path}: {len(skipped)} pairs skipped ({reasons})")
+        print(write_skipped(writer.folder / "skipped.txt", skipped))
 
 
 def main() -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from core.config import InputError
+from core.data.arrays import load_array
 from core.data.image_text import CaptionError
 from core.data.shards import ShardReader, map_array, read_index
 from language.t5 import pad
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INDEX_FIELDS = {"variants": list[str], "dim": int, "max_tokens": int, "dtype": str}  # of index.json
 
 
 class FeatureDataset:
@@ -24,15 +26,21 @@ class FeatureDataset:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.index: dict[str, Any] = read_index(self.folder)
-        if "variants" not in self.index:
-            raise InputError(
-                f"{folder}/index.json: no variants; was it written by language.encode?"
-            )
-        self.dim, self.max_tokens = int(self.index["dim"]), int(self.index["max_tokens"])
+        self.index: dict[str, Any] = read_index(self.folder, INDEX_FIELDS)
+        if not self.index["variants"] or self.index["dtype"] not in DTYPES:
+            raise InputError(f"{folder}/index.json: variants or dtype are not of language.encode")
+        self.dim, self.max_tokens = self.index["dim"], self.index["max_tokens"]
         self.variants = tuple(self.index["variants"])
         self.ids = self._all("ids")
-        self.lengths = self._all("lengths").reshape(len(self.ids), len(self.variants))
+        self.lengths = self._all("lengths")
+        expected = (len(self.ids), len(self.variants))
+        integers = self.ids.dtype.kind in "iu" and self.lengths.dtype.kind in "iu"
+        if self.ids.ndim != 1 or self.lengths.shape != expected or not integers:
+            raise InputError(f"{folder}: ids and lengths are not integers of shape {expected}")
+        if self.lengths.min() < 1 or self.lengths.max() > self.max_tokens:
+            raise InputError(f"{folder}: lengths are not in 1 .. {self.max_tokens}")
+        if (np.diff(self.ids) <= 0).any():
+            raise InputError(f"{folder}: ids are not ascending")
         rows = self.index["rows"]
         self._shard = np.repeat(np.arange(len(rows)), rows)
         starts = np.zeros(self.lengths.size, np.int64)
@@ -43,7 +51,12 @@ class FeatureDataset:
             here = self.lengths.reshape(-1)[first : first + size].astype(np.int64)
             starts[first : first + size] = np.cumsum(here) - here
             path = self.folder / f"features_{shard:05d}.npy"
-            self._shards.append(map_array(path, int(here.sum())))
+            features = map_array(path, int(here.sum()))
+            if features.shape[1:] != (self.dim,) or features.dtype != np.int16:
+                raise InputError(
+                    f"{path}: {features.dtype} {features.shape}, expected int16 (n, {self.dim})"
+                )
+            self._shards.append(features)
             first += size
         self._starts = starts.reshape(self.lengths.shape)
 
@@ -96,10 +109,9 @@ class ReferenceFeatures:
         return torch.from_numpy(features[: self.max_tokens].astype(np.float32))
 
     def _load(self, path: Path) -> np.ndarray:
-        try:
-            array = np.load(path, allow_pickle=False)[0]
-        except (OSError, ValueError, IndexError) as error:
-            raise InputError(f"{path}: missing or damaged ({error})") from error
-        if array.ndim != 2 or not len(array):
-            raise InputError(f"{path}: expected features (1, tokens, dim)")
-        return array
+        array = load_array(path)
+        if array.ndim != 3 or array.shape[0] != 1 or not array.size or array.dtype.kind != "f":
+            raise InputError(
+                f"{path}: {array.dtype} {array.shape}, expected features (1, tokens, dim)"
+            )
+        return array[0]

@@ -81,6 +81,8 @@ def load_t5(
     from transformers import AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
 
+    if Path(source).is_file():
+        raise InputError(f"{source}: a file; give the folder of a T5, or its Hub id")
     if not Path(source).is_dir():
         fetch(HubFile(str(source), "config.json"))  # a missing one is noticed here, in one line
     logging.set_verbosity_error()
@@ -88,7 +90,7 @@ def load_t5(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
         model = T5EncoderModel.from_pretrained(str(source), dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source}: not a T5 that can be loaded ({reason})") from error
     model = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.image_text import ImageTextConfig, ImageTextPairs
-from core.data.loader import OrderedImages, ordered_batches
+from core.data.images import check_image_size
+from core.data.loader import OrderedImages, check_num_workers, ordered_batches
 from core.data.open import open_images
 from core.data.shards import ShardWriter, codes_dtype
 from core.data.skip_log import Skipped, write_skipped
@@ -25,6 +26,8 @@ from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
+
+SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.pairs.source is None):
             raise ValueError("give either data or pairs.source")
-        if min(self.batch_size, self.shard_size) < 1 or self.num_workers < 0:
-            raise ValueError("batch_size and shard_size must be >= 1, num_workers >= 0")
-        if not self.crop_ranges or min(self.crop_ranges) < 1:
-            raise ValueError(f"crop_ranges {self.crop_ranges}: give ranges of 1 or more")
+        check_image_size(*self.image_size)
+        check_num_workers(self.num_workers)
+        if min(self.batch_size, self.shard_size) < 1:
+            raise ValueError("batch_size and shard_size must be >= 1")
+        if not self.crop_ranges or not 1 <= min(self.crop_ranges) <= max(self.crop_ranges) <= 16:
+            raise ValueError(f"crop_ranges {self.crop_ranges}: give ranges in 1 .. 16")
         if self.flip and self.crop == "ten":
             raise ValueError("flip is for crop center; crop ten includes the flips")
 
@@ -157,8 +162,13 @@ def write_shard(
 def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
     """Write index.json and, if images were skipped, skipped.txt; print where they are."""
     world.barrier()
-    skipped = [Skipped(*item) for marker in writer.markers() for item in marker["skipped"]]
+    skipped = [Skipped(*item) for marker in writer.markers(SKIPPED) for item in marker["skipped"]]
     reasons = dict(Counter(item.reason for item in skipped))
+    if len(skipped) == writer.count:
+        raise InputError(
+            f"{writer.settings['data']}: no image can be read, so there are no codes "
+            f"(the first is {skipped[0].path}: {skipped[0].reason})"
+        )
     facts = {
         "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
         "pairs_fingerprint": fingerprint,

@@ -21,8 +21,9 @@ from core.distributed.world import DeviceName, Precision, World, distributed, dt
 from core.files import write_json
 from core.weights import Weights
 from evaluations.evaluator import Evaluator
+from evaluations.image_source import check_reading
 from evaluations.metrics.lpips import LPIPS
-from evaluations.metrics.psnr_ssim import psnr, ssim, ssim_reference_inflated
+from evaluations.metrics.psnr_ssim import SSIM_WINDOW, psnr, ssim, ssim_reference_inflated
 from evaluations.scorer import MetricsConfig, check_size, open_scorer, score, scorer_from_originals
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -71,8 +72,11 @@ class ReconstructConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.grid_images, self.grid_columns, self.batch_size) < 1 or self.num_workers < 0:
-            raise ValueError("grid_images, grid_columns, batch_size must be >= 1, num_workers >= 0")
+        check_reading(self.image_size, self.num_workers)
+        if min(self.image_size) < SSIM_WINDOW:
+            raise ValueError(f"image_size {self.image_size}: SSIM needs {SSIM_WINDOW} pixels")
+        if min(self.grid_images, self.grid_columns, self.batch_size) < 1:
+            raise ValueError("grid_images, grid_columns and batch_size must be >= 1")
 
 
 def reconstruct(config: ReconstructConfig, world: World) -> None:

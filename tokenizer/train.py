@@ -20,8 +20,8 @@ from PIL import Image
 from torch import nn
 
 from core.config import parse_config, run_command
-from core.data.images import image_to_pixels, pixels_to_images, random_crop
-from core.data.loader import TrainingImages, training_batches
+from core.data.images import check_image_size, image_to_pixels, pixels_to_images, random_crop
+from core.data.loader import TrainingImages, check_num_workers, training_batches
 from core.data.open import Images, open_images
 from core.data.order import check_batch_size, local_positions
 from core.data.skip_log import SkipLog, Skipped
@@ -98,6 +98,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.parallel.strategy != "ddp":
             raise ValueError("parallel.strategy: the tokenizer trains only under ddp")
+        check_image_size(*self.image_size)
+        check_num_workers(self.num_workers)
         if self.validation_images < 1:
             raise ValueError("validation_images must be >= 1")
         if not 0 < self.crop_scale <= 1:

@@ -9,8 +9,17 @@ import torch
 
 from autoregressive.data.config import DataConfig
 from core.config import InputError
+from core.data.arrays import load_array
 from core.data.shards import ShardReader, read_index
 from core.rng import random_uniform
+
+# What index.json of tokenizer.encode says, equal in all folders that are used together.
+INDEX_FIELDS = {
+    "vocab_size": int,
+    "grid": list[int],
+    "tokenizer_sha256": str,
+    "classes": list[str],
+}
 
 # Independent random streams of a training position.
 CROP_STREAM, DROP_STREAM, CAPTION_STREAM = 1, 2, 4
@@ -59,10 +68,10 @@ class ReferenceCodes:
 
     def _load(self, row: int) -> np.ndarray:
         path = self.folder / f"{row}.npy"
-        try:
-            return np.load(path, allow_pickle=False)[0]
-        except (OSError, ValueError, IndexError) as error:
-            raise InputError(f"{path}: missing or damaged ({error})") from error
+        array = load_array(path)
+        if array.ndim < 1 or not len(array) or array.dtype.kind not in "iu":
+            raise InputError(f"{path}: {array.dtype} {array.shape}, expected integers (1, ...)")
+        return array[0]
 
 
 class CodeDataset:
@@ -80,34 +89,40 @@ class CodeDataset:
         sizes = {len(source) for source in self.sources}
         if sizes != {len(self.labels)}:
             raise InputError(f"data.codes: folders with different numbers of images ({sizes})")
-        tokens = self.sources[0][np.array([0])].shape[-1]
+        for source in self.sources:
+            if len(source.item_shape) != 2 or source.item_shape[1] < 1:
+                raise InputError(
+                    f"{config.codes[0]}: rows of shape {source.item_shape}, expected codes "
+                    "(crops, tokens)"
+                )
+        tokens = self.sources[0].item_shape[-1]
         if tokens != self.grid[0] * self.grid[1]:
             raise InputError(f"{config.codes[0]}: {tokens} codes per image, but a grid {self.grid}")
 
     def _open_ours(self, folders: tuple[Path, ...]) -> None:
-        indices = [read_index(folder) for folder in folders]
-        for key in ("vocab_size", "grid", "tokenizer_sha256", "classes"):
-            found = [
-                _field(index, key, folder) for index, folder in zip(indices, folders, strict=True)
-            ]
-            for value, folder in zip(found, folders, strict=True):
-                if value != found[0]:
+        indices = [read_index(folder, INDEX_FIELDS) for folder in folders]
+        index = self.index = indices[0]
+        for key in INDEX_FIELDS:
+            for other, folder in zip(indices, folders, strict=True):
+                if other[key] != index[key]:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
-        index = indices[0]
-        self.index = index
-        self.vocab_size, self.num_classes = int(index["vocab_size"]), len(index["classes"])
-        self.grid = (int(index["grid"][0]), int(index["grid"][1]))
-        self.tokenizer_sha256 = str(index["tokenizer_sha256"])
+        self.vocab_size, self.num_classes = index["vocab_size"], len(index["classes"])
+        if len(index["grid"]) != 2 or min(self.vocab_size, *index["grid"]) < 1:
+            raise InputError(f"{folders[0]}/index.json: grid or vocab_size is of no codes")
+        self.grid = (index["grid"][0], index["grid"][1])
+        self.tokenizer_sha256 = index["tokenizer_sha256"]
         self.sources = [ShardReader(folder, "codes") for folder in folders]
         labels = [_all(ShardReader(folder, "labels")) for folder in folders]
         if any(not np.array_equal(labels[0], other) for other in labels[1:]):
             raise InputError("data.codes: the folders contain different images")
         self.labels = labels[0]
+        _check_labels(self.labels, self.num_classes, folders[0])
 
     def _open_reference(self, config: DataConfig) -> None:
         self.sources = [ReferenceCodes(folder) for folder in config.codes]
         self.labels = _all(ReferenceCodes(config.labels[0])).reshape(-1)
         self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
+        _check_labels(self.labels, self.num_classes, config.labels[0])
         self.tokenizer_sha256, self.index = "", {}
         side = round(self.sources[0][np.array([0])].shape[-1] ** 0.5)
         self.grid = (side, side)  # the published code only has square images
@@ -192,7 +207,13 @@ def _all(source: _Source) -> np.ndarray:
     return source[np.arange(len(source))].astype(np.int64)
 
 
-def _field(index: dict[str, Any], key: str, folder: Path) -> Any:  # noqa: ANN401 - any JSON value
-    if key not in index:
-        raise InputError(f"{folder}/index.json: no {key}; is it a folder of tokenizer.encode?")
-    return index[key]
+def _check_labels(labels: np.ndarray, num_classes: int, folder: Path) -> None:
+    """Raise InputError unless labels (n,) are classes, or all -1 for images without classes."""
+    if labels.ndim != 1:
+        raise InputError(f"{folder}: labels of shape {labels.shape}, expected one per image")
+    least, most = (0, num_classes - 1) if num_classes else (-1, -1)
+    wrong = np.flatnonzero((labels < least) | (labels > most))
+    if len(wrong):
+        raise InputError(
+            f"{folder}: label {labels[wrong[0]]} of image {wrong[0]} is not in {least} .. {most}"
+        )

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from core.data.image_text import ImageTextConfig
+from core.data.images import check_image_size
+from core.data.loader import check_num_workers
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class OnlineConfig:
     num_workers: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop_scale <= 1 or min(*self.image_size, self.max_tokens) < 1:
-            raise ValueError("data.online: crop_scale in (0, 1], image_size and max_tokens >= 1")
+        check_image_size(*self.image_size, "data.online.image_size")
+        if not 0 < self.crop_scale <= 1 or self.max_tokens < 1:
+            raise ValueError("data.online: crop_scale in (0, 1], max_tokens >= 1")
+        check_num_workers(self.num_workers)
         if self.num_workers < 1:
             raise ValueError("data.online.num_workers must be >= 1")
 

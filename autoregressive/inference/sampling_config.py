@@ -60,6 +60,8 @@ class SamplingConfig:
             raise ValueError(
                 f"cfg_interval is {self.cfg_interval}, must be >= 0 (null or -1: all codes)"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, must be >= 0")
         if self.cfg_start < 0 or self.cfg_power <= 0:
             raise ValueError("cfg_start must be >= 0, cfg_power > 0")
         if self.temperature < 0 or (self.top_k is not None and self.top_k < 0):

@@ -5,6 +5,8 @@ from typing import Literal
 
 from autoregressive.models.transformer import TransformerConfig
 
+MAX_CODES = 2**20  # 1024 x 1024; the rotary table of more would fill the memory
+
 
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
@@ -39,6 +41,10 @@ class GPTConfig(TransformerConfig):
         super().__post_init__()
         if min(self.num_classes, self.vocab_size, *self.grid) < 1:
             raise ValueError("model: num_classes, vocab_size and grid must be >= 1")
+        if self.num_codes > MAX_CODES:
+            raise ValueError(f"model.grid {self.grid}: at most {MAX_CODES} codes per image")
+        if min(self.text_dim, self.max_text_tokens) < 1:
+            raise ValueError("model: text_dim and max_text_tokens must be >= 1")
         if self.adaln != "none" and self.condition != "class":
             raise ValueError("model.adaln needs a condition of one token: condition class")
 

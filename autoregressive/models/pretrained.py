@@ -98,6 +98,8 @@ def _infer_config(
         fields["guidance_input"] = "t_embedder.mlp.0.weight" in tensors
     except KeyError as error:
         raise InputError(f"{path}: not a GPT of this project ({error} is missing)") from error
+    except (ValueError, IndexError, ZeroDivisionError, TypeError) as error:
+        raise InputError(f"{path}: weights of another shape than a GPT's ({error})") from error
     if "cls_embedding.embedding_table.weight" in tensors:
         fields["condition"] = "class"
         fields["num_classes"] = tensors["cls_embedding.embedding_table.weight"].shape[0] - 1
@@ -107,6 +109,8 @@ def _infer_config(
         null = tensors.get("cls_embedding.uncond_embedding")
         if null is None:
             raise InputError(f"{path}: neither a class nor a text embedding among the weights")
+        if null.ndim != 2:
+            raise InputError(f"{path}: cls_embedding.uncond_embedding is not a matrix")
         num_condition, fields["text_dim"] = null.shape
         fields["max_text_tokens"] = num_condition
     if "grid" not in overrides:
@@ -117,6 +121,10 @@ def _infer_config(
 def _infer_grid(stored: TransformerWeights, num_condition: int, path: Path) -> tuple[int, int]:
     """The grid from the rotary table or the training flags, if the file carries them."""
     flags = stored.arguments
+    for name in ("image_size", "downsample_size", "block_size"):
+        value = flags.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{path}: its training flag {name} is {value!r}, expected a number")
     if stored.rotary_rows is not None:
         side = round((stored.rotary_rows - num_condition) ** 0.5)
     elif "image_size" in flags:

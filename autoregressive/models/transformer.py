@@ -86,6 +86,8 @@ class TransformerConfig:
                 f"model.dim {self.dim} must be a multiple of 4 x model.num_heads "
                 f"{self.num_heads}: the 2-D rotary embedding splits each head into four parts"
             )
+        if self.norm_eps <= 0 or self.rope_base <= 0:
+            raise ValueError("model: norm_eps and rope_base must be > 0")
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"

@@ -13,6 +13,7 @@ from autoregressive.models.conditioning import ClassCondition, Condition, TextCo
 from autoregressive.models.config import GPTConfig
 from core.config import InputError
 from core.distributed.world import Precision, World, dtype_of
+from core.files import check_regular_file
 from core.rng import random_uniform
 from language.captions import Cleaning
 from language.text_encoder import TextEncoder, load_text_encoder
@@ -201,6 +202,8 @@ def read_prompts(config: ConditionConfig) -> list[Prompt]:
         prompts = _read(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: not a table ({error})") from error
     if not prompts:
         raise InputError(f"{path}: contains no prompt")
     return prompts
@@ -210,8 +213,7 @@ def _read(path: Path) -> list[Prompt]:
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         return [_prompt(p.stem, {"prompt": p.read_text("utf-8").strip()}, p) for p in files]
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder of prompts")
+    check_regular_file(path)
     lines = path.read_text("utf-8").splitlines()
     if path.suffix in (".tsv", ".csv"):
         table = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -226,7 +228,7 @@ def _read(path: Path) -> list[Prompt]:
 def _json(line: str, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected one JSON object per line ({error})") from error
     return record if isinstance(record, dict) else {}
 

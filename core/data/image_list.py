@@ -10,8 +10,12 @@ from PIL import Image
 
 from core.data.images import load_image
 from core.errors import InputError
+from core.files import check_regular_file
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+
+
+MAX_CLASSES = 1_000_000  # of a list file with numbers: every number up to the largest is a class
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,15 @@ class ImageList:
         return load_image(self.paths[index])
 
 
+def _class_number(name: str, source: Path) -> int:
+    if len(name) > len(str(MAX_CLASSES)) or int(name) >= MAX_CLASSES:
+        raise InputError(f"{source}: class {name[:20]}; numbers must be below {MAX_CLASSES:,}")
+    return int(name)
+
+
 def fingerprint_of(keys: Iterable[str]) -> str:
     """A hash of images' names and their order, 16 hex digits."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def find_images(source: Path) -> ImageList:
@@ -88,10 +98,17 @@ def _image_list(
 
 
 def _from_list(source: Path) -> ImageList:
+    check_regular_file(source)
     try:
-        lines = [line for line in source.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
+        lines = [
+            line
+            for line in source.read_text("utf-8", "surrogateescape").splitlines()
+            if line.strip()
+        ]
+    except MemoryError as error:
         raise InputError(f"{source}: not a text file with one image per line") from error
+    if any("\0" in line for line in lines):
+        raise InputError(f"{source}: not a text file with one image per line")
     if not lines:
         raise InputError(f"{source}: the list is empty")
     rows = [line.split("\t") for line in lines]
@@ -104,9 +121,10 @@ def _from_list(source: Path) -> ImageList:
     if len(rows[0]) == 1:
         return _image_list(root, paths, np.full(len(paths), -1), ())
     names = [row[1] for row in rows]
-    if all(name.isdigit() for name in names):
-        classes = tuple(str(i) for i in range(max(int(name) for name in names) + 1))
+    if all(name.isascii() and name.isdigit() for name in names):
+        number = {name: _class_number(name, source) for name in set(names)}
+        classes = tuple(str(i) for i in range(max(number.values()) + 1))
     else:
         classes = tuple(sorted(set(names)))
-    number = {name: i for i, name in enumerate(classes)}
+        number = {name: i for i, name in enumerate(classes)}
     return _image_list(root, paths, np.array([number[name] for name in names]), classes)

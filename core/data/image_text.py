@@ -8,6 +8,8 @@ folder is writable.
 
 import json
 import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +20,7 @@ from PIL import Image
 from core.data.image_list import IMAGE_SUFFIXES, fingerprint_of, image_files
 from core.data.images import ImageError, load_image
 from core.errors import InputError
-from core.files import atomic_write
+from core.files import atomic_write, check_regular_file
 
 PARTS = ("image", "txt", "json")
 FIRST_SENTENCE = "first_sentence"  # the name of a variant made from the first variant
@@ -154,7 +156,7 @@ class ImageTextPairs:
         data = self.source.read(index, "json")
         try:
             record = json.loads(data or b"{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptionError("damaged json") from error
         return record if isinstance(record, dict) else {}
 
@@ -210,6 +212,7 @@ class _Lists:
         self.folder, self.lists, self.keys = folder, lists, []
         places = []
         for number, path in enumerate(lists):
+            check_regular_file(path)
             with path.open("rb") as file:
                 start = 0
                 for i, line in enumerate(file):
@@ -228,9 +231,9 @@ class _Lists:
             return line if part == "json" else None
         try:
             path = self.folder / str(json.loads(line)["image_path"])
-        except (ValueError, KeyError, TypeError):
+            return path.read_bytes() if path.is_file() else None
+        except (ValueError, KeyError, TypeError, RecursionError, OSError):
             return None
-        return path.read_bytes() if path.is_file() else None
 
 
 class _Tars:
@@ -258,6 +261,7 @@ class _Tars:
 
 def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
     """The keys of a tar and the offsets and sizes of their parts, (n, 6) int64; cached on disk."""
+    check_regular_file(path)
     stat = path.stat()
     version = np.array([stat.st_size, stat.st_mtime_ns])
     cached = path.parent / ".pairs" / f"{path.name}.npz"
@@ -265,7 +269,7 @@ def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
         with np.load(cached, allow_pickle=False) as file:
             if np.array_equal(file["version"], version):
                 return file["keys"].tolist(), file["places"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # missing or damaged: compute it again
     found: dict[str, np.ndarray] = {}
     try:
@@ -275,9 +279,11 @@ def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
                 suffix = suffix.lower()
                 part = "image" if f".{suffix}" in IMAGE_SUFFIXES else suffix
                 if member.isfile() and part in PARTS:
+                    if member.size < 0 or member.offset_data + member.size > stat.st_size:
+                        raise tarfile.TarError(f"{member.name[:60]} goes beyond the end")
                     place = found.setdefault(name, np.array([0, -1] * len(PARTS), np.int64))
                     place[2 * PARTS.index(part) :][:2] = member.offset_data, member.size
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, EOFError) as error:
         raise InputError(f"{path}: not an uncompressed tar, or damaged ({error})") from error
     keys, places = list(found), np.array(list(found.values()), np.int64).reshape(-1, 6)
     try:

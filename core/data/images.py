@@ -15,10 +15,18 @@ import torch
 from PIL import Image, ImageOps
 
 from core.errors import InputError
-from core.files import atomic_write
+from core.files import atomic_write, check_regular_file
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow only warns there; we refuse
 
+
+# Formats that Pillow decodes by itself. Of the others, PostScript starts a program.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN  # as Pillow was built here
+)
 
 # What Pillow's decoders raise on damaged files, besides OSError.
 _DECODE_ERRORS = (
@@ -55,7 +63,11 @@ def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            if isinstance(source, bytes):
+                opened = Image.open(io.BytesIO(source), formats=FORMATS)
+            else:
+                check_regular_file(Path(source))
+                opened = Image.open(source, formats=FORMATS)
         with opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ImageError(name, "decompression bomb")
@@ -72,8 +84,9 @@ def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
         raise ImageError(name, "decompression bomb") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(name, "not an image") from error
-    except FileNotFoundError as error:
-        raise ImageError(name, "no such file") from error
+    except InputError as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        raise ImageError(name, "no such file" if missing else "not a file") from error
     except _DECODE_ERRORS as error:
         raise ImageError(name, "damaged image") from error
 
@@ -86,6 +99,14 @@ def _from_wide_grey(image: Image.Image) -> Image.Image:
     scale = 255 / 65535 if wide else 1.0
     grey = np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+
+def check_image_size(height: int, width: int, name: str = "image_size") -> None:
+    """Raise InputError, a ValueError, for a size of no image or of one above MAX_PIXELS."""
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise InputError(
+            f"{name} [{height}, {width}]: each side must be >= 1, and at most {MAX_PIXELS:,} pixels"
+        )
 
 
 def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -11,7 +10,9 @@ from typing import IO
 import numpy as np
 
 from core.config import InputError
-from core.files import atomic_write
+from core.data.arrays import DAMAGE
+from core.data.images import check_image_size
+from core.files import atomic_write, check_regular_file
 
 
 def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
@@ -59,14 +60,16 @@ def read_npz_images(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
 @contextlib.contextmanager
 def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
     """`arr_0` after its header, and its shape."""
+    check_regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
                 raise InputError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (n, h, w, 3)")
+            check_image_size(shape[1], shape[2], f"{path}: arr_0, images of")
             yield member, shape
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
+    except DAMAGE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not an npz of images with arr_0 ({error})") from error

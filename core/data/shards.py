@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 
 from core.config import InputError
+from core.data.arrays import load_array
 from core.distributed.world import World
-from core.files import atomic_write, read_json, write_json
+from core.files import atomic_write, read_record, write_json
 
 
 def codes_dtype(vocab_size: int) -> np.dtype:
     """The dtype in which codes of this vocabulary are stored: uint16 up to 65,536, then uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+MARKER_FIELDS = {"rows": int}  # what a shard's marker has, whichever command wrote it
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class ShardWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             expected = {**self.settings, "items": self.count, "shard_size": self.shard_size}
             path = self.folder / "settings.json"
-            if path.exists() and (found := read_json(path)) != json.loads(json.dumps(expected)):
+            found = read_record(path, {}) if path.exists() else None
+            if found is not None and found != json.loads(json.dumps(expected)):
                 different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
                 raise InputError(
                     f"{self.folder}: was begun with other settings ({', '.join(different)}); "
@@ -91,15 +96,16 @@ class ShardWriter:
 
     def read(self, shard: int, name: str) -> np.ndarray:
         """One array of a complete shard; raises InputError if it is missing or damaged."""
-        path = self.folder / f"{name}_{shard:05d}.npy"
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: missing or damaged ({error})") from error
+        return load_array(self.folder / f"{name}_{shard:05d}.npy")
 
-    def markers(self) -> list[dict[str, Any]]:
-        """The facts that `write` recorded for each shard; call it when all ranks have finished."""
-        return [read_json(self._marker(s)) for s in range(math.ceil(self.count / self.shard_size))]
+    def markers(self, facts: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The facts that `write` recorded for each shard; call it when all ranks have finished.
+
+        facts: their names and types. Raises InputError for a damaged marker.
+        """
+        shards = range(math.ceil(self.count / self.shard_size))
+        fields = {**MARKER_FIELDS, **(facts or {})}
+        return [read_record(self._marker(shard), fields) for shard in shards]
 
     def finish(self, index: Mapping[str, Any]) -> None:
         """Write `index.json`: the settings, `index` and the rows per shard. All ranks call it."""
@@ -120,8 +126,17 @@ class ShardReader:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = Path(folder), name
         rows = read_index(self.folder)["rows"]
+        if not sum(rows):
+            raise InputError(f"{folder}: holds no rows")
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
         self._shards = [map_array(self._path(i), count) for i, count in enumerate(rows)]
+        for i, shard in enumerate(self._shards):
+            first = self._shards[0]
+            if (shard.dtype, shard.shape[1:]) != (first.dtype, first.shape[1:]):
+                raise InputError(
+                    f"{self._path(i)}: {shard.dtype} {shard.shape}, unlike that of shard 0: "
+                    f"{first.dtype} {first.shape}"
+                )
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{self.name}_{shard:05d}.npy"
@@ -156,17 +171,17 @@ class ShardReader:
 
 def map_array(path: Path, rows: int) -> np.ndarray:
     """Memory-map an npy of `rows` rows; raises InputError if it is missing or damaged."""
-    try:
-        array = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
-    if len(array) != rows:
-        raise InputError(f"{path}: {len(array)} rows, expected {rows}")
+    array = load_array(path, mapped=True)
+    if array.shape[:1] != (rows,):
+        raise InputError(f"{path}: an array of shape {array.shape}, expected {rows} rows")
     return array
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The `index.json` of a folder; raises InputError if the folder is incomplete."""
+def read_index(folder: Path, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `index.json` of a folder, with at least `fields`, a type for each key.
+
+    Raises InputError if the folder is incomplete, or a field is missing or of another type.
+    """
     path = Path(folder) / "index.json"
     if not path.is_file():
         unfinished = (Path(folder) / "settings.json").exists()
@@ -174,4 +189,4 @@ def read_index(folder: Path) -> dict[str, Any]:
             "run the command that was writing it again" if unfinished else "is it the right folder?"
         )
         raise InputError(f"{folder}: no index.json ({advice})")
-    return read_json(path)
+    return read_record(path, {"rows": list[int], **(fields or {})})

@@ -24,7 +24,7 @@ class SkipLog:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.seen, self.reasons = path, set(), Counter()
         if path and path.exists():  # A resumed run counts the images listed so far.
-            for line in path.read_text().splitlines():
+            for line in path.read_text("utf-8", "surrogateescape").splitlines():
                 name, _, reason = line.partition("\t")
                 self.seen.add(name)
                 self.reasons[reason] += 1
@@ -38,7 +38,7 @@ class SkipLog:
             self.reasons[item.reason] += 1
             logger.warning("skipped %s: %s", item.path, item.reason)
             if self.path:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(f"{item.path}\t{item.reason}\n")
 
     def __len__(self) -> int:

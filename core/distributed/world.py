@@ -106,7 +106,18 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 
 def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.device:
-    """The device for a name; "auto" takes CUDA, else Apple's MPS, else the CPU."""
+    """The device for a name; "auto" takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises InputError for a device that this machine does not have.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(name, True):
+        raise InputError(f"device {name}: torch finds none here; use auto or cpu")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"device cuda: process {local_rank} of this node has no GPU of its own, torch finds "
+            f"{torch.cuda.device_count()}"
+        )
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"

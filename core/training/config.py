@@ -32,6 +32,8 @@ class TrainingConfig:
             raise ValueError(
                 "training: num_steps, batch_size and gradient_accumulation must be >= 1"
             )
+        if self.seed < 0:
+            raise ValueError(f"training.seed is {self.seed}, must be >= 0")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"training.ema_decay is {self.ema_decay}, must be in (0, 1), or null for no EMA"

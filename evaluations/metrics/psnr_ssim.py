@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-_SIGMA, _WINDOW = 1.5, 11  # the usual Gaussian window (Wang et al. 2004)
+_SIGMA, SSIM_WINDOW = 1.5, 11  # the usual Gaussian window (Wang et al. 2004)
 _UNIFORM_WINDOW = 7
 
 
@@ -22,7 +22,7 @@ def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     The usual definition (Wang et al. 2004): Gaussian window of 11 with sigma 1.5, population
     moments, data range 255, mean over channels and all positions where the window fits.
     """
-    offsets = torch.arange(_WINDOW, dtype=torch.float64, device=real.device) - _WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=real.device) - SSIM_WINDOW // 2
     taps = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     return _ssim(real.double(), fake.double(), taps / taps.sum(), data_range=255.0, bias=1.0)
 

@@ -177,7 +177,7 @@ def test_a_reference_of_another_extractor_or_damaged_is_refused(made, tmp_path):
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "cut.npz").write_bytes((made / "r.npz").read_bytes()[:5000])
     for name in ("objects", "text", "cut"):
-        with pytest.raises(InputError, match="not a reference file"):
+        with pytest.raises(InputError, match=rf"{name}.npz: (mu is missing or damaged|not an npz)"):
             load_reference(tmp_path / f"{name}.npz", extractor, "generation")
     (tmp_path / "r.npz").write_bytes((made / "r.npz").read_bytes())
     (tmp_path / "r.json").write_text(json.dumps({"sha256": "0" * 64}))

@@ -73,6 +73,8 @@ def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, A
         z_channels = tensors["encoder.conv_out.weight"].shape[0]
     except KeyError as error:
         raise InputError(f"{path}: not a tokenizer of this project ({error} is missing)") from error
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path}: codebook or convolutions are of another shape") from error
     widths, blocks = [], 0
     while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv1.weight") in tensors:
         widths.append(tensors[key].shape[0])
