@@ -88,15 +88,17 @@ class ImagePipeline:
         gpt_weights: Weights = "auto",
         tokenizer_weights: Weights = "auto",
         grid: tuple[int, int] | None = None,
+        verify_weights: bool = True,
     ) -> "ImagePipeline":
         """Load both models from run folders, checkpoint folders, released files or Hub ids.
 
         grid: rows and columns of codes, for a released file that does not tell.
+        verify_weights: compare the files of our checkpoints with their checksums.
         Raises InputError if a model is missing or the two do not fit each other.
         """
         overrides: dict[str, Any] = {} if grid is None else {"grid": grid}
-        loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, **overrides)
-        vq, vq_sha256 = load_tokenizer(tokenizer, tokenizer_weights)
+        loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, verify_weights=verify_weights, **overrides)
+        vq, vq_sha256 = load_tokenizer(tokenizer, tokenizer_weights, verify_weights=verify_weights)
         check_compatible(loaded, vq, vq_sha256, str(tokenizer))
         settings = {
             "gpt": str(gpt),

@@ -36,6 +36,7 @@ from core.data.images import save_png
 from core.data.npz import save_npz
 from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World, distributed
+from core.lock import writer_lock
 from evaluations.evaluator import Evaluator
 from evaluations.report import Scored, publish
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
@@ -50,6 +51,7 @@ class SampleConfig:
         tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
         weights: Which weights of the two checkpoints to load.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         compute: Device and precision.
         num_images: Number of images; null for 50,000 images of a class model, or for all prompts.
         conditions: The classes or prompts.
@@ -76,6 +78,7 @@ class SampleConfig:
     out: Path
     grid: tuple[int, int] | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify_weights: bool = True
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int | None = None
     conditions: ConditionConfig = field(default_factory=ConditionConfig)
@@ -111,6 +114,7 @@ def sample(config: SampleConfig, world: World) -> None:
         gpt_weights=config.weights.gpt,
         tokenizer_weights=config.weights.tokenizer,
         grid=config.grid,
+        verify_weights=config.verify_weights,
     )
     gpt_config = pipeline.gpt.config
     conditions = open_conditions(
@@ -262,7 +266,7 @@ def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def main() -> None:
     """Entry point."""
     config = parse_config(SampleConfig)
-    with distributed(config.compute.device) as world:
+    with distributed(config.compute.device) as world, writer_lock(config.out, world):
         sample(config, world)
 
 

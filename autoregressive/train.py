@@ -39,6 +39,7 @@ from core.config import parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import ParallelConfig, no_sync, prepare, shard
 from core.distributed.world import World, distributed
+from core.lock import writer_lock
 from core.rng import seed_step
 from core.training.config import TrainingConfig
 from core.training.ema import EMA
@@ -297,7 +298,10 @@ def training_batches(
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.training.device, config.parallel.timeout_minutes) as world:
+    with (
+        distributed(config.training.device, config.parallel.timeout_minutes) as world,
+        writer_lock(config.out, world, needed=not config.dry_run),
+    ):
         train(config, world)
 
 

@@ -22,12 +22,12 @@ from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sampling_loop import score_samples
+from core.checksums import checkpoint_folders, find_damage
 from core.config import InputError, load_config
 from core.data.grids import image_grid
 from core.distributed.world import Precision, World
 from core.training.initialization import copy_weights
 from core.training.prefetch import to_device
-from core.weights import inference_files
 from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -69,9 +69,12 @@ def start_from(gpt: GPT, source: str) -> None:
 
 def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
     """Whether `out` has a run to resume; raises InputError if that run used other codes."""
-    if not list((out / "checkpoints").glob("step_*/checksums.json")):
-        return False
-    found = load_config(GPTConfig, inference_files(out, "model")[0])
+    steps = list(checkpoint_folders(out / "checkpoints").values())
+    # What is wrong with the damaged ones is said where the run is restored.
+    whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
+    if not whole:
+        return bool(steps)
+    found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
         if ours != theirs:

@@ -21,6 +21,7 @@ from core.data.open import open_images
 from core.data.shards import ShardWriter, codes_dtype
 from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
+from core.lock import writer_lock
 from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
 from tokenizer.models.pretrained import load_tokenizer
@@ -44,6 +45,7 @@ class EncodeConfig:
             ten crops are taken at each (the published recipe: [1.1, 1.05]).
         flip: For crop center: add the flipped crop.
         weights: The weights to load; auto takes the EMA weights if there are any.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         batch_size: Crops per forward pass on each process.
         shard_size: Images per shard. A killed run loses at most one shard per process.
         num_workers: Loader processes per rank.
@@ -60,6 +62,7 @@ class EncodeConfig:
     crop_ranges: tuple[float, ...] = (1.1,)
     flip: bool = False
     weights: Weights = "auto"
+    verify_weights: bool = True
     batch_size: int = 128
     shard_size: int = 1000
     num_workers: int = 8
@@ -80,7 +83,9 @@ class EncodeConfig:
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all images, each rank its own shards, then write the index."""
     images = open_images(config.data, config.pairs)
-    vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
+    vq, sha256 = load_tokenizer(
+        config.tokenizer, config.weights, verify_weights=config.verify_weights
+    )
     check_sizes(config, vq)
     vq = vq.for_inference(world.device, dtype_of(config.precision))
     ranges = config.crop_ranges if config.crop == "ten" else ()
@@ -177,7 +182,7 @@ def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(EncodeConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         encode(config, world)
 
 

@@ -37,6 +37,7 @@ def load_tokenizer(
     source: str | Path,
     weights: Weights = "auto",
     revision: str | None = None,
+    verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> LoadedTokenizer:
     """Load a tokenizer, strictly.
@@ -46,14 +47,15 @@ def load_tokenizer(
         `owner/name[/file][@revision]` on the Hub.
     weights: "auto" takes the averaged weights where there are any.
     revision: branch, tag or commit on the Hub.
+    verify_weights: compare the files of our checkpoints with their checksums.
     overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
     Raises InputError where the weights do not fit, are damaged, or would run code.
     """
-    path = find_weights(source, "model.safetensors", revision)
+    path, sha256 = find_weights(source, "model.safetensors", revision), None
     told = released_architecture(source)
     mixin = mixin_file(path)
     if path.is_dir() and mixin is None:
-        config_path, path = inference_files(path, weights)
+        config_path, path, sha256 = inference_files(path, weights, verify_weights)
         config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
         tensors = read_file(path).weights("model", path)
     else:
@@ -62,7 +64,7 @@ def load_tokenizer(
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
-    return LoadedTokenizer(vq.eval(), file_sha256(path))
+    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path))
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
