@@ -120,7 +120,7 @@ def train(config: TrainConfig, world: World) -> None:
     data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
-    resumes = check_resumable(config.out, gpt_config)
+    resumes = check_resumable(config.out, gpt_config, data.index.get("tokenizer_file_sha256"))
     plan = plan_training(config, gpt_config, len(data), world)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return

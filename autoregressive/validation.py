@@ -67,8 +67,13 @@ def start_from(gpt: GPT, source: str) -> None:
         raise InputError(f"init_from {source}: was trained with another text encoder")
 
 
-def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
-    """Whether `out` has a run to resume; raises InputError if that run used other codes."""
+def check_resumable(
+    out: Path, gpt_config: GPTConfig, tokenizer_file_sha256: str | None = None
+) -> bool:
+    """Whether `out` has a run to resume; raises InputError if that run used other codes.
+
+    tokenizer_file_sha256: of the tokenizer's file, by which older runs knew it.
+    """
     steps = list(checkpoint_folders(out / "checkpoints").values())
     # What is wrong with the damaged ones is said where the run is restored.
     whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
@@ -77,7 +82,8 @@ def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
-        if ours != theirs:
+        older = name == "tokenizer_sha256" and theirs == tokenizer_file_sha256
+        if ours != theirs and not older:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
                 f"resumed. To start from its weights, give --init_from {out} and another --out"
@@ -169,8 +175,9 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     path = data.index.get("tokenizer", "")
     if not path or not Path(path).exists():
         return None
-    vq, sha256 = load_tokenizer(path)
-    if sha256 != data.index["tokenizer_sha256"]:
+    loaded = load_tokenizer(path)
+    vq, expected = loaded.vq, data.index["tokenizer_sha256"]
+    if expected not in (loaded.sha256, loaded.identity()):
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
     return vq.for_inference(world.device, torch.float32)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,6 +25,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,3 +88,16 @@ def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> 
             if progress:
                 progress(count)
     return digest.hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """A hash of files' names, sizes and times of change: whether they are still the same files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            stat = Path(path).stat()
+            facts = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            facts = "missing"
+        digest.update(os.fsencode(f"{Path(path).name}\n{facts}\n"))
+    return digest.hexdigest()[:16]

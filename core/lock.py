@@ -79,6 +79,7 @@ class _Lock:
         except BaseException:
             self._remove_made_folders()
             raise
+        self._remove_leftovers()
         self.heart.start()
 
     def release(self) -> None:
@@ -142,6 +143,13 @@ class _Lock:
             temporary.unlink()
         else:
             os.replace(temporary, self.path)
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of writers that were killed; see core.files.atomic_path."""
+        for pattern in (".?*.tmp", "*/.?*.tmp"):
+            for path in self.folder.glob(pattern):
+                if path.is_file() and not path.name.startswith(f"{LOCK}."):
+                    path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_SECONDS):

@@ -1,6 +1,7 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
+import hashlib
 import logging
 import pickle
 from collections.abc import Mapping
@@ -238,6 +239,16 @@ def hub_file(released: ReleasedModel) -> HubFile:
 
 
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
+
+
+def tensors_sha256(tensors: Tensors) -> str:
+    """One sha256 of names, shapes and float32 values: the same for every file of these weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class InferenceFiles(NamedTuple):

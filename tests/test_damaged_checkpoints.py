@@ -52,7 +52,9 @@ def run(tmp_path, whole) -> Path:
 
 def damage_file(path: Path, kind: str) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    # Of checksums.json, what inference reads: the line of the averaged weights.
+    place = data.find(b"ema.") if path.suffix == ".json" else len(data) // 2
+    data[place] ^= 1
     if kind == "delete":
         path.unlink()
     elif kind == "swap":  # with the other weights of the checkpoint, which fit
@@ -62,7 +64,7 @@ def damage_file(path: Path, kind: str) -> None:
 
 
 def step_of(vq: VQModel) -> float:
-    return 8 * float(vq.quantize.embedding.weight[0, 0])
+    return 8 * float(vq.quantize.embedding.weight.detach()[0, 0])
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

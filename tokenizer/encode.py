@@ -21,6 +21,7 @@ from core.data.open import open_images
 from core.data.shards import ShardWriter, codes_dtype
 from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
+from core.files import fingerprint_of_files
 from core.lock import writer_lock
 from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
@@ -83,9 +84,8 @@ class EncodeConfig:
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all images, each rank its own shards, then write the index."""
     images = open_images(config.data, config.pairs)
-    vq, sha256 = load_tokenizer(
-        config.tokenizer, config.weights, verify_weights=config.verify_weights
-    )
+    loaded = load_tokenizer(config.tokenizer, config.weights, verify_weights=config.verify_weights)
+    vq, identity = loaded.vq, loaded.identity()
     check_sizes(config, vq)
     vq = vq.for_inference(world.device, dtype_of(config.precision))
     ranges = config.crop_ranges if config.crop == "ten" else ()
@@ -93,7 +93,7 @@ def encode(config: EncodeConfig, world: World) -> None:
     downsample = vq.config.downsample
     settings = {
         "tokenizer": config.tokenizer,
-        "tokenizer_sha256": sha256,
+        "tokenizer_sha256": identity,
         "vocab_size": vq.quantize.vocab_size,
         "downsample": downsample,
         "image_size": list(config.image_size),
@@ -110,7 +110,11 @@ def encode(config: EncodeConfig, world: World) -> None:
     }
     if isinstance(images, ImageTextPairs):
         settings["pairs_fingerprint"] = images.fingerprint
-    writer = ShardWriter(config.out, len(images), config.shard_size, settings, world)
+    if world.is_main:
+        settings["images_fingerprint"] = fingerprint_of_files(images.files)
+    # Older versions knew the tokenizer by its file, and did not look at the files of the images.
+    earlier = {"tokenizer_sha256": [loaded.sha256], "images_fingerprint": [None]}
+    writer = ShardWriter(config.out, len(images), config.shard_size, settings, world, earlier)
     todo = writer.begin()
     if world.is_main:
         save_config(config, config.out / "config.yaml")
@@ -128,7 +132,7 @@ def encode(config: EncodeConfig, world: World) -> None:
                     read.append(batch.indices)
                 bar.update(len(batch.indices) + len(batch.skipped))
             write_shard(writer, shard, crops, images.labels, codes, read, skipped)
-    finish(writer, images.fingerprint, world)
+    finish(writer, images.fingerprint, loaded.sha256, world)
 
 
 def check_sizes(config: EncodeConfig, vq: VQModel) -> None:
@@ -159,7 +163,7 @@ def write_shard(
     writer.write(shard, arrays, skipped=[list(item) for item in skipped])
 
 
-def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
+def finish(writer: ShardWriter, fingerprint: str, file_sha256: str, world: World) -> None:
     """Write index.json and, if images were skipped, skipped.txt; print where they are."""
     world.barrier()
     skipped = [Skipped(*item) for marker in writer.markers() for item in marker["skipped"]]
@@ -167,6 +171,7 @@ def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
     facts = {
         "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
         "pairs_fingerprint": fingerprint,
+        "tokenizer_file_sha256": file_sha256,
         "skipped": len(skipped),
         "skipped_by_reason": reasons,
     }

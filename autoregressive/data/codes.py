@@ -90,8 +90,12 @@ class CodeDataset:
             found = [
                 _field(index, key, folder) for index, folder in zip(indices, folders, strict=True)
             ]
-            for value, folder in zip(found, folders, strict=True):
-                if value != found[0]:
+            for value, index, folder in zip(found, indices, folders, strict=True):
+                # Older codes name the tokenizer by its file.
+                same_tokenizer = key == "tokenizer_sha256" and bool(
+                    _tokenizer_names(index) & _tokenizer_names(indices[0])
+                )
+                if value != found[0] and not same_tokenizer:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
         index = indices[0]
         self.index = index
@@ -190,6 +194,11 @@ def drop_condition(positions: np.ndarray, rate: float, seed: int) -> torch.Tenso
 
 def _all(source: _Source) -> np.ndarray:
     return source[np.arange(len(source))].astype(np.int64)
+
+
+def _tokenizer_names(index: dict[str, Any]) -> set[Any]:
+    """The sha256 of the tokenizer's weights and of its file, as far as an index has them."""
+    return {index[key] for key in ("tokenizer_sha256", "tokenizer_file_sha256") if key in index}
 
 
 def _field(index: dict[str, Any], key: str, folder: Path) -> Any:  # noqa: ANN401 - any JSON value

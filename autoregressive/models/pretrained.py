@@ -39,6 +39,7 @@ class Stored(NamedTuple):
     tensors: dict[str, torch.Tensor]
     path: Path
     sha256: str | None = None  # of the file, where its checkpoint has recorded it
+    trained_grid: tuple[int, int] | None = None  # where the configuration tells
 
 
 def load_gpt(
@@ -59,7 +60,11 @@ def load_gpt(
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
     Raises InputError if the weights do not fit, are damaged, or would run code.
     """
-    config, tensors, path, sha256 = read_gpt(source, weights, revision, verify_weights, **overrides)
+    config, tensors, path, sha256, grid = read_gpt(
+        source, weights, revision, verify_weights, **overrides
+    )
+    if grid is not None and grid != config.grid:
+        raise InputError(f"{source}: has a grid of {grid} codes, not {config.grid}: leave grid out")
     with torch.device("meta"):
         gpt = GPT(config)
     tensors = {key: value.float() for key, value in tensors.items()}
@@ -83,8 +88,9 @@ def read_gpt(
     mixin = mixin_file(path)
     if path.is_dir() and mixin is None:
         config_path, path, sha256 = inference_files(path, weights, verify_weights)
-        config = dataclasses.replace(load_config(GPTConfig, config_path), **overrides)
-        return Stored(config, read_file(path).weights("model", path), path, sha256)
+        told = load_config(GPTConfig, config_path)
+        config = dataclasses.replace(told, **overrides)
+        return Stored(config, read_file(path).weights("model", path), path, sha256, told.grid)
     path = mixin or path
     stored = read_transformer(path, weights)
     config = _infer_config(stored, path, {**released_architecture(source), **overrides})

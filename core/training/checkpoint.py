@@ -226,7 +226,10 @@ class Checkpointer:
         shutil.rmtree(temporary, ignore_errors=True)
         last = [old for old in self.steps() if old != step][-1:]
         kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
-        problem = f"cannot save the checkpoint of step {step}: {problem}; {kept}"
+        problem = (
+            f"cannot save the checkpoint of step {step} in {self.folder}: {problem}; {kept}. Is "
+            "the disk full? Then free space there: the next checkpoint is tried again"
+        )
         logger.warning("%s", problem)
         return problem
 

@@ -213,5 +213,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_pa
         assert len(lines) == 1
         assert find_damage(tmp_path / "step_0000003") == ""
     else:  # what was trained since would be lost without a word
-        assert done.returncode == 2
+        assert done.returncode == 1  # a launcher tries again: the disk may have space by then
         assert "cannot save the checkpoint of step 3" in lines[-1]

@@ -152,3 +152,12 @@ def test_a_command_that_writes_nothing_needs_no_lock(tmp_path, world):
         pass
     with writer_lock(tmp_path / "new", world, needed=False):
         assert not (tmp_path / "new").exists()
+
+
+def test_temporary_files_of_a_killed_writer_are_removed_by_the_next(tmp_path):
+    for name in (".codes_00001.npy.77.ab12cd34.tmp", "png/.000001.png.77.ab12cd34.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "notes.tmp").touch()
+    with writer_lock(tmp_path):
+        assert {path.name for path in tmp_path.rglob("*")} == {LOCK, "png", "notes.tmp"}

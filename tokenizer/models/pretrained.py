@@ -20,6 +20,7 @@ from core.weights import (
     load_weights,
     mixin_file,
     read_file,
+    tensors_sha256,
 )
 from tokenizer.models.config import VQConfig
 from tokenizer.models.released_layouts import read_tokenizer
@@ -31,6 +32,13 @@ class LoadedTokenizer(NamedTuple):
 
     vq: VQModel
     sha256: str
+
+    def identity(self) -> str:
+        """The sha256 of its weights in float32, the same for a released file and its conversion.
+
+        Call it before the weights take another precision.
+        """
+        return tensors_sha256(self.vq.state_dict())
 
 
 def load_tokenizer(
