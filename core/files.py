@@ -26,8 +26,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk names no file
-            error.filename, error.filename2 = str(path), None
+        if error.errno and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
