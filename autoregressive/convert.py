@@ -12,6 +12,7 @@ from typing import Any, Literal
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.serving.export import export_vllm
 from core.config import InputError, parse_config, run_command, save_config
+from core.lock import writer_lock
 from core.released import released_models, released_table
 from core.weights import Weights, save_tensors
 
@@ -25,6 +26,7 @@ class ConvertConfig:
             `owner/name[/file][@revision]` on the Hub.
         out: Output folder.
         weights: Which weights to take; auto takes the EMA weights of our runs.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         format: folder: config.yaml and model.safetensors; vllm: a folder that vLLM loads with the
             plugin in autoregressive/serving.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
@@ -34,6 +36,7 @@ class ConvertConfig:
     source: str | None = None
     out: Path | None = None
     weights: Weights = "auto"
+    verify_weights: bool = True
     format: Literal["folder", "vllm"] = "folder"
     grid: tuple[int, int] | None = None
     list: bool = False
@@ -47,13 +50,15 @@ def convert(config: ConvertConfig) -> None:
     if not config.source or config.out is None:
         raise InputError("give --source and --out, or --list true")
     overrides: dict[str, Any] = {} if config.grid is None else {"grid": config.grid}
-    gpt = load_gpt(config.source, config.weights, **overrides).gpt
-    if config.format == "vllm":
-        export_vllm(gpt, config.out)
-    else:
-        config.out.mkdir(parents=True, exist_ok=True)
-        save_tensors(gpt.state_dict(), config.out / "model.safetensors")
-        save_config(gpt.config, config.out / "config.yaml")
+    gpt = load_gpt(
+        config.source, config.weights, verify_weights=config.verify_weights, **overrides
+    ).gpt
+    with writer_lock(config.out):
+        if config.format == "vllm":
+            export_vllm(gpt, config.out)
+        else:
+            save_tensors(gpt.state_dict(), config.out / "model.safetensors")
+            save_config(gpt.config, config.out / "config.yaml")
     count = sum(parameter.numel() for parameter in gpt.parameters())
     print(f"{config.out}: {count:,} parameters, grid {gpt.config.grid}")
 

@@ -26,6 +26,7 @@ from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from core.distributed.world import World, distributed
 from core.files import write_json
+from core.lock import writer_lock
 
 MASK_GREY = 128  # grey level of masked pixels in the middle column of completions.png
 
@@ -39,6 +40,7 @@ class InpaintConfig:
         tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
         weights: Which weights of the two checkpoints to load.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         compute: Device and precision.
         images: The images: a folder or a list file.
         num_images: Use the first num_images of them; null for all.
@@ -57,6 +59,7 @@ class InpaintConfig:
     out: Path
     grid: tuple[int, int] | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify_weights: bool = True
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int | None = None
     keep_rows: int | None = None
@@ -92,6 +95,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
         gpt_weights=config.weights.gpt,
         tokenizer_weights=config.weights.tokenizer,
         grid=config.grid,
+        verify_weights=config.verify_weights,
     )
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
     mask = positions_to_inpaint(config, gpt_config.grid)
@@ -152,7 +156,7 @@ def inpaint_batch(
 def main() -> None:
     """Entry point."""
     config = parse_config(InpaintConfig)
-    with distributed(config.compute.device) as world:
+    with distributed(config.compute.device) as world, writer_lock(config.out, world):
         if world.size > 1:
             raise InputError("autoregressive.inpaint runs in a single process")
         inpaint(config, world)

@@ -29,13 +29,14 @@ from autoregressive.sampling.conditions import (
 )
 from autoregressive.sampling.loop import CodeBatch, decode_batches, sample_batches
 from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
-from autoregressive.sampling.png_layouts import Layout, write_pngs
+from autoregressive.sampling.png_layouts import Layout, has_pngs, write_pngs
 from core.config import config_values, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png
 from core.data.npz import save_npz
 from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World, distributed
+from core.lock import writer_lock
 from evaluations.evaluator import Evaluator
 from evaluations.report import Scored, publish
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
@@ -50,6 +51,7 @@ class SampleConfig:
         tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
         weights: Which weights of the two checkpoints to load.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         compute: Device and precision.
         num_images: Number of images; null for 50,000 images of a class model, or for all prompts.
         conditions: The classes or prompts.
@@ -76,6 +78,7 @@ class SampleConfig:
     out: Path
     grid: tuple[int, int] | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify_weights: bool = True
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int | None = None
     conditions: ConditionConfig = field(default_factory=ConditionConfig)
@@ -111,6 +114,7 @@ def sample(config: SampleConfig, world: World) -> None:
         gpt_weights=config.weights.gpt,
         tokenizer_weights=config.weights.tokenizer,
         grid=config.grid,
+        verify_weights=config.verify_weights,
     )
     gpt_config = pipeline.gpt.config
     conditions = open_conditions(
@@ -128,10 +132,14 @@ def sample(config: SampleConfig, world: World) -> None:
         "sampling": config.sampling.settings(gpt_config.condition, gpt_config.guidance_input)
     }
     writer = ShardWriter(config.out, conditions.count, config.shard_size, settings, world)
-    finished = writer.finished() if scorer else []
     todo = writer.begin()
+    finished = writer.finished()
+    if not scorer:  # only those whose png files were not asked for, or are missing
+        finished = [shard for shard in finished if lacks_pngs(config, writer, shard, conditions)]
     if world.is_main:
         save_config(config, config.out / "config.yaml")
+        if not (config.out / "index.json").exists():  # an npz would be left from other samples
+            (config.out / "samples.npz").unlink(missing_ok=True)
     batches = math.ceil(conditions.count / config.batch_size / world.size)
     pipeline.prepare(
         **config.compute.arguments(),
@@ -168,7 +176,7 @@ def write_shards(
         for shard in sorted((*todo, *finished)):
             ids = torch.tensor(writer.items(shard))
             if shard in finished:
-                # Only the scores need these images again.
+                # The scores or the png files need these images again.
                 batches = read_batches(writer, shard, ids, size, engine.device)
             else:
                 batches = sample_batches(
@@ -187,8 +195,8 @@ def write_shards(
                 bar.update(len(batch.ids) * world.size)
             if written:
                 written.result()
-            if shard in todo:
-                written = background.submit(write_shard, config, writer, shard, arrays, conditions)
+            write = write_shard if shard in todo else write_missing_pngs
+            written = background.submit(write, config, writer, shard, arrays, conditions)
         if written:
             written.result()
     if world.is_main and config.sampling.speculation_window > 1 and engine.steps_taken:
@@ -214,14 +222,34 @@ def write_shard(
     conditions: Conditions,
 ) -> None:
     """Write a shard's codes, its png files, and its pixels if samples.npz needs them."""
+    write_missing_pngs(config, writer, shard, parts, conditions)
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
-    if config.png:
-        prompts = conditions if isinstance(conditions, PromptConditions) else None
-        folder, ids = config.out / "png", writer.items(shard)
-        write_pngs(folder, config.layout, ids, arrays["pixels"], prompts)
     if not config.npz:
         del arrays["pixels"]
     writer.write(shard, arrays)
+
+
+def write_missing_pngs(
+    config: SampleConfig,
+    writer: ShardWriter,
+    shard: int,
+    parts: dict[str, list[np.ndarray]],
+    conditions: Conditions,
+) -> None:
+    """Write a shard's png files, if they are asked for and not all there."""
+    if lacks_pngs(config, writer, shard, conditions):
+        prompts = conditions if isinstance(conditions, PromptConditions) else None
+        pixels = np.concatenate(parts["pixels"])
+        write_pngs(config.out / "png", config.layout, writer.items(shard), pixels, prompts)
+
+
+def lacks_pngs(
+    config: SampleConfig, writer: ShardWriter, shard: int, conditions: Conditions
+) -> bool:
+    """Whether a shard's png files are asked for and not all there."""
+    prompts = conditions if isinstance(conditions, PromptConditions) else None
+    ids = writer.items(shard)
+    return config.png and not has_pngs(config.out / "png", config.layout, ids, prompts)
 
 
 def write_outputs(config: SampleConfig, pipeline: ImagePipeline, conditions: Conditions) -> None:
@@ -262,7 +290,7 @@ def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def main() -> None:
     """Entry point."""
     config = parse_config(SampleConfig)
-    with distributed(config.compute.device) as world:
+    with distributed(config.compute.device) as world, writer_lock(config.out, world):
         sample(config, world)
 
 

@@ -36,6 +36,7 @@ from core.config import parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import no_sync, prepare, shard
 from core.distributed.world import World, distributed
+from core.lock import writer_lock
 from core.rng import seed_step
 from core.training.ema import EMA
 from core.training.initialization import initialize
@@ -51,7 +52,7 @@ def train(config: TrainConfig, world: World) -> None:
     data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
-    resumes = check_resumable(config.out, gpt_config)
+    resumes = check_resumable(config.out, gpt_config, data.index.get("tokenizer_file_sha256"))
     plan = plan_training(config, gpt_config, len(data), world)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
@@ -229,7 +230,10 @@ def training_batches(
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.training.device, config.parallel.timeout_minutes) as world:
+    with (
+        distributed(config.training.device, config.parallel.timeout_minutes) as world,
+        writer_lock(config.out, world, needed=not config.dry_run),
+    ):
         train(config, world)
 
 

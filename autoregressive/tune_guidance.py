@@ -27,6 +27,7 @@ from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed.world import World, distributed
 from core.files import read_record, write_json
+from core.lock import writer_lock
 from evaluations.features.extractors import note_of
 from evaluations.report import write_comparison
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
@@ -41,6 +42,7 @@ class TuneConfig:
         tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
         weights: Which weights of the two checkpoints to load.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         compute: Device and precision.
         out: Output folder.
         num_images: Images per setting.
@@ -59,6 +61,7 @@ class TuneConfig:
     out: Path
     grid: tuple[int, int] | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify_weights: bool = True
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int = 10_000
     conditions: ConditionConfig = field(default_factory=ConditionConfig)
@@ -104,6 +107,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
         gpt_weights=config.weights.gpt,
         tokenizer_weights=config.weights.tokenizer,
         grid=config.grid,
+        verify_weights=config.verify_weights,
     )
     gpt = pipeline.gpt.config
     conditions = open_conditions(
@@ -177,7 +181,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Entry point."""
     config = parse_config(TuneConfig)
-    with distributed(config.compute.device) as world:
+    with distributed(config.compute.device) as world, writer_lock(config.out, world):
         tune_guidance(config, world)
 
 

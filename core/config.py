@@ -7,6 +7,7 @@ stops. This is the only file that knows jsonargparse.
 """
 
 import dataclasses
+import errno
 import itertools
 import os
 import runpy
@@ -187,7 +188,9 @@ def run_command(main: Callable[[], None]) -> None:
     except MISTAKES as error:
         fail(str(error), code=2)
     except OSError as error:
-        fail(f"{error}; run the same command again to continue", code=1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free space there, then " if full else ""
+        fail(f"{error}; {advice}run the same command again to continue", code=1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue", code=2)
 

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, get_args, get_origin
 
@@ -26,6 +26,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,10 +120,26 @@ def fingerprint(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """The sha256 of a file's content, in hex; `progress` is told the bytes of each part read."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+    view = memoryview(buffer)
+    with Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            if progress:
+                progress(count)
     return digest.hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """A hash of files' names, sizes and times of change: whether they are still the same files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            stat = Path(path).stat()
+            facts = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            facts = "missing"
+        digest.update(os.fsencode(f"{Path(path).name}\n{facts}\n"))
+    return digest.hexdigest()[:16]

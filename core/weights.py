@@ -1,6 +1,8 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
+import hashlib
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from core.checksums import CHECKSUMS, checkpoint_folders, find_damage, read_checksums
 from core.errors import InputError
 from core.files import atomic_path, check_regular_file, read_record
 from core.files import file_sha256 as file_sha256  # also imported from here
@@ -18,6 +21,8 @@ from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
 from core.released import ReleasedModel, find_released
 
 Tensors = Mapping[str, torch.Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 class Released(NamedTuple):
@@ -174,6 +179,23 @@ def check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], sourc
         )
 
 
+def check_finite(tensors: Tensors, source: object) -> None:
+    """Raise InputError, naming the first tensor that has a NaN or an infinite value."""
+    if name := first_not_finite(tensors):
+        raise InputError(f"{source}: {name} has values that are not finite; take other weights")
+
+
+def first_not_finite(tensors: Tensors) -> str:
+    """The name of a tensor with a NaN or an infinite value, or ""; waits for the device once."""
+    floating = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floating:
+        return ""
+    # The largest magnitude is NaN where any value is.
+    largest = [torch.linalg.vector_norm(t.float(), torch.inf) for t in floating.values()]
+    finite = torch.stack(largest).isfinite().tolist()
+    return next((name for name, fine in zip(floating, finite, strict=True) if not fine), "")
+
+
 def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bool = False) -> None:
     """load_state_dict(strict=True), with one line that names what does not fit.
 
@@ -181,6 +203,7 @@ def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bo
     """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     check_shapes(module, shapes, source)
+    check_finite(tensors, source)
     module.load_state_dict(tensors, assign=assign)
 
 
@@ -219,19 +242,71 @@ def hub_file(released: ReleasedModel) -> HubFile:
 Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
 
 
-def inference_files(folder: Path, weights: Weights) -> tuple[Path, Path]:
-    """(config.yaml, safetensors file) of a checkpoint folder, or of a run's newest checkpoint.
+def tensors_sha256(tensors: Tensors) -> str:
+    """One sha256 of names, shapes and float32 values: the same for every file of these weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
-    "auto" takes the averaged weights where there are any.
+
+class InferenceFiles(NamedTuple):
+    """What inference reads of a checkpoint; sha256: of the weights, from checksums.json if any."""
+
+    config: Path
+    weights: Path
+    sha256: str | None
+
+
+def inference_files(folder: Path, weights: Weights, verify: bool = True) -> InferenceFiles:
+    """The files of a checkpoint folder, or of a run's newest intact checkpoint.
+
+    "auto" takes the averaged weights where the checkpoint has any. verify: compare the files with
+    their checksums; a damaged checkpoint of a run is left out with a warning.
+    Raises InputError where there is no checkpoint, or none is intact.
     """
     folder = Path(folder)
-    steps = sorted(folder.glob("checkpoints/step_*/checksums.json"))
-    folder = steps[-1].parent if steps else folder
-    name = "ema" if weights == "auto" and (folder / "ema.safetensors").exists() else weights
+    steps = list(checkpoint_folders(folder / "checkpoints").values())
+    if not steps:
+        files, damage = _checkpoint_files(folder, weights, verify)
+        if damage:
+            raise InputError(
+                f"{folder}: damaged ({damage}); copy it again, or take another checkpoint"
+            )
+        return files
+    for checkpoint in reversed(steps):
+        files, damage = _checkpoint_files(checkpoint, weights, verify)
+        if not damage:
+            return files
+        logger.warning("%s is damaged (%s); trying the one before", checkpoint, damage)
+    raise InputError(f"{folder}: none of its {len(steps)} checkpoints is intact")
+
+
+def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[InferenceFiles, str]:
+    """The files of one checkpoint folder, and what is wrong with them ("" for nothing)."""
+    sums: dict[str, str] = {}
+    damage = ""
+    if (folder / CHECKSUMS).exists():
+        try:
+            sums = read_checksums(folder)
+        except InputError as error:
+            damage = str(error)
+    elif (folder / "training").is_dir():  # a checkpoint of a training, not a converted folder
+        damage = f"{CHECKSUMS} is missing"
+    averaged = "ema.safetensors" in sums or (folder / "ema.safetensors").exists()
+    name = "ema" if weights == "auto" and averaged else weights
     path = folder / f"{'model' if name == 'auto' else name}.safetensors"
-    if not path.is_file() or not (folder / "config.yaml").is_file():
+    files = InferenceFiles(folder / "config.yaml", path, sums.get(path.name))
+    if damage and verify:
+        return files, damage
+    listed = path.name in sums and "config.yaml" in sums
+    if not listed and not (path.is_file() and files.config.is_file()):
         raise InputError(f"{folder}: no checkpoint here (expected config.yaml and {path.name})")
-    return folder / "config.yaml", path
+    if sums and verify:
+        return files, find_damage(folder, names=("config.yaml", path.name), progress=True)
+    return files, ""
 
 
 def mixin_file(folder: Path) -> Path | None:

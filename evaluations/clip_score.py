@@ -20,6 +20,7 @@ from core.config import InputError, config_values, parse_config, run_command
 from core.data.shards import read_index
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
+from core.lock import writer_lock
 from core.weights import file_sha256
 from evaluations.image_source import open_image_source
 
@@ -111,7 +112,7 @@ def clip_score(config: ClipScoreConfig, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(ClipScoreConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         clip_score(config, world)
 
 

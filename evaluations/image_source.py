@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,16 +72,28 @@ def open_image_source(source: Path, image_size: tuple[int, int]) -> ImageSource:
     """
     source = Path(source)
     if (source / "index.json").is_file():
-        read_index(source)  # raises InputError for an unfinished run
+        index = read_index(source)  # raises InputError for an unfinished run
         source = source / "samples.npz"
         if not source.is_file():
             raise InputError(f"{source}: the sample run wrote no npz (npz: true)")
+        _check_index(source, index)
     if source.is_file() and source.suffix == ".npz":
         count, height, width, _ = npz_images_shape(source)
         return ImageSource(source, count, (height, width), _npz_labels(source, count))
     images = open_images(source)
     labels = images.labels if (images.labels >= 0).all() else None
     return ImageSource(source, len(images), image_size, labels, images.classes, images)
+
+
+def _check_index(npz: Path, index: dict[str, Any]) -> None:
+    """Raise InputError for an npz that is left from other samples than the index describes."""
+    count = npz_images_shape(npz)[0]
+    found, labels = _npz_labels(npz, count), index.get("image_labels")
+    same_labels = labels is None or (found is not None and found.tolist() == labels)
+    if count != index.get("count") or not same_labels:
+        raise InputError(
+            f"{npz}: not the images of the index.json beside it; run the sample command again"
+        )
 
 
 def _npz_labels(path: Path, count: int) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from core.config import config_values, parse_config, run_command
 from core.distributed.world import DeviceName, World, distributed
+from core.lock import writer_lock
 from evaluations.image_source import check_reading, open_image_source
 from evaluations.reference_stats import Kind
 from evaluations.report import score_source
@@ -54,7 +55,7 @@ def score_samples(config: ScoreConfig, world: World) -> dict[str, float]:
 def main() -> None:
     """Entry point."""
     config = parse_config(ScoreConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         score_samples(config, world)
 
 

@@ -13,6 +13,7 @@ from core.config import config_values, parse_config, run_command
 from core.data.shards import read_index
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
+from core.lock import writer_lock
 from evaluations.features.extractors import note_of
 from evaluations.image_source import check_reading, open_image_source
 from evaluations.reference_stats import Kind
@@ -70,7 +71,7 @@ def sweep(config: SweepConfig, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(SweepConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         sweep(config, world)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from core.config import InputError, config_values, parse_config, run_command
 from core.distributed.world import DeviceName, World, distributed
+from core.lock import writer_lock
 from evaluations.image_source import open_image_source
 from evaluations.report import score_source
 from evaluations.scorer import MetricsConfig, open_scorer
@@ -79,7 +80,7 @@ def compare(scores: dict[str, float]) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(VerifyConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         verify(config, world)
 
 

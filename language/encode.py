@@ -18,6 +18,7 @@ from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
 from core.data.shards import ShardWriter
 from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, World, distributed
+from core.lock import writer_lock
 from language.captions import Cleaning
 from language.features import DTYPES, ReferenceFeatures
 from language.text_encoder import TextEncoder, load_text_encoder
@@ -151,7 +152,7 @@ def finish(writer: ShardWriter, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(EncodeConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         encode(config, world)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import parse_config, run_command, save_config
+from core.lock import writer_lock
 from core.weights import (
     Weights,
     save_tensors,
@@ -22,20 +23,22 @@ class ConvertConfig:
         source: A released file, a folder of ours, or `owner/name[/file]` on the Hub.
         out: The folder to write config.yaml and model.safetensors to.
         weights: Which weights to take; auto prefers averaged ones.
+        verify_weights: Compare the files of our checkpoints with their checksums.
     """
 
     source: str
     out: Path
     weights: Weights = "auto"
+    verify_weights: bool = True
 
 
 def main() -> None:
     """Entry point."""
     config = parse_config(ConvertConfig)
-    vq = load_tokenizer(config.source, config.weights).vq
-    config.out.mkdir(parents=True, exist_ok=True)
-    save_tensors(vq.state_dict(), config.out / "model.safetensors")
-    save_config(vq.config, config.out / "config.yaml")
+    vq = load_tokenizer(config.source, config.weights, verify_weights=config.verify_weights).vq
+    with writer_lock(config.out):
+        save_tensors(vq.state_dict(), config.out / "model.safetensors")
+        save_config(vq.config, config.out / "config.yaml")
     count = sum(parameter.numel() for parameter in vq.parameters())
     print(f"{config.out}: {count:,} parameters, downsample {vq.config.downsample}")
 

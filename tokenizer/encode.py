@@ -22,6 +22,8 @@ from core.data.open import open_images
 from core.data.shards import ShardWriter, codes_dtype
 from core.data.skip_log import Skipped, write_skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
+from core.files import fingerprint_of_files
+from core.lock import writer_lock
 from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
 from tokenizer.models.pretrained import load_tokenizer
@@ -47,6 +49,7 @@ class EncodeConfig:
             ten crops are taken at each (the published recipe: [1.1, 1.05]).
         flip: For crop center: add the flipped crop.
         weights: The weights to load; auto takes the EMA weights if there are any.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         batch_size: Crops per forward pass on each process.
         shard_size: Images per shard. A killed run loses at most one shard per process.
         num_workers: Loader processes per rank.
@@ -63,6 +66,7 @@ class EncodeConfig:
     crop_ranges: tuple[float, ...] = (1.1,)
     flip: bool = False
     weights: Weights = "auto"
+    verify_weights: bool = True
     batch_size: int = 128
     shard_size: int = 1000
     num_workers: int = 8
@@ -85,7 +89,8 @@ class EncodeConfig:
 def encode(config: EncodeConfig, world: World) -> None:
     """Encode all images, each rank its own shards, then write the index."""
     images = open_images(config.data, config.pairs)
-    vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
+    loaded = load_tokenizer(config.tokenizer, config.weights, verify_weights=config.verify_weights)
+    vq, identity = loaded.vq, loaded.identity()
     check_sizes(config, vq)
     vq = vq.for_inference(world.device, dtype_of(config.precision))
     ranges = config.crop_ranges if config.crop == "ten" else ()
@@ -93,7 +98,7 @@ def encode(config: EncodeConfig, world: World) -> None:
     downsample = vq.config.downsample
     settings = {
         "tokenizer": config.tokenizer,
-        "tokenizer_sha256": sha256,
+        "tokenizer_sha256": identity,
         "vocab_size": vq.quantize.vocab_size,
         "downsample": downsample,
         "image_size": list(config.image_size),
@@ -110,7 +115,11 @@ def encode(config: EncodeConfig, world: World) -> None:
     }
     if isinstance(images, ImageTextPairs):
         settings["pairs_fingerprint"] = images.fingerprint
-    writer = ShardWriter(config.out, len(images), config.shard_size, settings, world)
+    if world.is_main:
+        settings["images_fingerprint"] = fingerprint_of_files(images.files)
+    # Older versions knew the tokenizer by its file, and did not look at the files of the images.
+    earlier = {"tokenizer_sha256": [loaded.sha256], "images_fingerprint": [None]}
+    writer = ShardWriter(config.out, len(images), config.shard_size, settings, world, earlier)
     todo = writer.begin()
     if world.is_main:
         save_config(config, config.out / "config.yaml")
@@ -128,7 +137,7 @@ def encode(config: EncodeConfig, world: World) -> None:
                     read.append(batch.indices)
                 bar.update(len(batch.indices) + len(batch.skipped))
             write_shard(writer, shard, crops, images.labels, codes, read, skipped)
-    finish(writer, images.fingerprint, world)
+    finish(writer, images.fingerprint, loaded.sha256, world)
 
 
 def check_sizes(config: EncodeConfig, vq: VQModel) -> None:
@@ -159,7 +168,7 @@ def write_shard(
     writer.write(shard, arrays, skipped=[list(item) for item in skipped])
 
 
-def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
+def finish(writer: ShardWriter, fingerprint: str, file_sha256: str, world: World) -> None:
     """Write index.json and, if images were skipped, skipped.txt; print where they are."""
     world.barrier()
     skipped = [Skipped(*item) for marker in writer.markers(SKIPPED) for item in marker["skipped"]]
@@ -172,6 +181,7 @@ def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
     facts = {
         "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
         "pairs_fingerprint": fingerprint,
+        "tokenizer_file_sha256": file_sha256,
         "skipped": len(skipped),
         "skipped_by_reason": reasons,
     }
@@ -187,7 +197,7 @@ def finish(writer: ShardWriter, fingerprint: str, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(EncodeConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         encode(config, world)
 
 

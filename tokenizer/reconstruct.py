@@ -19,6 +19,7 @@ from core.data.open import open_images
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
 from core.files import write_json
+from core.lock import writer_lock
 from core.weights import Weights
 from evaluations.evaluator import Evaluator
 from evaluations.image_source import check_reading
@@ -49,6 +50,7 @@ class ReconstructConfig:
         grid_images: Number of images in reconstructions.png.
         grid_columns: Images per row.
         weights: The weights to load; auto takes the EMA weights if there are any.
+        verify_weights: Compare the files of our checkpoints with their checksums.
         batch_size: Images per forward pass on each process.
         num_workers: Loader processes per rank.
         precision: bf16 or fp32.
@@ -66,6 +68,7 @@ class ReconstructConfig:
     grid_images: int = 16
     grid_columns: int = 8
     weights: Weights = "auto"
+    verify_weights: bool = True
     batch_size: int = 32
     num_workers: int = 8
     precision: Precision = "fp32"
@@ -82,7 +85,9 @@ class ReconstructConfig:
 def reconstruct(config: ReconstructConfig, world: World) -> None:
     """Score every image on one of the ranks and write the results."""
     images = open_images(config.data)
-    vq, sha256 = load_tokenizer(config.tokenizer, config.weights)
+    vq, sha256 = load_tokenizer(
+        config.tokenizer, config.weights, verify_weights=config.verify_weights
+    )
     if any(side < 1 or side % vq.config.downsample for side in config.image_size):
         raise InputError(
             f"image_size {config.image_size} must be divisible by {vq.config.downsample}"
@@ -209,7 +214,7 @@ def write(
 def main() -> None:
     """Entry point."""
     config = parse_config(ReconstructConfig)
-    with distributed(config.device) as world:
+    with distributed(config.device) as world, writer_lock(config.out, world):
         reconstruct(config, world)
 
 

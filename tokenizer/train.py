@@ -27,6 +27,7 @@ from core.data.order import check_batch_size, local_positions
 from core.data.skip_log import SkipLog, Skipped
 from core.distributed.parallel import ParallelConfig, no_sync, prepare
 from core.distributed.world import World, distributed
+from core.lock import writer_lock
 from core.rng import seed_step
 from core.training.config import TrainingConfig
 from core.training.ema import EMA
@@ -337,7 +338,10 @@ def all_positions(first: int, config: TrainConfig, world: World) -> Iterator[np.
 def main() -> None:
     """Entry point."""
     config = parse_config(TrainConfig)
-    with distributed(config.training.device, config.parallel.timeout_minutes) as world:
+    with (
+        distributed(config.training.device, config.parallel.timeout_minutes) as world,
+        writer_lock(config.out, world, needed=not config.dry_run),
+    ):
         train(config, world)
 
 

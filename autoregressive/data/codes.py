@@ -101,10 +101,14 @@ class CodeDataset:
 
     def _open_ours(self, folders: tuple[Path, ...]) -> None:
         indices = [read_index(folder, INDEX_FIELDS) for folder in folders]
-        index = self.index = indices[0]
         for key in INDEX_FIELDS:
-            for other, folder in zip(indices, folders, strict=True):
-                if other[key] != index[key]:
+            found = [index[key] for index in indices]
+            for value, index, folder in zip(found, indices, folders, strict=True):
+                # Older codes name the tokenizer by its file.
+                same_tokenizer = key == "tokenizer_sha256" and bool(
+                    _tokenizer_names(index) & _tokenizer_names(indices[0])
+                )
+                if value != found[0] and not same_tokenizer:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
         self.vocab_size, self.num_classes = index["vocab_size"], len(index["classes"])
         if len(index["grid"]) != 2 or min(self.vocab_size, *index["grid"]) < 1:
@@ -217,3 +221,8 @@ def _check_labels(labels: np.ndarray, num_classes: int, folder: Path) -> None:
         raise InputError(
             f"{folder}: label {labels[wrong[0]]} of image {wrong[0]} is not in {least} .. {most}"
         )
+
+
+def _tokenizer_names(index: dict[str, Any]) -> set[Any]:
+    """The sha256 of the tokenizer's weights and of its file, as far as an index has them."""
+    return {index[key] for key in ("tokenizer_sha256", "tokenizer_file_sha256") if key in index}

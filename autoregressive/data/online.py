@@ -28,14 +28,19 @@ class OnlineDataset:
         if not online.tokenizer:
             raise InputError("data.online.tokenizer: give the tokenizer that encodes the images")
         self.config, self.pairs, self.device = config, ImageTextPairs(online.pairs), world.device
-        self.vq, self.sha256 = load_tokenizer(online.tokenizer)
+        loaded = load_tokenizer(online.tokenizer)
+        self.vq, self.sha256 = loaded.vq, loaded.identity()
         self.vq.for_inference(world.device, torch.float32)
         self.encoder = load_text_encoder(
             online.t5, world.device, torch.bfloat16, online.max_tokens, online.clean
         )
         self.skips = SkipLog(out / f"skipped_rank{world.rank}.txt")
         self.threads = ThreadPoolExecutor(online.num_workers)
-        self.index = {"tokenizer": online.tokenizer, "tokenizer_sha256": self.sha256}
+        self.index = {
+            "tokenizer": online.tokenizer,
+            "tokenizer_sha256": self.sha256,
+            "tokenizer_file_sha256": loaded.sha256,
+        }
         chosen_captions(
             np.arange(1), 0, online.pairs.variants, config
         )  # raises InputError for unknown ones

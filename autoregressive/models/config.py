@@ -17,8 +17,8 @@ class GPTConfig(TransformerConfig):
         num_classes: Number of classes, for condition class.
         vocab_size: Number of entries of the tokenizer's codebook.
         grid: Rows and columns of codes.
-        tokenizer_sha256: sha256 of the tokenizer whose codes the model was trained on; empty if
-            unknown.
+        tokenizer_sha256: sha256 of the weights (in older models: of the file) of the tokenizer
+            whose codes the model was trained on; empty if unknown.
         text_dim: Width of the text features, for condition text.
         max_text_tokens: Largest number of tokens of a caption.
         text_encoder: Identity of the text encoder that the model was trained with; empty if

@@ -38,12 +38,15 @@ class Stored(NamedTuple):
     config: GPTConfig
     tensors: dict[str, torch.Tensor]
     path: Path
+    sha256: str | None = None  # of the file, where its checkpoint has recorded it
+    trained_grid: tuple[int, int] | None = None  # where the configuration tells
 
 
 def load_gpt(
     source: str | Path,
     weights: Weights = "auto",
     revision: str | None = None,
+    verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> Loaded:
     """Load a GPT; every tensor of the file must fit, and none may be missing.
@@ -53,22 +56,28 @@ def load_gpt(
         `owner/name[/file][@revision]` on the Hub.
     weights: "auto" takes the EMA weights of our folders, and `model` of released files.
     revision: branch, tag or commit on the Hub.
+    verify_weights: compare the files of our checkpoints with their checksums.
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
     Raises InputError if the weights do not fit, are damaged, or would run code.
     """
-    config, tensors, path = read_gpt(source, weights, revision, **overrides)
+    config, tensors, path, sha256, grid = read_gpt(
+        source, weights, revision, verify_weights, **overrides
+    )
+    if grid is not None and grid != config.grid:
+        raise InputError(f"{source}: has a grid of {grid} codes, not {config.grid}: leave grid out")
     with torch.device("meta"):
         gpt = GPT(config)
     tensors = {key: value.float() for key, value in tensors.items()}
     load_weights(gpt, tensors, path, assign=True)
     gpt.build_rotary()
-    return Loaded(gpt.eval(), file_sha256(path))
+    return Loaded(gpt.eval(), sha256 or file_sha256(path))
 
 
 def read_gpt(
     source: str | Path,
     weights: Weights = "auto",
     revision: str | None = None,
+    verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> Stored:
     """The configuration and the weights of a GPT, for the arguments of load_gpt.
@@ -78,9 +87,10 @@ def read_gpt(
     path = find_weights(source, "model.safetensors", revision)
     mixin = mixin_file(path)
     if path.is_dir() and mixin is None:
-        config_path, path = inference_files(path, weights)
-        config = dataclasses.replace(load_config(GPTConfig, config_path), **overrides)
-        return Stored(config, read_file(path).weights("model", path), path)
+        config_path, path, sha256 = inference_files(path, weights, verify_weights)
+        told = load_config(GPTConfig, config_path)
+        config = dataclasses.replace(told, **overrides)
+        return Stored(config, read_file(path).weights("model", path), path, sha256, told.grid)
     path = mixin or path
     stored = read_transformer(path, weights)
     config = _infer_config(stored, path, {**released_architecture(source), **overrides})

@@ -36,7 +36,7 @@ from core.data.images import images_to_pixels
 from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
 from core.weights import Weights
 from language.text_encoder import TextEncoder
-from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
 
@@ -88,24 +88,26 @@ class ImagePipeline:
         gpt_weights: Weights = "auto",
         tokenizer_weights: Weights = "auto",
         grid: tuple[int, int] | None = None,
+        verify_weights: bool = True,
     ) -> "ImagePipeline":
         """Load both models from run folders, checkpoint folders, released files or Hub ids.
 
         grid: rows and columns of codes, for a released file that does not tell.
+        verify_weights: compare the files of our checkpoints with their checksums.
         Raises InputError if a model is missing or the two do not fit each other.
         """
         overrides: dict[str, Any] = {} if grid is None else {"grid": grid}
-        loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, **overrides)
-        vq, vq_sha256 = load_tokenizer(tokenizer, tokenizer_weights)
-        check_compatible(loaded, vq, vq_sha256, str(tokenizer))
+        loaded, gpt_sha256 = load_gpt(gpt, gpt_weights, verify_weights=verify_weights, **overrides)
+        found = load_tokenizer(tokenizer, tokenizer_weights, verify_weights=verify_weights)
+        check_compatible(loaded, found, str(tokenizer))
         settings = {
             "gpt": str(gpt),
             "gpt_sha256": gpt_sha256,
             "tokenizer": str(tokenizer),
-            "tokenizer_sha256": vq_sha256,
+            "tokenizer_sha256": found.sha256,
             "grid": list(loaded.config.grid),
         }
-        return cls(loaded, vq, settings)
+        return cls(loaded, found.vq, settings)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -269,16 +271,18 @@ class ImagePipeline:
         return self._text_encoders[source]
 
 
-def check_compatible(gpt: GPT, vq: VQModel, tokenizer_sha256: str, name: str) -> None:
+def check_compatible(gpt: GPT, tokenizer: LoadedTokenizer, name: str) -> None:
     """Raise InputError if the GPT was not trained on this tokenizer's codes."""
-    if gpt.config.vocab_size != vq.config.vocab_size:
+    codes = tokenizer.vq.config.vocab_size
+    if gpt.config.vocab_size != codes:
         raise InputError(
-            f"{name}: its codebook has {vq.config.vocab_size} entries, but the GPT has a "
+            f"{name}: its codebook has {codes} entries, but the GPT has a "
             f"vocabulary of {gpt.config.vocab_size} codes"
         )
+    # Older GPTs know the tokenizer by its file, newer ones by its weights.
     expected = gpt.config.tokenizer_sha256
-    if expected and expected != tokenizer_sha256:
+    if expected and expected != tokenizer.sha256 and expected != tokenizer.identity():
         raise InputError(
-            f"{name}: its weights (sha256 {tokenizer_sha256[:12]}) differ from the tokenizer that "
-            f"the GPT was trained with ({expected[:12]})"
+            f"{name}: its weights (sha256 {tokenizer.identity()[:12]}) differ from the tokenizer "
+            f"that the GPT was trained with ({expected[:12]})"
         )

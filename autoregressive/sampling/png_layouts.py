@@ -14,6 +14,16 @@ from core.data.images import save_png
 Layout = Literal["flat", "geneval", "dpg"]
 
 
+def has_pngs(folder: Path, layout: Layout, ids: range, prompts: PromptConditions | None) -> bool:
+    """Whether every file that write_pngs writes for these images exists."""
+    if layout == "flat" or prompts is None:
+        return all((folder / f"{i:06d}.png").exists() for i in ids)
+    if layout == "geneval":
+        places = (divmod(i, prompts.per_prompt) for i in ids)
+        return all((folder / f"{p:05d}" / "samples" / f"{n:04d}.png").exists() for p, n in places)
+    return all((folder / f"{prompts.prompt_of(i).name}.png").exists() for i in ids)
+
+
 def write_pngs(
     folder: Path, layout: Layout, ids: range, pixels: np.ndarray, prompts: PromptConditions | None
 ) -> None:

@@ -21,12 +21,12 @@ from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.sampling.loop import score_samples
 from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.training.config import TrainConfig
+from core.checksums import checkpoint_folders, find_damage
 from core.config import InputError, load_config
 from core.data.grids import image_grid
 from core.distributed.world import Precision, World
 from core.training.initialization import copy_weights
 from core.training.prefetch import to_device
-from core.weights import inference_files
 from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -46,14 +46,23 @@ def start_from(gpt: GPT, source: str) -> None:
         raise InputError(f"init_from {source}: was trained with another text encoder")
 
 
-def check_resumable(out: Path, gpt_config: GPTConfig) -> bool:
-    """Whether `out` has a run to resume; raises InputError if that run used other codes."""
-    if not list((out / "checkpoints").glob("step_*/checksums.json")):
-        return False
-    found = load_config(GPTConfig, inference_files(out, "model")[0])
+def check_resumable(
+    out: Path, gpt_config: GPTConfig, tokenizer_file_sha256: str | None = None
+) -> bool:
+    """Whether `out` has a run to resume; raises InputError if that run used other codes.
+
+    tokenizer_file_sha256: of the tokenizer's file, by which older runs knew it.
+    """
+    steps = list(checkpoint_folders(out / "checkpoints").values())
+    # What is wrong with the damaged ones is said where the run is restored.
+    whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
+    if not whole:
+        return bool(steps)
+    found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
-        if ours != theirs:
+        older = name == "tokenizer_sha256" and theirs == tokenizer_file_sha256
+        if ours != theirs and not older:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
                 f"resumed. To start from its weights, give --init_from {out} and another --out"
@@ -145,8 +154,9 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     path = data.index.get("tokenizer", "")
     if not path or not Path(path).exists():
         return None
-    vq, sha256 = load_tokenizer(path)
-    if sha256 != data.index["tokenizer_sha256"]:
+    loaded = load_tokenizer(path)
+    vq, expected = loaded.vq, data.index["tokenizer_sha256"]
+    if expected not in (loaded.sha256, loaded.identity()):
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
     return vq.for_inference(world.device, torch.float32)

@@ -38,6 +38,11 @@ class ImageList:
         """A hash of the images' names and their order."""
         return fingerprint_of(self.keys)
 
+    @property
+    def files(self) -> list[Path]:
+        """The image files."""
+        return self.paths
+
     def name(self, index: int) -> str:
         """The name of image `index` in lists of skipped images: its path."""
         return str(self.paths[index])

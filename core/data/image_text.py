@@ -72,6 +72,7 @@ class _Source(Protocol):
     """Storage of pairs."""
 
     keys: list[str]
+    files: list[Path]
 
     def read(self, index: int, part: str) -> bytes | None:
         """The bytes of a pair's image, txt or json; None if it has none."""
@@ -92,6 +93,11 @@ class ImageTextPairs:
             raise InputError(f"{source}: contains no images with captions")
         self.labels = np.full(len(self), -1, np.int64)
         self.fingerprint = fingerprint_of(self.source.keys)
+
+    @property
+    def files(self) -> list[Path]:
+        """The image files, the tars, or the jsonl files."""
+        return self.source.files
 
     def __len__(self) -> int:
         return len(self.source.keys)
@@ -198,6 +204,7 @@ class _Folder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys = sorted(str(path.relative_to(folder)) for path in image_files(folder))
+        self.files = [folder / key for key in self.keys]
 
     def read(self, index: int, part: str) -> bytes | None:
         path = self.folder / self.keys[index]
@@ -210,6 +217,7 @@ class _Lists:
 
     def __init__(self, folder: Path, lists: list[Path]) -> None:
         self.folder, self.lists, self.keys = folder, lists, []
+        self.files = lists
         places = []
         for number, path in enumerate(lists):
             check_regular_file(path)
@@ -241,6 +249,7 @@ class _Tars:
 
     def __init__(self, tars: list[Path]) -> None:
         self.tars, self.keys = tars, []
+        self.files = tars
         places = []
         for number, path in enumerate(tars):
             keys, found = _tar_index(path)

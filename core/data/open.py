@@ -1,5 +1,6 @@
 """Opens images, whatever they are stored in."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,11 @@ class Images(Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash of the images' names in their order, equal for codes and features of the same."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold the images: one for each, or tars or jsonl files."""
         ...
 
     def __len__(self) -> int:

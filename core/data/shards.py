@@ -2,14 +2,20 @@
 
 A shard holds a fixed range of items, independent of the number of processes, so any number of
 ranks can divide the shards among themselves. A shard is complete when its `shard_00003.json`
-exists, which is written last: a killed command loses at most one shard per process. `index.json` is
-written when all shards are complete.
+exists, which is written last: a killed command loses at most one shard per process. It holds the
+size and sha256 of the shard's files, which are compared when a command continues: a damaged shard
+is made again. `index.json` is written when all shards are complete.
 """
 
+import functools
+import hashlib
+import io
 import json
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,9 @@ import numpy as np
 from core.config import InputError
 from core.data.arrays import load_array
 from core.distributed.world import World
-from core.files import atomic_write, read_record, write_json
+from core.files import atomic_write, file_sha256, read_json, read_record, write_json
+
+logger = logging.getLogger(__name__)
 
 
 def codes_dtype(vocab_size: int) -> np.dtype:
@@ -34,6 +42,7 @@ class ShardWriter:
     """Writes `{name}_{shard}.npy` for items 0 .. count - 1, with `shard_size` items per shard.
 
     settings: everything that the arrays depend on. `begin` refuses a folder with other settings.
+    earlier: values of settings that folders of older versions may have instead; None: not there.
     """
 
     folder: Path
@@ -41,6 +50,7 @@ class ShardWriter:
     shard_size: int
     settings: Mapping[str, Any]
     world: World
+    earlier: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def begin(self) -> list[int]:
         """Create or check the folder -> the shards that this rank still has to write.
@@ -51,25 +61,90 @@ class ShardWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             expected = {**self.settings, "items": self.count, "shard_size": self.shard_size}
             path = self.folder / "settings.json"
-            found = read_record(path, {}) if path.exists() else None
-            if found is not None and found != json.loads(json.dumps(expected)):
-                different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
-                raise InputError(
-                    f"{self.folder}: was begun with other settings ({', '.join(different)}); "
-                    "choose another folder or remove it"
-                )
+            if path.exists():
+                self._check_settings(read_record(path, {}), json.loads(json.dumps(expected)))
             write_json(path, expected)
-        return self._share(written=False)
+        self.world.barrier()
+        todo = self._share(written=False)
+        if self.world.is_main and len(self._intact) < len(self._shards):
+            (self.folder / "index.json").unlink(missing_ok=True)  # of arrays that are incomplete
+        return todo
 
     def finished(self) -> list[int]:
-        """This rank's share of the shards that an earlier run completed; call it before `begin`."""
+        """This rank's share of the shards that an earlier run completed; call it after `begin`."""
         return self._share(written=True)
 
+    def _check_settings(self, found: Any, expected: dict[str, Any]) -> None:  # noqa: ANN401 - JSON
+        if not isinstance(found, dict):
+            raise InputError(f"{self.folder / 'settings.json'}: damaged; remove the folder")
+        different = sorted(
+            key
+            for key in expected | found
+            if expected.get(key) != found.get(key)
+            and found.get(key) not in self.earlier.get(key, ())
+        )
+        if different:
+            raise InputError(
+                f"{self.folder}: was begun with other settings ({', '.join(different)}); "
+                "choose another folder or remove it"
+            )
+
     def _share(self, written: bool) -> list[int]:
-        # Rank 0 decides for all: other ranks may already be writing.
-        shards = range(math.ceil(self.count / self.shard_size))
-        found = [s for s in shards if self._marker(s).exists() == written]
-        return self.world.broadcast(found)[self.world.rank :: self.world.size]
+        found = [s for s in self._shards if (s in self._intact) == written]
+        return found[self.world.rank :: self.world.size]
+
+    @functools.cached_property
+    def _shards(self) -> range:
+        return range(math.ceil(self.count / self.shard_size))
+
+    @functools.cached_property
+    def _intact(self) -> frozenset[int]:
+        """The shards that are complete before this run writes any; all ranks read a share."""
+        mine = self._shards[self.world.rank :: self.world.size]
+        marked = [shard for shard in mine if self._marker(shard).exists()]
+        checked = {shard: self._damage(shard) for shard in marked}
+        everywhere = {s: found for part in self.world.gather(checked) for s, found in part.items()}
+        damaged = {shard: damage for shard, damage in sorted(everywhere.items()) if damage}
+        if damaged and self.world.is_main:
+            logger.warning(
+                "%s: %d damaged shard%s, to be made again (%s)",
+                self.folder,
+                len(damaged),
+                "" if len(damaged) == 1 else "s",
+                next(iter(damaged.values())),
+            )
+        return frozenset(everywhere) - frozenset(damaged)
+
+    def _damage(self, shard: int, read: bool = True) -> str:
+        """What is wrong with a shard that has a marker, or ""; read: compare checksums as well."""
+        path = self._marker(shard)
+        try:
+            marker = read_json(path)
+            if "files" not in marker:  # written by an older version
+                return self._header_damage(shard, marker)
+            for name, (size, sha256) in marker["files"].items():
+                if (self.folder / name).stat().st_size != size:
+                    return f"{name} is truncated"
+                if read and file_sha256(self.folder / name) != sha256:
+                    return f"{name} has changed"
+        except FileNotFoundError as error:
+            return f"{Path(str(error.filename)).name} is missing"
+        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+            return f"{path.name} is damaged ({error})"
+        return ""
+
+    def _header_damage(self, shard: int, marker: dict[str, Any]) -> str:
+        """Without checksums: whether the arrays are as large as their headers say."""
+        names = {f"{name}_{shard:05d}.npy" for name in marker["arrays"]}
+        found = {path.name for path in self.folder.glob(f"*_{shard:05d}.npy")}
+        for name in sorted(names | found):
+            try:
+                array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                return f"{name} is missing or damaged ({error})"
+            if name in names and len(array) != marker["rows"]:
+                return f"{name} has {len(array)} rows, expected {marker['rows']}"
+        return ""
 
     def items(self, shard: int) -> range:
         """The items of a shard."""
@@ -88,11 +163,13 @@ class ShardWriter:
         """
         rows = {len(array) for array in arrays.values()}
         assert len(rows) == 1, f"arrays of different lengths: {rows}"
+        self._marker(shard).unlink(missing_ok=True)  # of a damaged shard that is made again
+        files = {}
         for name, array in {**arrays, **(ragged or {})}.items():
             path = self.folder / f"{name}_{shard:05d}.npy"
-            with atomic_write(path) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-        write_json(self._marker(shard), {"rows": rows.pop(), "arrays": sorted(arrays), **facts})
+            files[path.name] = write_array(path, array)
+        marker = {"rows": rows.pop(), "arrays": sorted(arrays), "files": files}
+        write_json(self._marker(shard), {**marker, **facts})
 
     def read(self, shard: int, name: str) -> np.ndarray:
         """One array of a complete shard; raises InputError if it is missing or damaged."""
@@ -103,14 +180,19 @@ class ShardWriter:
 
         facts: their names and types. Raises InputError for a damaged marker.
         """
-        shards = range(math.ceil(self.count / self.shard_size))
         fields = {**MARKER_FIELDS, **(facts or {})}
-        return [read_record(self._marker(shard), fields) for shard in shards]
+        return [read_record(self._marker(shard), fields) for shard in self._shards]
 
     def finish(self, index: Mapping[str, Any]) -> None:
-        """Write `index.json`: the settings, `index` and the rows per shard. All ranks call it."""
+        """Write `index.json`: the settings, `index` and the rows per shard. All ranks call it.
+
+        Raises InputError where a shard is not as large as it was written.
+        """
         self.world.barrier()
         if self.world.is_main:
+            for shard in self._shards:
+                if damage := self._damage(shard, read=False):
+                    raise InputError(f"{self.folder}: {damage}; run the same command again")
             rows = [marker["rows"] for marker in self.markers()]
             whole = {**self.settings, **index, "count": sum(rows), "rows": rows}
             write_json(self.folder / "index.json", whole)
@@ -118,6 +200,27 @@ class ShardWriter:
 
     def _marker(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:05d}.json"
+
+
+def write_array(path: Path, array: np.ndarray) -> tuple[int, str]:
+    """Write an npy file whole or not at all -> its size in bytes and its sha256."""
+    header = io.BytesIO()
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    # Not `tofile`: some file systems take a part of what it writes without an error.
+    parts = header.getvalue(), array.reshape(-1).view(np.uint8).data
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        size, expected = os.fstat(file.fileno()).st_size, sum(len(part) for part in parts)
+        if size != expected:
+            raise OSError(
+                f"{path}: only {size} of {expected} bytes were written; is the disk full?"
+            )
+    return size, digest.hexdigest()
 
 
 class ShardReader:

@@ -11,7 +11,6 @@ temporary folder, which is renamed at the end; the last k are kept. Damage is de
 checksums, and the checkpoint before is used instead.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -28,8 +27,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
+from core.checksums import CHECKSUMS, canonical, checkpoint_folders, find_damage
 from core.config import InputError, save_config
-from core.distributed.parallel import written_here
+from core.distributed.parallel import local, written_here
 from core.distributed.world import World
 from core.files import read_json, write_json
 from core.training.safetensors_storage import (
@@ -39,7 +39,7 @@ from core.training.safetensors_storage import (
     lower_thread_priority,
     read_headers,
 )
-from core.weights import check_shapes, file_sha256
+from core.weights import check_shapes, file_sha256, first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,10 @@ class Checkpointer:
 
         Do not modify any parameter until wait_for_copy() has returned. If a checkpoint cannot be
         written, a warning is logged and the checkpoint before stays as it is.
+        Raises InputError where a weight is not finite.
         """
         self.wait()
+        self._check_finite(step)
         temporary = self.folder / f".step_{step:07d}.tmp"
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,6 +117,19 @@ class Checkpointer:
         self._saving = self._thread.submit(self._commit, written, step, temporary, state)
         if buffers:  # a forward pass changes them: BatchNorm's statistics
             self.wait_for_copy()
+
+    def _check_finite(self, step: int) -> None:
+        """Raise InputError, the same on all ranks, unless all weights are finite (a host sync)."""
+        modules = {n: part for n, part in self.parts.items() if isinstance(part, nn.Module)}
+        weights = {
+            f"{n}/{k}": t for n, part in modules.items() for k, t in part.state_dict().items()
+        }
+        here = first_not_finite({name: local(tensor) for name, tensor in weights.items()})
+        if name := next(filter(None, self.world.gather(here, self._group)), ""):
+            raise InputError(
+                f"{name} is not finite after step {step}, so no checkpoint of it is saved; the one "
+                "before stays. Lower optimizer.lr, then run the same command again"
+            )
 
     def wait_for_copy(self) -> None:
         """Wait until the parameters may be modified; call it before every optimizer step.
@@ -145,8 +160,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        found = self.folder.glob("step_*")
-        return sorted(int(path.name.removeprefix("step_")) for path in found)
+        return list(checkpoint_folders(self.folder))
 
     def restore_latest(self) -> dict[str, int]:
         """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
@@ -204,7 +218,7 @@ class Checkpointer:
         try:
             if not problem:
                 sums = {name: value for _, part in reports for name, value in part.items()}
-                (temporary / "checksums.json").write_text(_canonical(sums))
+                (temporary / CHECKSUMS).write_text(canonical(sums))
                 self._publish(temporary, self.folder / f"step_{step:07d}")
                 return ""
         except OSError as error:
@@ -212,7 +226,10 @@ class Checkpointer:
         shutil.rmtree(temporary, ignore_errors=True)
         last = [old for old in self.steps() if old != step][-1:]
         kept = f"the checkpoint of step {last[0]} is intact" if last else "none exists yet"
-        problem = f"cannot save the checkpoint of step {step}: {problem}; {kept}"
+        problem = (
+            f"cannot save the checkpoint of step {step} in {self.folder}: {problem}; {kept}. Is "
+            "the disk full? Then free space there: the next checkpoint is tried again"
+        )
         logger.warning("%s", problem)
         return problem
 
@@ -251,29 +268,6 @@ class Checkpointer:
             process_group=self._group,
             no_dist=self.world.size == 1,
         )
-
-
-def find_damage(folder: Path, rank: int = 0, size: int = 1) -> str:
-    """What is wrong with a checkpoint folder, or "" where every file matches its checksum.
-
-    Of `size` processes, each reads its share of the files.
-    """
-    try:
-        path = folder / "checksums.json"
-        sums = read_json(path)
-        if path.read_text() != _canonical(sums):
-            return f"{path.name} has changed"
-        for name in sorted(sums)[rank::size]:
-            if file_sha256(folder / name) != sums[name]:
-                return f"{name} has changed"
-    except (InputError, OSError, AttributeError, TypeError) as error:
-        return str(error)
-    return ""
-
-
-def _canonical(sums: dict[str, str]) -> str:
-    """One text for one set of sums, so that any changed byte shows."""
-    return json.dumps(sums, indent=1, sort_keys=True) + "\n"
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from core.distributed.parallel import first_row, local
 from core.rng import random_bits, random_uniform
-from core.weights import check_shapes
+from core.weights import check_finite, check_shapes
 
 # Elements computed at once: their 64-bit counters stay in the processor's cache.
 _CHUNK = 1 << 17
@@ -68,6 +68,7 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
     for name, tensor in model.state_dict().items():
         own, start = local(tensor), first_row(tensor)
         own.copy_(tensors[name][start : start + len(own)] if own.ndim else tensors[name])
+        check_finite({name: own}, source)
 
 
 def _name_seed(seed: int, name: str) -> int:

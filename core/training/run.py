@@ -189,24 +189,28 @@ class Run:
 
     def _save_config(self, resuming: bool) -> None:
         path = self.folder / "config.yaml"
-        if resuming and path.exists() and path.read_text() != config_text(self.config):
-            before, now = path.read_text().splitlines(), config_text(self.config).splitlines()
-            changed = [line.strip() for line in now if line not in before]
-            logger.warning("%s: resuming with other settings: %s", path, "; ".join(changed))
+        if resuming and path.exists():
+            text, now = path.read_text(errors="replace"), config_text(self.config)
+            changed = [line.strip() for line in now.splitlines() if line not in text.splitlines()]
+            if changed:
+                logger.warning("%s: resuming with other settings: %s", path, "; ".join(changed))
+            elif text != now:
+                logger.warning("%s: damaged, or written by another version; written again", path)
         save_config(self.config, path)
 
     def _drop_metrics_after(self, step: int) -> None:
         """Drop the reports of steps that will be computed again, because the run was killed."""
         if not self._metrics.exists():
             return
-        kept = []
-        for line in self._metrics.read_text().splitlines():
-            try:
-                # A run that restarts at step 0 repeats the evaluation before its first step.
-                if step > 0 and json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # half a line, from a kill while writing
+        records, damaged = read_metrics(self._metrics)
+        if damaged:
+            logger.warning(
+                "%s: %d lines are damaged and were removed; the others are kept",
+                self._metrics,
+                damaged,
+            )
+        # A run that restarts at step 0 repeats the evaluation before its first step.
+        kept = [json.dumps(record) + "\n" for record in records if step and record["step"] <= step]
         write_text(self._metrics, "".join(kept))
 
 
@@ -242,6 +246,25 @@ def make_run_folder(folder: Path, world: World) -> None:
     world.barrier()
 
 
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The reports in a metrics.jsonl, and the number of lines that are damaged.
+
+    Half a line at the end is what a kill while writing leaves, and does not count.
+    """
+    records, damaged = [], 0
+    lines = path.read_bytes().split(b"\n")
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            record = {}
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif record is not None:
+            damaged += i + 1 < len(lines)
+    return records, damaged
+
+
 def draw_curves(metrics: Path, path: Path) -> None:
     """Plot every metric of a metrics.jsonl against the step, one panel each, if there is any."""
     if not metrics.exists():
@@ -252,11 +275,10 @@ def draw_curves(metrics: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_metrics(metrics)[0]:
         step = record.pop("step")
         for name, value in record.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 series.setdefault(name, []).append((step, value))
     if not series:
         return

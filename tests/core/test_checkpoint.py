@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ from helpers.paths import ROOT
 from helpers.training import checkpointer, network, train
 from torch import nn
 
+from core.checksums import find_damage
 from core.config import InputError
-from core.training.checkpoint import Checkpointer, find_damage
+from core.files import file_sha256
+from core.training.checkpoint import Checkpointer
 from core.weights import inference_files
 from tokenizer import VQConfig
 
@@ -59,6 +62,47 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, world):
     keeper.restore_latest()
     for a, b in zip(before, net.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_folder_beside_the_checkpoints_is_no_checkpoint(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path / "checkpoints", world, network())
+    for step in (9, 10):
+        keeper.save(step)
+        keeper.wait()
+    newest = tmp_path / "checkpoints" / "step_0000010"
+    for name in ("step_0000011.bak", "step_0000012_old", "step_x", "step_", "step_\u0663"):
+        shutil.copytree(newest, newest.with_name(name))
+    (newest.parent / "step_0000013").touch()
+    assert keeper.steps() == [9, 10]
+    assert keeper.restore_latest()["step"] == 10
+    assert inference_files(tmp_path, "auto").weights.parent == newest
+    keeper.save(11)
+    keeper.wait()
+    assert keeper.steps() == [10, 11]
+    assert (newest.parent / "step_0000011.bak").exists()
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step_not_of_the_last_name(tmp_path, world):
+    keeper, _ = checkpointer(tmp_path / "checkpoints", world, network())
+    for step in (9_999_999, 10_000_000):
+        keeper.save(step)
+        keeper.wait()
+    assert inference_files(tmp_path, "auto").weights.parent.name == "step_10000000"
+    assert keeper.restore_latest()["step"] == 10_000_000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, world, bad):
+    net = network()
+    keeper, _ = checkpointer(tmp_path, world, net)
+    keeper.save(1)
+    keeper.wait()
+    list(net.parameters())[-1].data[0] = bad
+    with pytest.raises(InputError, match=r"model/2\.bias is not finite after step 2"):
+        keeper.save(2)
+    assert keeper.steps() == [1]
+    assert not list(tmp_path.glob(".*"))
+    assert keeper.restore_latest()["step"] == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
@@ -119,9 +163,10 @@ def test_inference_takes_the_newest_checkpoint_of_a_run(tmp_path, world):
     keeper.wait()
     keeper.save(12)
     keeper.wait()
-    config, weights = inference_files(tmp_path, "auto")
+    config, weights, sha256 = inference_files(tmp_path, "auto")
     assert config.parent.name == weights.parent.name == "step_0000012"
     assert weights.name == "model.safetensors"
+    assert sha256 == file_sha256(weights)
     with pytest.raises(InputError, match=r"ema\.safetensors"):
         inference_files(tmp_path, "ema")
 

@@ -13,10 +13,8 @@ from core.data.loader import (
     training_batches,
 )
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
-from core.data.shards import ShardReader, ShardWriter
 from core.data.skip_log import SkipLog, Skipped
 from core.distributed.world import World, choose_device
-from core.files import read_json
 from core.rng import random_uniform, seed_step
 
 CPU = choose_device("cpu")
@@ -150,36 +148,3 @@ def test_a_step_seeds_dropout_by_step_and_rank():
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 3
-
-
-def write_shards(folder, world, stop_after=99, **settings):
-    writer = ShardWriter(folder, 10, 4, settings, world)
-    written = writer.begin()[:stop_after]
-    for shard in written:
-        items = list(writer.items(shard))
-        writer.write(shard, {"x": np.array(items)[:, None] * 2})
-    return writer, written
-
-
-def test_a_killed_writer_continues_with_what_is_missing(tmp_path, world):
-    assert write_shards(tmp_path, world, stop_after=1)[1] == [0]
-    writer, written = write_shards(tmp_path, world)
-    assert written == [1, 2]
-    writer.finish({"more": 1})
-    assert read_json(tmp_path / "index.json")["rows"] == [4, 4, 2]
-    reader = ShardReader(tmp_path, "x")
-    assert len(reader) == 10
-    assert reader[np.array([9, 0, 5])].tolist() == [[18], [0], [10]]
-
-
-def test_a_folder_begun_with_other_settings_is_refused(tmp_path, world):
-    write_shards(tmp_path, world, vocabulary=5)
-    with pytest.raises(InputError, match="other settings \\(vocabulary\\)"):
-        write_shards(tmp_path, world, vocabulary=6)
-
-
-def test_a_damaged_shard_is_named(tmp_path, world):
-    write_shards(tmp_path, world)[0].finish({})
-    (tmp_path / "x_00001.npy").write_bytes(b"junk")
-    with pytest.raises(InputError, match=r"x_00001\.npy"):
-        ShardReader(tmp_path, "x")

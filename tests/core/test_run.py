@@ -97,3 +97,19 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path, world):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         make_run_folder(tmp_path / "file", world)
+
+
+def test_damaged_metrics_and_configuration_are_named_and_the_rest_is_kept(tmp_path, world, caplog):
+    report(tmp_path, world, 0, range(1, 5), Inner())
+    lines = (tmp_path / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[1] = b"\xff\xfe junk"
+    lines[2] = b"[3]"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "config.yaml").write_bytes(b"\xff\x00: [")
+    run = report(tmp_path, world, 4, range(5, 7), Inner())
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 4, 5, 6]
+    assert caplog.text.count("metrics.jsonl: 2 lines are damaged") == 1
+    assert caplog.text.count("config.yaml: resuming with other settings") == 1
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    run.finish()
+    assert (tmp_path / "curves.png").exists()

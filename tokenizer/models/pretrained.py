@@ -20,6 +20,7 @@ from core.weights import (
     load_weights,
     mixin_file,
     read_file,
+    tensors_sha256,
 )
 from tokenizer.models.config import VQConfig
 from tokenizer.models.released_layouts import read_tokenizer
@@ -32,11 +33,19 @@ class LoadedTokenizer(NamedTuple):
     vq: VQModel
     sha256: str
 
+    def identity(self) -> str:
+        """The sha256 of its weights in float32, the same for a released file and its conversion.
+
+        Call it before the weights take another precision.
+        """
+        return tensors_sha256(self.vq.state_dict())
+
 
 def load_tokenizer(
     source: str | Path,
     weights: Weights = "auto",
     revision: str | None = None,
+    verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> LoadedTokenizer:
     """Load a tokenizer, strictly.
@@ -46,14 +55,15 @@ def load_tokenizer(
         `owner/name[/file][@revision]` on the Hub.
     weights: "auto" takes the averaged weights where there are any.
     revision: branch, tag or commit on the Hub.
+    verify_weights: compare the files of our checkpoints with their checksums.
     overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
     Raises InputError where the weights do not fit, are damaged, or would run code.
     """
-    path = find_weights(source, "model.safetensors", revision)
+    path, sha256 = find_weights(source, "model.safetensors", revision), None
     told = released_architecture(source)
     mixin = mixin_file(path)
     if path.is_dir() and mixin is None:
-        config_path, path = inference_files(path, weights)
+        config_path, path, sha256 = inference_files(path, weights, verify_weights)
         config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
         tensors = read_file(path).weights("model", path)
     else:
@@ -62,7 +72,7 @@ def load_tokenizer(
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
-    return LoadedTokenizer(vq.eval(), file_sha256(path))
+    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path))
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
