@@ -2,6 +2,7 @@
 # make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
 # make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
+# make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
@@ -9,8 +10,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
+EXAMPLES ?= 100
 
-.PHONY: demo demo-text test serve-test check quick clean
+.PHONY: demo demo-text test fuzz serve-test check quick clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -21,6 +23,9 @@ demo-text: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not vllm"
 	@echo "The tests that run vLLM were left out: make serve-test runs them."
+
+fuzz: .venv/ready
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 tests/fuzz
 
 serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm

@@ -14,7 +14,7 @@ from core.errors import InputError
 from core.files import check_regular_file
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_CONFIG_VALUES = 100_000  # with every YAML alias written out
+MAX_CONFIG_VALUES = 10_000  # with every YAML alias written out
 MAX_DEPTH = 50
 LARGEST_INTEGER = 2**63 - 1
 
