@@ -2,7 +2,11 @@
 # make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
 # make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
+<<<<<<< HEAD
 # make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
+=======
+# make gpu-report  everything that a GPU can tell in ten minutes, as JSON and a Markdown table
+>>>>>>> stage3-G
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
@@ -12,7 +16,11 @@ SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
 EXAMPLES ?= 100
 
+<<<<<<< HEAD
 .PHONY: demo demo-text test fuzz serve-test check quick clean
+=======
+.PHONY: demo demo-text test serve-test check quick gpu-report clean
+>>>>>>> stage3-G
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -38,6 +46,9 @@ check: .venv/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
+
+gpu-report: .venv/ready
+	$(RUN) -m benchmarks.gpu_report --out runs/benchmarks/gpu_report.json
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

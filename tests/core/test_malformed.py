@@ -16,11 +16,11 @@ from helpers.images import jpeg, write_tar
 from helpers.models import tiny, write_models
 from tqdm import tqdm
 
-from autoregressive.conditions import ConditionConfig, read_prompts
 from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sample import SampleConfig
+from autoregressive.sampling.conditions import ConditionConfig, read_prompts
 from core.config import InputError, load_config, parse_config, run_command
 from core.data.arrays import load_array, read_npz_array
 from core.data.image_list import find_images
