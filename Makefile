@@ -2,11 +2,8 @@
 # make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
 # make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
-<<<<<<< HEAD
 # make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
-=======
 # make gpu-report  everything that a GPU can tell in ten minutes, as JSON and a Markdown table
->>>>>>> stage3-G
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
@@ -16,11 +13,7 @@ SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
 EXAMPLES ?= 100
 
-<<<<<<< HEAD
-.PHONY: demo demo-text test fuzz serve-test check quick clean
-=======
-.PHONY: demo demo-text test serve-test check quick gpu-report clean
->>>>>>> stage3-G
+.PHONY: demo demo-text test fuzz serve-test check quick gpu-report clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py

@@ -44,73 +44,7 @@ from core.training.memory_plan import Plan, approve, plan_model, transformer_act
 from core.training.optimizer import Stepper, build_adamw, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
-<<<<<<< HEAD
-=======
 from core.training.speed_plan import StepPlan
-from evaluations.scorer import MetricsConfig
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run of the transformer.
-
-    Args:
-        out: The run's folder.
-        init_from: Start from these weights (a run or checkpoint folder, a released file, a Hub
-            id) at step 0 with a fresh optimizer; the grid may differ. null for random weights.
-        data: The codes to train on, and the captions' features. Vocabulary, grid, classes and
-            text encoder are read from them.
-        validation: Codes for the validation loss; empty for none.
-        validation_features: Features of their captions, for a text model.
-        validation_samples: How many of them to use at most; null for all.
-        training: Length, batch size, precision and seed.
-        model: Shape of the transformer.
-        optimizer: AdamW and its schedule.
-        parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
-        report: How often to report, evaluate and save.
-        evaluation: How often to score samples, and how many.
-        metrics: The scores of these samples and their reference.
-        loss_chunk: Number of tokens per process whose float32 logits exist at the same time.
-        condition_dropout: Fraction of samples trained with the null condition, for guidance.
-        sampling: Sampling settings of the sample grids.
-        sample_classes: Classes of the sample grids, a row each; empty for the first ten.
-        sample_prompts: Prompts of the sample grids of a text model, a row each; empty for the
-            captions of the first ten training images.
-        sample_columns: Images per row.
-        dry_run: Print the configuration, its size and memory by strategy, check, and stop.
-    """
-
-    out: Path
-    data: DataConfig
-    validation: tuple[Path, ...] = ()
-    validation_features: Path | None = None
-    validation_samples: int | None = 10000
-    init_from: str | None = None
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(1501200, 256))
-    model: TransformerConfig = field(default_factory=TransformerConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    loss_chunk: int = 1024
-    condition_dropout: float = 0.1
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    sample_classes: tuple[int, ...] = ()
-    sample_prompts: tuple[str, ...] = ()
-    sample_columns: int = 8
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.loss_chunk, self.sample_columns) < 1:
-            raise ValueError("loss_chunk and sample_columns must be >= 1")
-        if self.validation_samples is not None and self.validation_samples < 1:
-            raise ValueError("validation_samples must be >= 1, or null for all")
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError("condition_dropout must be in [0, 1)")
-        if self.evaluation.every and self.metrics.reference is None:
-            raise ValueError("evaluation.every needs metrics.reference")
->>>>>>> stage3-G
 
 
 def train(config: TrainConfig, world: World) -> None:
