@@ -36,7 +36,7 @@ def check_config_file(path: Path) -> None:
         for count, _ in enumerate(_nodes(root), 1):
             if count > MAX_CONFIG_VALUES:
                 raise InputError(f"{path}: aliases that write out to too many values")
-        yaml.safe_load(text)  # unnames tags, numbers of thousands of digits
+        yaml.safe_load(text)  # unknown tags, numbers of thousands of digits
     except InputError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
@@ -111,7 +111,7 @@ def check_nulls(config_class: type, values: Mapping[str, Any]) -> None:
 
 
 def nearest_name(config_class: type, arguments: Sequence[str], message: str) -> str:
-    """Advice for a message about an unnames flag: the field with the most similar name, or ""."""
+    """Advice for a message about an unknown flag: the field with the most similar name, or ""."""
     names = field_names(config_class)
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
