@@ -1,4 +1,4 @@
-"""Convert a tokenizer to a folder of ours.
+"""Convert a tokenizer to a folder of ours; one with simvq becomes one with a plain codebook.
 
 python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
 """
@@ -32,15 +32,20 @@ class ConvertConfig:
     verify_weights: bool = True
 
 
-def main() -> None:
-    """Entry point."""
-    config = parse_config(ConvertConfig)
-    vq = load_tokenizer(config.source, config.weights, verify_weights=config.verify_weights).vq
+def convert(config: ConvertConfig) -> None:
+    """Write the folder."""
+    loaded = load_tokenizer(config.source, config.weights, verify_weights=config.verify_weights)
+    vq = loaded.vq.folded()
     with writer_lock(config.out):
         save_tensors(vq.state_dict(), config.out / "model.safetensors")
         save_config(vq.config, config.out / "config.yaml")
     count = sum(parameter.numel() for parameter in vq.parameters())
     print(f"{config.out}: {count:,} parameters, downsample {vq.config.downsample}")
+
+
+def main() -> None:
+    """Entry point."""
+    convert(parse_config(ConvertConfig))
 
 
 if __name__ == "__main__":
