@@ -82,6 +82,7 @@ def run_tests() -> Numbers:
         cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,
+        timeout=300,
     )
     lines = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line]
     return {"result": lines[-1].strip("= ") if lines else f"pytest exited {done.returncode}"}
@@ -166,7 +167,7 @@ def measure_row(row: Row, world: World) -> Numbers:
     numbers: Numbers = {"status": "measured"}
     try:
         numbers |= row.measure()
-    except RuntimeError as error:  # out of memory, or a kernel that this card lacks
+    except (RuntimeError, subprocess.TimeoutExpired) as error:  # out of memory, no such kernel
         numbers = {"status": f"failed: {str(error).splitlines()[0]}"}
     if cuda:
         numbers["memory_gib"] = peak_memory_bytes(world.device) / 2**30
@@ -183,11 +184,13 @@ def markdown(results: Numbers) -> str:
     card = ", ".join(f"{name} {value}" for name, value in results["facts"].items() if value)
     lines = [card, "", "| what | measured |", "|---|---|"]
     for name, numbers in results["rows"].items():
-        shown = [numbers["status"]] if numbers["status"] != "measured" else []
+        entries = [numbers["status"]] if numbers["status"] != "measured" else []
         for key, value in numbers.items():
             if key not in ("status", "seconds"):
-                shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        lines.append(f"| {name} | {', '.join(shown)} |")
+                entries.append(
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                )
+        lines.append(f"| {name} | {', '.join(entries)} |")
     return "\n".join(lines) + "\n"
 
 

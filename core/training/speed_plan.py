@@ -12,7 +12,7 @@ from core.distributed.hardware import CARDS, Card
 from core.distributed.parallel import Strategy
 
 NODE = 8  # GPUs, each with a network port, in a node of the named cards
-SHOWN = ("A100", "H100", "H200", "B200")
+NAMED_CARDS = ("A100", "H100", "H200", "B200")
 # What recomputation adds to the three thirds of a step (one forward, two backward): selective
 # recomputes every second matrix product, full recomputes the forward pass.
 RECOMPUTED = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}
@@ -96,7 +96,7 @@ class StepPlan:
             f"{size} processes, {strategy}: least time (roofline, everything overlapped)",
             "  card    s per step   bound by    MFU at most      hours    GPU-hours",
         ]
-        for name in SHOWN:
+        for name in NAMED_CARDS:
             card = CARDS[name]
             least = self.seconds(card, strategy, size, shared)
             bound, seconds = max(least.items(), key=lambda item: item[1])
@@ -107,5 +107,5 @@ class StepPlan:
                 f"{hours * size:>13,.0f}"
             )
         sent = self.collectives(strategy, size, shared)
-        shown = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in sent.items())
-        return [*lines, f"  received per step and process: {shown or 'nothing'}"]
+        received = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in sent.items())
+        return [*lines, f"  received per step and process: {received or 'nothing'}"]
