@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from helpers.command_lines import COMMANDS, PACKAGES, config_class, parse_command
-from helpers.field_reads import Reads, declaring_classes, field_reads
+from helpers.field_reads import Reads, declaring_classes, field_reads, import_modules
 from helpers.paths import ROOT
 
 from core.config import load_config, save_config
@@ -54,7 +54,7 @@ def reads() -> Reads:
     paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     paths += [ROOT / f"{command.replace('.', '/')}.py" for command in COMMANDS]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
-    return field_reads(importlib.import_module(n.removesuffix(".__init__")) for n in sorted(names))
+    return field_reads(import_modules(n.removesuffix(".__init__") for n in sorted(names)))
 
 
 def test_every_config_is_frozen(config_classes):

@@ -2,10 +2,8 @@
 
 from transformers import PretrainedConfig
 
-from autoregressive.serving.vllm_plugin import MODEL_TYPE
-
 
 class LlamaGenConfig(PretrainedConfig):
     """vLLM's own fields, and GPTConfig's under `gpt`; sent to vLLM's other processes by pickle."""
 
-    model_type = MODEL_TYPE
+    model_type = "llamagen"

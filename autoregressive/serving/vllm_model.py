@@ -104,7 +104,7 @@ class TwoStreamAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), with w1 and w3 in one product."""
+    """SwiGLU as in the GPT's own block, with w1 and w3 in one product."""
 
     def __init__(self, config: GPTConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()

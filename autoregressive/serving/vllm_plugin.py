@@ -8,7 +8,7 @@ from typing import Any
 from autoregressive.models.config import GPTConfig
 
 ARCHITECTURES = {"class": "LlamaGenClassModel", "text": "LlamaGenTextModel"}  # by condition
-MODEL_TYPE = "llamagen"
+MODEL_TYPE = "llamagen"  # as in LlamaGenConfig, which needs transformers
 
 
 def register() -> None:
@@ -19,9 +19,9 @@ def register() -> None:
     from autoregressive.serving.vllm_config import LlamaGenConfig
 
     AutoConfig.register(MODEL_TYPE, LlamaGenConfig, exist_ok=True)
-    known = ModelRegistry.get_supported_archs()
+    supported = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES.values():
-        if name not in known:
+        if name not in supported:
             # By name: vLLM imports the module only in the processes that run the model.
             ModelRegistry.register_model(name, f"autoregressive.serving.vllm_model:{name}")
 

@@ -28,6 +28,16 @@ def field_reads(modules: Iterable[types.ModuleType]) -> Reads:
     return set().union(*(reader.reads for reader in readers))
 
 
+def import_modules(names: Iterable[str]) -> Iterator[types.ModuleType]:
+    """Import the modules, except those that need an engine or a page that is not installed."""
+    for name in names:
+        try:
+            yield importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("vllm", "gradio"):
+                raise
+
+
 def declaring_classes(kind: type, name: str) -> list[type]:
     """The classes in whose body a dataclass field stands: again, where a default is changed."""
     bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]

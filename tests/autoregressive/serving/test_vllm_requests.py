@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
 from safetensors.torch import load_file
 
 from autoregressive import GPT, convert
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.config import PRESETS, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.transformer import PRESETS
 from autoregressive.serving.export import export_vllm, padded_head_dim
 from autoregressive.serving.guidance import guidance_scales, parse_guidance
 from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
@@ -50,7 +51,7 @@ def test_wrong_guidance_is_refused_with_one_line(arguments, message):
 
 def test_the_schedule_of_a_request_is_that_of_sampling_config():
     settings = {"cfg_scale": 5.0, "cfg_schedule": "cosine", "cfg_power": 2.0, "cfg_start": 3}
-    assert guidance_scales(settings, "class", 20) == SamplingConfig(**settings).guidance(20)
+    assert guidance_scales(settings, "class", 20) == SamplingConfig(**settings).cfg_scales(20)
     assert guidance_scales({"other": 1}, "class", 2) == [2.0, 2.0]
     assert guidance_scales(None, "text", 2) == [7.5, 7.5]
 

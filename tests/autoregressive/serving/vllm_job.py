@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
 from safetensors.torch import save_file
 
 from autoregressive import GPT, generate
