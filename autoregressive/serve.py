@@ -1,0 +1,117 @@
+"""Serve images over HTTP: an API in OpenAI's shape, and a page at /.
+
+    python -m autoregressive.serve --gpt runs/demo/gpt --tokenizer runs/demo/tokenizer
+    curl http://127.0.0.1:8000/v1/images/generations -d '{"prompt": "7", "seed": 0}'
+
+Needs fastapi, uvicorn and prometheus-client; the page needs gradio (requirements-extra.txt).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autoregressive.conditions import ConditionConfig
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.models.conditioning import Condition
+from autoregressive.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.serving.http.limits import LimitsConfig
+from core.config import InputError, parse_config, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Settings of autoregressive.serve.
+
+    Args:
+        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
+        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
+        weights: Which weights of the two checkpoints to load.
+        compute: Device and precision.
+        batch_size: Images that are sampled together. Every batch has this size: a short one is
+            filled up, so that an image is the same bit for bit whatever else runs.
+        text_encoder: The T5 of a text model: a folder or a Hub id.
+        class_names: Text file with the name of a class on each line, which prompts may use; null
+            for class numbers only.
+        limits: What is refused.
+        name: The model's name in the API.
+        host: Address to listen on. 127.0.0.1: this machine only; 0.0.0.0: every network.
+        port: Port to listen on.
+        api_key: Key that clients must send as a bearer token; null for none. The page has no key,
+            so that it is not served with one.
+        page: Serve the page at /, if gradio is installed.
+    """
+
+    gpt: str
+    tokenizer: str
+    grid: tuple[int, int] | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    batch_size: int = 8
+    text_encoder: str = ConditionConfig.text_encoder
+    class_names: Path | None = None
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    name: str = "llamagen"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError("batch_size must be >= 1")
+        if self.api_key == "":
+            raise ValueError("api_key is empty; null for no key")
+
+
+def serve(config: ServeConfig) -> None:
+    """Load the models and serve until SIGTERM or SIGINT."""
+    try:
+        import uvicorn
+
+        from autoregressive.serving.http.app import DrainingServer, build_app
+        from autoregressive.serving.http.native_engine import NativeEngine
+        from autoregressive.serving.http.service import ImageService
+    except ModuleNotFoundError as error:
+        needed = "pip install -r requirements-extra.txt"
+        raise InputError(f"{error.name} is not installed; serving needs it: {needed}") from error
+
+    names = read_class_names(config.class_names)
+    pipeline = ImagePipeline.from_pretrained(
+        config.gpt,
+        config.tokenizer,
+        gpt_weights=config.weights.gpt,
+        tokenizer_weights=config.weights.tokenizer,
+        grid=config.grid,
+    ).prepare(**config.compute.arguments(), device=config.compute.device)
+    if names and len(names) != pipeline.gpt.config.num_classes:
+        count = pipeline.gpt.config.num_classes
+        raise InputError(f"{config.class_names}: {len(names)} names, the model has {count} classes")
+
+    def encode(prompt: str | int, negative: str | None) -> tuple[Condition, Condition | None]:
+        return pipeline.encode_prompts([prompt], negative, config.text_encoder)
+
+    engine = NativeEngine(pipeline.engine, pipeline.vq, encode, config.batch_size)
+    service = ImageService(engine, config.limits, config.name, names)
+    app = build_app(service, config.api_key)
+    server_config = uvicorn.Config(app, config.host, config.port, log_level="warning")
+    print(f"serving at http://{config.host}:{config.port}/v1/images/generations", flush=True)
+    DrainingServer(server_config, service).run()
+
+
+def read_class_names(path: Path | None) -> list[str]:
+    """The names in a file, one per line; none without a file. Raises InputError."""
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class_names: {path} cannot be read ({error})") from error
+
+
+def main() -> None:
+    """Entry point."""
+    serve(parse_config(ServeConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)
