@@ -224,7 +224,7 @@ class ImagePipeline:
         given = {"cfg_scale": cfg_scale, "seed": seed}
         given = {name: value for name, value in given.items() if value is not None}
         chosen = replace(sampling or SamplingConfig(), **given)
-        condition, negative = self.encode_prompts(values, negative_prompt, text_encoder)
+        condition, negative = self._encode(values, negative_prompt, text_encoder)
         ids = torch.arange(len(values) * num_images_per_prompt)
         codes, images = [], []
         with tqdm(total=len(ids), unit="image", disable=not progress) as bar:
@@ -236,8 +236,7 @@ class ImagePipeline:
                 bar.update(len(part))
         return ImagePipelineOutput(images, torch.cat(codes))
 
-    @torch.inference_mode()
-    def encode_prompts(
+    def _encode(
         self, values: Sequence[str | int], negative_prompt: str | None, text_encoder: str | None
     ) -> tuple[Condition, Condition | None]:
         """The condition of each value, and the negative one (a single row) if there is one."""

@@ -6,15 +6,23 @@
 Needs fastapi, uvicorn and prometheus-client; the page needs gradio (requirements-extra.txt).
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from autoregressive.conditions import ConditionConfig
+from autoregressive.conditions import ConditionConfig, prompt_encoder
 from autoregressive.inference.compute import ComputeConfig
-from autoregressive.models.conditioning import Condition
 from autoregressive.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.serving.export import export_vllm
+from autoregressive.serving.http.image_engine import ImageEngine
 from autoregressive.serving.http.limits import LimitsConfig
+from autoregressive.serving.http.native_engine import NativeEngine
+from autoregressive.serving.http.vllm_engine import VLLMEngine
 from core.config import InputError, parse_config, run_command
+from core.distributed.world import choose_device, dtype_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +34,11 @@ class ServeConfig:
         tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
         weights: Which weights of the two checkpoints to load.
-        compute: Device and precision.
-        batch_size: Images that are sampled together. Every batch has this size: a short one is
-            filled up, so that an image is the same bit for bit whatever else runs.
+        compute: Device and precision. vllm takes fp32 or bf16 here, the rest by vllm_options.
+        engine: native samples in this process; vllm with vLLM's AsyncLLM, which must be installed.
+        vllm_options: Further arguments of vLLM's AsyncEngineArgs, e.g. tensor_parallel_size.
+        batch_size: Images that the native engine samples together. Every batch has this size: a
+            short one is filled up, so that an image is the same bit for bit whatever else runs.
         text_encoder: The T5 of a text model: a folder or a Hub id.
         class_names: Text file with the name of a class on each line, which prompts may use; null
             for class numbers only.
@@ -46,6 +56,8 @@ class ServeConfig:
     grid: tuple[int, int] | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    engine: Literal["native", "vllm"] = "native"
+    vllm_options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     text_encoder: str = ConditionConfig.text_encoder
     class_names: Path | None = None
@@ -61,6 +73,10 @@ class ServeConfig:
             raise ValueError("batch_size must be >= 1")
         if self.api_key == "":
             raise ValueError("api_key is empty; null for no key")
+        if self.vllm_options and self.engine != "vllm":
+            raise ValueError("vllm_options needs engine: vllm")
+        if self.engine == "vllm" and self.compute.precision not in ("fp32", "bf16"):
+            raise ValueError("compute.precision must be fp32 or bf16 with engine: vllm")
 
 
 def serve(config: ServeConfig) -> None:
@@ -69,7 +85,6 @@ def serve(config: ServeConfig) -> None:
         import uvicorn
 
         from autoregressive.serving.http.app import DrainingServer, build_app
-        from autoregressive.serving.http.native_engine import NativeEngine
         from autoregressive.serving.http.service import ImageService
     except ModuleNotFoundError as error:
         needed = "pip install -r requirements-extra.txt"
@@ -82,20 +97,33 @@ def serve(config: ServeConfig) -> None:
         gpt_weights=config.weights.gpt,
         tokenizer_weights=config.weights.tokenizer,
         grid=config.grid,
-    ).prepare(**config.compute.arguments(), device=config.compute.device)
+    )
     if names and len(names) != pipeline.gpt.config.num_classes:
         count = pipeline.gpt.config.num_classes
         raise InputError(f"{config.class_names}: {len(names)} names, the model has {count} classes")
+    with open_engine(config, pipeline) as engine:
+        service = ImageService(engine, config.limits, config.name, names)
+        app = build_app(service, config.api_key)
+        server_config = uvicorn.Config(app, config.host, config.port, log_level="warning")
+        print(f"serving at http://{config.host}:{config.port}/v1/images/generations", flush=True)
+        DrainingServer(server_config, service).run()
 
-    def encode(prompt: str | int, negative: str | None) -> tuple[Condition, Condition | None]:
-        return pipeline.encode_prompts([prompt], negative, config.text_encoder)
 
-    engine = NativeEngine(pipeline.engine, pipeline.vq, encode, config.batch_size)
-    service = ImageService(engine, config.limits, config.name, names)
-    app = build_app(service, config.api_key)
-    server_config = uvicorn.Config(app, config.host, config.port, log_level="warning")
-    print(f"serving at http://{config.host}:{config.port}/v1/images/generations", flush=True)
-    DrainingServer(server_config, service).run()
+@contextlib.contextmanager
+def open_engine(config: ServeConfig, pipeline: ImagePipeline) -> Iterator[ImageEngine]:
+    """The engine that the configuration asks for, ready to start."""
+    gpt, device = pipeline.gpt.config, choose_device(config.compute.device)
+    encode = prompt_encoder(gpt, config.text_encoder, device)
+    if config.engine == "native":
+        pipeline.prepare(**config.compute.arguments(), device=device)
+        yield NativeEngine(pipeline.engine, pipeline.vq, encode, config.batch_size)
+        return
+    with tempfile.TemporaryDirectory(prefix="llamagen-vllm-") as folder:
+        exported = Path(folder) / "model"
+        export_vllm(pipeline.gpt, exported)
+        vq = pipeline.vq.for_inference(device, dtype_of(config.compute.tokenizer_precision), False)
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.compute.precision]
+        yield VLLMEngine(gpt, vq, encode, exported, {"dtype": dtype, **config.vllm_options})
 
 
 def read_class_names(path: Path | None) -> list[str]:

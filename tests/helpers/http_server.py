@@ -13,6 +13,7 @@ import uvicorn
 from PIL import Image
 
 from autoregressive import ImagePipeline
+from autoregressive.conditions import prompt_encoder
 from autoregressive.serving.http.app import DrainingServer, build_app
 from autoregressive.serving.http.image_engine import ImageEngine
 from autoregressive.serving.http.limits import LimitsConfig
@@ -27,9 +28,7 @@ class Running(NamedTuple):
 
 
 def native_engine(pipeline: ImagePipeline, batch_size: int = 4, t5: str = "") -> NativeEngine:
-    def encode(prompt, negative):
-        return pipeline.encode_prompts([prompt], negative, t5)
-
+    encode = prompt_encoder(pipeline.gpt.config, t5, pipeline.engine.device)
     return NativeEngine(pipeline.engine, pipeline.vq, encode, batch_size)
 
 

@@ -61,7 +61,7 @@ def build_app(service: ImageService, api_key: str | None = None) -> FastAPI:
     app = FastAPI(title="LlamaGen", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     def allow(request: Request) -> None:
-        sent = request.headers.get("authorization", "").encode()
+        sent = request.headers.get("authorization", "").encode("latin-1")
         if api_key and not hmac.compare_digest(sent, f"Bearer {api_key}".encode()):
             raise RequestRefused(401, "the API key is missing or wrong (Authorization: Bearer ...)")
 

@@ -1,6 +1,6 @@
 """What the HTTP server asks of an engine: images of tasks, as they grow."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -8,11 +8,14 @@ import numpy as np
 import torch
 
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.conditioning import Condition
 from autoregressive.models.config import GPTConfig
 from core.config import InputError
 from core.data.images import images_to_pixels
 from tokenizer.models.vq_model import VQModel
 
+# (class index or caption, negative caption) -> their conditions, of one image each.
+Encode = Callable[[str | int, str | None], tuple[Condition, Condition | None]]
 BLANK = 127  # grey level of the rows that are not sampled yet
 
 
@@ -56,6 +59,7 @@ class ImageEngine(Protocol):
 
     gpt: GPTConfig
     image_size: tuple[int, int]  # height and width in pixels
+    negative_prompts: bool  # whether guidance can lead away from a caption
 
     async def start(self) -> None:
         """Begin to work; called once, in the loop in which images are asked for."""

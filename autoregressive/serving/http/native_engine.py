@@ -16,6 +16,7 @@ from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generation_request
 from autoregressive.models.conditioning import Condition
 from autoregressive.serving.http.image_engine import (
+    Encode,
     EngineStoppingError,
     ImageProgress,
     ImageTask,
@@ -24,9 +25,6 @@ from autoregressive.serving.http.image_engine import (
 )
 from core.rng import random_bits
 from tokenizer.models.vq_model import VQModel
-
-# (class index or caption, negative caption) -> their conditions, of one image each.
-Encode = Callable[[str | int, str | None], tuple[Condition, Condition | None]]
 
 
 @dataclass(eq=False)
@@ -51,6 +49,8 @@ class NativeEngine:
         encode: Turns a class or a caption into the GPT's condition; called on the same thread.
         batch_size: Images of every batch.
     """
+
+    negative_prompts = True
 
     def __init__(
         self, engine: InferenceEngine, vq: VQModel, encode: Encode, batch_size: int

@@ -103,6 +103,8 @@ class ImageService:
         if gpt.condition == "text":
             if request.class_index is not None:
                 raise InputError("class_index needs a class model; this model reads a prompt")
+            if request.negative_prompt and not self.engine.negative_prompts:
+                raise InputError("negative_prompt needs the native engine")
             if not request.prompt or not request.prompt.strip():
                 raise InputError("prompt is missing or empty")
             return request.prompt

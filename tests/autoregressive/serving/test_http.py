@@ -223,6 +223,7 @@ def is_valid(body: bytes) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
@@ -257,6 +258,8 @@ def test_with_a_key_only_health_is_open(pipeline):
 
 class SteeredEngine:
     """An engine whose images are finished when a test says so; the first task runs, others wait."""
+
+    negative_prompts = True
 
     def __init__(self, pipeline: ImagePipeline) -> None:
         self.gpt, self.image_size = pipeline.gpt.config, pipeline.image_size
