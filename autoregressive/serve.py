@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoregressive.conditions import ConditionConfig, prompt_encoder
 from autoregressive.inference.compute import ComputeConfig
@@ -23,6 +23,11 @@ from autoregressive.serving.http.native_engine import NativeEngine
 from autoregressive.serving.http.vllm_engine import VLLMEngine
 from core.config import InputError, parse_config, run_command
 from core.distributed.world import choose_device, dtype_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from autoregressive.serving.http.service import ImageService
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +109,28 @@ def serve(config: ServeConfig) -> None:
     with open_engine(config, pipeline) as engine:
         service = ImageService(engine, config.limits, config.name, names)
         app = build_app(service, config.api_key)
+        address = f"http://{config.host}:{config.port}"
+        if add_page(config, app, service, f"{address}/v1/images/generations"):
+            print(f"page at {address}/", flush=True)
         server_config = uvicorn.Config(app, config.host, config.port, log_level="warning")
-        print(f"serving at http://{config.host}:{config.port}/v1/images/generations", flush=True)
+        print(f"serving at {address}/v1/images/generations", flush=True)
         DrainingServer(server_config, service).run()
+
+
+def add_page(config: ServeConfig, app: "FastAPI", service: "ImageService", address: str) -> bool:
+    """Mount the page if it is asked for and can be -> whether it is; says why it is not."""
+    if not config.page:
+        return False
+    if config.api_key:
+        print("no page: it asks for no key", flush=True)
+        return False
+    try:
+        from autoregressive.serving.http.page import mount_page
+    except ModuleNotFoundError as error:
+        print(f"no page: {error.name} is not installed (requirements-extra.txt)", flush=True)
+        return False
+    mount_page(app, service, address)
+    return True
 
 
 @contextlib.contextmanager

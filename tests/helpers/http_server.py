@@ -34,11 +34,18 @@ def native_engine(pipeline: ImagePipeline, batch_size: int = 4, t5: str = "") ->
 
 @contextlib.contextmanager
 def running(
-    engine: ImageEngine, limits: LimitsConfig | None = None, api_key: str | None = None, **more
+    engine: ImageEngine,
+    limits: LimitsConfig | None = None,
+    api_key: str | None = None,
+    extend=None,
+    **more,
 ) -> Iterator[Running]:
-    """Serve in a thread on a free port until the block ends."""
+    """Serve in a thread on a free port until the block ends; `extend` may add to the app."""
     service = ImageService(engine, limits or LimitsConfig(), **more)
-    config = uvicorn.Config(build_app(service, api_key), port=0, log_level="critical")
+    app = build_app(service, api_key)
+    if extend:
+        extend(app, service)
+    config = uvicorn.Config(app, port=0, log_level="critical")
     server = DrainingServer(config, service)
     thread = threading.Thread(target=server.run)
     thread.start()
