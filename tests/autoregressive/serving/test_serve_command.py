@@ -117,7 +117,7 @@ def test_vllm_behind_the_server_gives_the_same_answers(tmp_path):
     options = '{"enforce_eager": true, "max_num_seqs": 8}'
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     flags = ["--engine", "vllm", "--vllm_options", options]
-    run = {"python": PYTHON, "seconds": 400}
+    run = {"python": PYTHON, "seconds": 700}
     with served(paths, tmp_path / "log", *flags, **run) as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
         greedy = {"temperature": 0, "cfg_scale": 3.0}
