@@ -3,6 +3,7 @@
 # Gradio is an extra: pyright may not see it.
 # pyright: reportMissingImports=false
 
+import asyncio
 import json
 import math
 import shlex
@@ -122,5 +123,5 @@ async def growing_grid(
         raise gr.Error("the queue is full; try again later") from error
     except EngineStoppingError as error:
         raise gr.Error("the server is being stopped") from error
-    except TimeoutError as error:
+    except asyncio.TimeoutError as error:
         raise gr.Error("the images took too long") from error
