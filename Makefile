@@ -1,7 +1,8 @@
 # make demo   the whole pipeline on handwritten digits, in minutes
 # make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
-# make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
+# make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB), and the
+#                   server's page with gradio
 # make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
 # make gpu-report  everything that a GPU can tell in ten minutes, as JSON and a Markdown table
 # make check  lint, types and the quick tests
@@ -30,6 +31,9 @@ fuzz: .venv/ready
 
 serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
+	$(RUN) -m pip install -qq --disable-pip-version-check \
+		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
