@@ -53,10 +53,10 @@ def convert(config: ConvertConfig) -> None:
     gpt = load_gpt(
         config.source, config.weights, verify_weights=config.verify_weights, **overrides
     ).gpt
-    with writer_lock(config.out):
-        if config.format == "vllm":
-            export_vllm(gpt, config.out)
-        else:
+    if config.format == "vllm":
+        export_vllm(gpt, config.out)  # makes the whole folder at once, so it needs no lock
+    else:
+        with writer_lock(config.out):
             save_tensors(gpt.state_dict(), config.out / "model.safetensors")
             save_config(gpt.config, config.out / "config.yaml")
     count = sum(parameter.numel() for parameter in gpt.parameters())
