@@ -11,20 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.serving.export import export_vllm
-from core.config import InputError, config_text, parse_config, run_command, save_config
-from core.lock import writer_lock
+from core.config import InputError, config_text, parse_config, run_command
 from core.model_card import (
     CardConfig,
     ModelDescription,
     check_results,
     check_target,
     publish_model,
+    write_folder,
 )
 from core.released import released_models, released_table
-from core.weights import Weights, save_tensors
+from core.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -87,19 +86,12 @@ def convert(config: ConvertConfig) -> None:
         check_results(facts, config.card)  # before anything is written
         with tempfile.TemporaryDirectory() as temporary:
             folder = config.out or Path(temporary)
-            write_folder(gpt, folder)
+            write_folder(gpt, gpt.config, folder)
             print(publish_model(folder, config.push_to, facts, config.card))
     elif config.out:
-        write_folder(gpt, config.out)
+        write_folder(gpt, gpt.config, config.out)
     if config.out:
         print(config.out)
-
-
-def write_folder(gpt: GPT, folder: Path) -> None:
-    """Write config.yaml and model.safetensors."""
-    with writer_lock(folder):
-        save_tensors(gpt.state_dict(), folder / "model.safetensors")
-        save_config(gpt.config, folder / "config.yaml")
 
 
 def main() -> None:

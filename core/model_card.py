@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from torch import nn
 
+from core.config import save_config
 from core.errors import InputError
 from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
+from core.lock import writer_lock
 from core.released import find_released
+from core.weights import save_tensors
 
 CARD = "README.md"
 TRAINING = "training.yaml"
@@ -234,3 +238,10 @@ def _measured_sha256(folder: Path, stored: dict[str, Any], key: str) -> str | No
         if (samples / "settings.json").is_file():
             return read_json(samples / "settings.json").get(key)
     return None
+
+
+def write_folder(model: nn.Module, config: object, folder: Path) -> None:
+    """Write a model's config.yaml and model.safetensors, as the only writer of the folder."""
+    with writer_lock(folder):
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_config(config, folder / "config.yaml")

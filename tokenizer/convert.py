@@ -10,18 +10,17 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.config import InputError, config_text, parse_config, run_command, save_config
-from core.lock import writer_lock
+from core.config import InputError, config_text, parse_config, run_command
 from core.model_card import (
     CardConfig,
     ModelDescription,
     check_results,
     check_target,
     publish_model,
+    write_folder,
 )
-from core.weights import Weights, save_tensors
+from core.weights import Weights
 from tokenizer.models.pretrained import load_tokenizer
-from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,11 @@ def convert(config: ConvertConfig) -> None:
         check_results(facts, config.card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.out or Path(temporary)
-        write_folder(vq, folder)
+        write_folder(vq, vq.config, folder)
         if config.push_to:
             print(publish_model(folder, config.push_to, facts, config.card))
     if config.out:
         print(config.out)
-
-
-def write_folder(vq: VQModel, folder: Path) -> None:
-    """Write config.yaml and model.safetensors."""
-    with writer_lock(folder):
-        save_tensors(vq.state_dict(), folder / "model.safetensors")
-        save_config(vq.config, folder / "config.yaml")
 
 
 def main() -> None:
