@@ -1,11 +1,15 @@
 """A thread that prepares batches in advance, in pinned memory if the device is a GPU."""
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+CLOSE_SECONDS = 20.0
 
 
 def prefetch(
@@ -25,13 +29,14 @@ def prefetch(
             for batch in batches:
                 ready.put(_pinned(batch) if pin else batch)
                 if closed.is_set():
-                    return
+                    break
             ready.put(None)
         except BaseException as error:  # if it were not passed on, the consumer would wait for ever
             ready.put(error)
 
-    # A daemon thread, so that a run that stops does not wait for a batch that nobody reads.
-    threading.Thread(target=fill, name="prefetch", daemon=True).start()
+    # A daemon thread, so that a reader that hangs cannot keep the process alive.
+    thread = threading.Thread(target=fill, name="prefetch", daemon=True)
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -40,8 +45,12 @@ def prefetch(
             yield to_device(item, device)
     finally:
         closed.set()
-        while not ready.empty():  # makes room for a batch that the thread may be putting
-            ready.get_nowait()
+        # The interpreter aborts ("terminate called") if it exits while this thread is inside a
+        # kernel of torch: wait for the batch that is being made, but not for a reader that hangs.
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # makes room for what the thread is putting
+                ready.get(timeout=0.05)
 
 
 def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors in tuples

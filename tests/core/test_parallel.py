@@ -4,6 +4,7 @@ import os
 import queue
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -102,8 +103,25 @@ def test_a_consumer_that_leaves_lets_the_thread_end():
     next(ahead)
     (thread,) = set(threading.enumerate()) - before
     ahead.close()
-    thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_a_consumer_that_leaves_waits_for_the_batch_that_is_being_made():
+    # The interpreter aborts if it exits while a thread is inside a kernel of torch.
+    started, finished = threading.Event(), threading.Event()
+
+    def batches():
+        yield (torch.zeros(1),)
+        started.set()
+        time.sleep(0.2)
+        finished.set()
+        yield (torch.zeros(1),)
+
+    ahead = prefetch(batches(), CPU)
+    next(ahead)
+    assert started.wait(5)
+    ahead.close()
+    assert finished.is_set()
 
 
 class Deadly:
