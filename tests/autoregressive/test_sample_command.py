@@ -11,7 +11,8 @@ from PIL import Image
 from autoregressive.conditions import ConditionConfig, sample_labels
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.sample import SampleConfig, image_grid_ids, sample
+from autoregressive.sample import SampleConfig
+from autoregressive.sample_run import image_grid_ids, sample
 from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz
