@@ -88,6 +88,9 @@ def _from_wide_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+INTERPOLATION = "box halvings, then bicubic"  # of every crop here, as the table of models says it
+
+
 def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize so that (height, width) just fits inside, as ADM: BOX halvings, then BICUBIC."""
     while max(height / image.height, width / image.width) <= 0.5:
