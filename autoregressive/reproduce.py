@@ -337,8 +337,8 @@ def report_text(report: dict[str, Any], rows: list[ComparedScore], sigmas: float
     verdict = report["verdict"] or "no verdict: no score has an error bar"
     if report["not_compared_because"]:
         verdict = f"not compared: {'; '.join(report['not_compared_because'])}"
-    shown = ("image_size", "num_images", "reference", "interpolation", "source", "note")
-    facts = {f"published {key}": published[key] for key in shown if published[key]}
+    named = ("image_size", "num_images", "reference", "interpolation", "source", "note")
+    facts = {f"published {key}": published[key] for key in named if published[key]}
     facts |= {key: report[key] for key in ("sampling", "interpolation", "precision")}
     facts |= {key: report[key] for key in ("hardware", "versions", "starts", "seconds", "files")}
     lines = [f"- {key}: {value}" for key, value in facts.items() if value]

@@ -175,8 +175,8 @@ def _training_text(description: ModelDescription, card: CardConfig, training: Pa
         stored = yaml.safe_load(training.read_text("utf-8"))
         steps = Path(description.source).glob("checkpoints/step_*")
         last = max((path.name for path in steps), default=Path(description.source).name)
-        shown = {key: stored[key] for key in ("data", "tokenizer", "training") if key in stored}
-        text = yaml.safe_dump(shown, sort_keys=False).strip()
+        excerpt = {key: stored[key] for key in ("data", "tokenizer", "training") if key in stored}
+        text = yaml.safe_dump(excerpt, sort_keys=False).strip()
         lines.append(
             f"Checkpoint `{last}` of a run whose whole configuration is in [{TRAINING}]"
             f"({TRAINING}):\n\n```yaml\n{text}\n```"

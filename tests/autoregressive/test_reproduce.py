@@ -161,8 +161,8 @@ def test_a_run_that_is_stopped_at_every_stage_continues_and_its_report_says_pass
     }
     assert {len(sha256) for sha256 in found["files"].values()} == {64}
     text = (out / "report.md").read_text()
-    for shown in ("**pass**", "± ", "1 x ", "torch", "cfg_scale", "published num_images: 240"):
-        assert shown in text, shown
+    for text_part in ("**pass**", "± ", "1 x ", "torch", "cfg_scale", "published num_images: 240"):
+        assert text_part in text, text_part
     again = found["commands"][0].split("--config ")[1]
     assert load_config(ReproduceConfig, tmp_path / again) == config
     stage = found["commands"][1].split("--config ")[1]

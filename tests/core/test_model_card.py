@@ -80,7 +80,7 @@ def test_a_run_goes_to_the_hub_with_its_card_and_comes_back_with_equal_weights(
     facts = stored.data.to_dict()
     assert facts["license"] == "mit"
     assert facts["model-index"][0]["results"][0]["metrics"][0]["type"] == "proxy_fd"
-    for shown in (
+    for text_part in (
         'GPT.from_pretrained("owner/digits")',
         "Trained on handwritten digits.",
         "step_0000040",
@@ -91,7 +91,7 @@ def test_a_run_goes_to_the_hub_with_its_card_and_comes_back_with_equal_weights(
         "![samples](0_samples.png)",
         sha256,
     ):
-        assert shown in stored.text, shown
+        assert text_part in stored.text, text_part
     assert "| FID |" not in stored.text
 
 
