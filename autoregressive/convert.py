@@ -1,18 +1,28 @@
-"""Convert a GPT to a folder of this project or of vLLM, or list the released models.
+"""Convert a GPT to a folder of ours or of vLLM, upload it, or list the released models.
 
 python -m autoregressive.convert --source c2i_L_384.pt --grid '[24,24]' --out weights/gpt_l_384
 python -m autoregressive.convert --source runs/gpt_b --format vllm --out weights/gpt_b_vllm
+python -m autoregressive.convert --source runs/gpt_b --push_to owner/gpt_b
 python -m autoregressive.convert --list true
 """
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.serving.export import export_vllm
-from core.config import InputError, parse_config, run_command, save_config
+from core.config import InputError, config_text, parse_config, run_command, save_config
 from core.lock import writer_lock
+from core.model_card import (
+    CardConfig,
+    ModelDescription,
+    check_results,
+    check_target,
+    publish_model,
+)
 from core.released import released_models, released_table
 from core.weights import Weights, save_tensors
 
@@ -30,6 +40,9 @@ class ConvertConfig:
         format: folder: config.yaml and model.safetensors; vllm: a folder that vLLM loads with the
             plugin in autoregressive/serving.
         grid: Rows and columns of codes, for a released file that does not tell; null to infer.
+        push_to: Upload the folder with a model card to `owner/name[@branch]` on the Hub; null for
+            no upload.
+        card: What the model card says.
         list: Print the table of released models and tokenizers, and stop.
     """
 
@@ -39,28 +52,55 @@ class ConvertConfig:
     verify_weights: bool = True
     format: Literal["folder", "vllm"] = "folder"
     grid: tuple[int, int] | None = None
+    push_to: str | None = None
+    card: CardConfig = field(default_factory=CardConfig)
     list: bool = False
+
+    def __post_init__(self) -> None:
+        if self.push_to and self.format != "folder":
+            raise ValueError("push_to uploads a folder of ours: leave format at folder")
 
 
 def convert(config: ConvertConfig) -> None:
-    """Write the model to config.out, or print the table."""
+    """Write the model to config.out, upload it, or print the table."""
     if config.list:
         print(released_table(released_models().values()))
         return
-    if not config.source or config.out is None:
-        raise InputError("give --source and --out, or --list true")
+    if not config.source or not (config.out or config.push_to):
+        raise InputError("give --source and --out or --push_to, or --list true")
     overrides: dict[str, Any] = {} if config.grid is None else {"grid": config.grid}
-    gpt = load_gpt(
+    gpt, sha256 = load_gpt(
         config.source, config.weights, verify_weights=config.verify_weights, **overrides
-    ).gpt
-    with writer_lock(config.out):
-        if config.format == "vllm":
-            export_vllm(gpt, config.out)
-        else:
-            save_tensors(gpt.state_dict(), config.out / "model.safetensors")
-            save_config(gpt.config, config.out / "config.yaml")
+    )
     count = sum(parameter.numel() for parameter in gpt.parameters())
-    print(f"{config.out}: {count:,} parameters, grid {gpt.config.grid}")
+    print(f"{config.source}: {count:,} parameters, grid {gpt.config.grid}")
+    if config.format == "vllm" and config.out:
+        with writer_lock(config.out):
+            export_vllm(gpt, config.out)
+    elif config.push_to:
+        task = "text-to-image"
+        if gpt.config.condition == "class":
+            task = "unconditional-image-generation"
+        text, loader = config_text(gpt.config), "autoregressive.GPT"
+        facts = ModelDescription("gpt", config.source, sha256, count, text, loader, task)
+        check_target(config.push_to)
+        check_results(facts, config.card)  # before anything is written
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = config.out or Path(temporary)
+            with writer_lock(folder):
+                write_folder(gpt, folder)
+                print(publish_model(folder, config.push_to, facts, config.card))
+    elif config.out:
+        with writer_lock(config.out):
+            write_folder(gpt, config.out)
+    if config.out:
+        print(config.out)
+
+
+def write_folder(gpt: GPT, folder: Path) -> None:
+    """Write config.yaml and model.safetensors."""
+    save_tensors(gpt.state_dict(), folder / "model.safetensors")
+    save_config(gpt.config, folder / "config.yaml")
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 import os
 import resource
+from pathlib import Path
 
 import torch
 
+CPU_INFO = Path("/proc/cpuinfo")
 # Dense bf16 tensor-core FLOP/s by a part of the device's name, from the makers' data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -15,6 +17,17 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and CPU_INFO.is_file():
+        lines = CPU_INFO.read_text().splitlines()
+        models = {line.split(": ")[1] for line in lines if line.startswith("model name")}
+        return f"{', '.join(sorted(models)) or 'CPU'}, {os.cpu_count()} cores"
+    return device.type
 
 
 def peak_flops(device: torch.device) -> float | None:
