@@ -1,7 +1,10 @@
 # make demo   the whole pipeline on handwritten digits, in minutes
 # make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
 # make test   all tests
-# make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB)
+# make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB), and the
+#                   server's page with gradio
+# make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
+# make gpu-report  everything that a GPU can tell in ten minutes, as JSON and a Markdown table
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
@@ -9,8 +12,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
+EXAMPLES ?= 100
 
-.PHONY: demo demo-text test serve-test check quick clean
+.PHONY: demo demo-text test fuzz serve-test check quick gpu-report clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -22,8 +26,14 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not vllm"
 	@echo "The tests that run vLLM were left out: make serve-test runs them."
 
+fuzz: .venv/ready
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 tests/fuzz
+
 serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
+	$(RUN) -m pip install -qq --disable-pip-version-check \
+		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
@@ -33,6 +43,9 @@ check: .venv/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
+
+gpu-report: .venv/ready
+	$(RUN) -m benchmarks.gpu_report --out runs/benchmarks/gpu_report.json
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

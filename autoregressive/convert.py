@@ -11,20 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.serving.export import export_vllm
-from core.config import InputError, config_text, parse_config, run_command, save_config
-from core.lock import writer_lock
+from core.config import InputError, config_text, parse_config, run_command
 from core.model_card import (
     CardConfig,
     ModelDescription,
     check_results,
     check_target,
     publish_model,
+    write_folder,
 )
 from core.released import released_models, released_table
-from core.weights import Weights, save_tensors
+from core.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,14 @@ def convert(config: ConvertConfig) -> None:
     if not config.source or not (config.out or config.push_to):
         raise InputError("give --source and --out or --push_to, or --list true")
     overrides: dict[str, Any] = {} if config.grid is None else {"grid": config.grid}
-    gpt, sha256 = load_gpt(
+    loaded = load_gpt(
         config.source, config.weights, verify_weights=config.verify_weights, **overrides
     )
+    gpt, sha256 = loaded.gpt, loaded.sha256
     count = sum(parameter.numel() for parameter in gpt.parameters())
     print(f"{config.source}: {count:,} parameters, grid {gpt.config.grid}")
     if config.format == "vllm" and config.out:
-        with writer_lock(config.out):
-            export_vllm(gpt, config.out)
+        export_vllm(gpt, config.out)
     elif config.push_to:
         task = "text-to-image"
         if gpt.config.condition == "class":
@@ -87,20 +86,12 @@ def convert(config: ConvertConfig) -> None:
         check_results(facts, config.card)  # before anything is written
         with tempfile.TemporaryDirectory() as temporary:
             folder = config.out or Path(temporary)
-            with writer_lock(folder):
-                write_folder(gpt, folder)
-                print(publish_model(folder, config.push_to, facts, config.card))
+            write_folder(gpt, gpt.config, folder)
+            print(publish_model(folder, config.push_to, facts, config.card))
     elif config.out:
-        with writer_lock(config.out):
-            write_folder(gpt, config.out)
+        write_folder(gpt, gpt.config, config.out)
     if config.out:
         print(config.out)
-
-
-def write_folder(gpt: GPT, folder: Path) -> None:
-    """Write config.yaml and model.safetensors."""
-    save_tensors(gpt.state_dict(), folder / "model.safetensors")
-    save_config(gpt.config, folder / "config.yaml")
 
 
 def main() -> None:

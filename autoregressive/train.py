@@ -44,6 +44,7 @@ from core.training.memory_plan import Plan, approve, plan_model, transformer_act
 from core.training.optimizer import Stepper, build_adamw, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
+from core.training.speed_plan import StepPlan
 
 
 def train(config: TrainConfig, world: World) -> None:
@@ -200,15 +201,31 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         config.parallel.activation_checkpointing,
     )
     logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
+    training, parameters = config.training, sum(p.numel() for p in gpt.parameters())
+    in_blocks = sum(p.numel() for block in gpt.blocks for p in block.parameters())
+    compute_bytes = 2 if training.precision == "bf16" else 4
+    step = StepPlan(
+        parameters,
+        parameters - in_blocks,
+        gpt_config.training_flops * training.batch_size * gpt_config.num_codes,
+        kept * world.size * training.gradient_accumulation,
+        compute_bytes,
+        training.gradient_accumulation,
+        config.parallel.activation_checkpointing,
+        training.ema_decay is not None,
+    )
     return plan_model(
         gpt,
         Block,
-        config.training.ema_decay is not None,
+        training.ema_decay is not None,
         kept + logits,
         samples,
-        config.training.batch_size,
-        config.training.num_steps,
+        training.batch_size,
+        training.num_steps,
         scored=config.evaluation.every is not None,
+        accumulates=training.gradient_accumulation > 1,
+        compute_bytes=compute_bytes,
+        step=step,
     )
 
 

@@ -14,7 +14,7 @@ from core.errors import InputError
 from core.files import check_regular_file
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_CONFIG_VALUES = 100_000  # with every YAML alias written out
+MAX_CONFIG_VALUES = 10_000  # with every YAML alias written out
 MAX_DEPTH = 50
 LARGEST_INTEGER = 2**63 - 1
 
@@ -112,12 +112,12 @@ def check_nulls(config_class: type, values: Mapping[str, Any]) -> None:
 
 def nearest_name(config_class: type, arguments: Sequence[str], message: str) -> str:
     """Advice for a message about an unknown flag: the field with the most similar name, or ""."""
-    known = field_names(config_class)
+    names = field_names(config_class)
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and argument.partition("=")[0] in message:
-            longer = [other for other in known if other.startswith(name)]
-            similar = longer[:1] or difflib.get_close_matches(name, known, 1)
-            if name not in known and similar:
+            longer = [other for other in names if other.startswith(name)]
+            similar = longer[:1] or difflib.get_close_matches(name, names, 1)
+            if name not in names and similar:
                 return f"; did you mean --{similar[0]}?"
     return ""

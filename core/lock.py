@@ -69,16 +69,15 @@ class _Lock:
             raise InputError(f"{self.folder}: is a file, expected a folder")
         self.made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._remove_made_folders)
             while not self._create():
                 found = _read(self.path)
                 if found is None:
                     continue  # released in between
                 self._check_stale(found)
                 self._remove(found)
-        except BaseException:
-            self._remove_made_folders()
-            raise
+            undo.pop_all()
         self._remove_leftovers()
         self.heart.start()
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from torch import nn
 
+from core.config import save_config
 from core.errors import InputError
 from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
+from core.lock import writer_lock
 from core.released import find_released
+from core.weights import save_tensors
 
 CARD = "README.md"
 TRAINING = "training.yaml"
@@ -175,8 +179,8 @@ def _training_text(description: ModelDescription, card: CardConfig, training: Pa
         stored = yaml.safe_load(training.read_text("utf-8"))
         steps = Path(description.source).glob("checkpoints/step_*")
         last = max((path.name for path in steps), default=Path(description.source).name)
-        excerpt = {key: stored[key] for key in ("data", "tokenizer", "training") if key in stored}
-        text = yaml.safe_dump(excerpt, sort_keys=False).strip()
+        shown = {key: stored[key] for key in ("data", "tokenizer", "training") if key in stored}
+        text = yaml.safe_dump(shown, sort_keys=False).strip()
         lines.append(
             f"Checkpoint `{last}` of a run whose whole configuration is in [{TRAINING}]"
             f"({TRAINING}):\n\n```yaml\n{text}\n```"
@@ -234,3 +238,10 @@ def _measured_sha256(folder: Path, stored: dict[str, Any], key: str) -> str | No
         if (samples / "settings.json").is_file():
             return read_json(samples / "settings.json").get(key)
     return None
+
+
+def write_folder(model: nn.Module, config: object, folder: Path) -> None:
+    """Write a model's config.yaml and model.safetensors, as the only writer of the folder."""
+    with writer_lock(folder):
+        save_tensors(model.state_dict(), folder / "model.safetensors")
+        save_config(config, folder / "config.yaml")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.checksums import CHECKSUMS, checkpoint_folders, find_damage, read_checksums
+from core.data.arrays import DAMAGE
 from core.errors import InputError
 from core.files import atomic_path, check_regular_file, read_record
 from core.files import file_sha256 as file_sha256  # also imported from here
@@ -72,7 +73,7 @@ def read_released(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KE
             f"{path}: refused, it holds Python objects besides tensors and could run code; "
             "re-save it as safetensors where you trust it"
         ) from error
-    except Exception as error:  # damaged pickles raise anything
+    except (*DAMAGE, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: not a PyTorch checkpoint, or damaged ({reason})") from error
     if not isinstance(stored, dict):

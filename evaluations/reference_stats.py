@@ -61,8 +61,7 @@ def load_reference(path: Path, extractor: FeatureExtractor, kind: Kind) -> Refer
     """Read a reference; raises InputError if it is damaged or of another kind or extractor."""
     protocol: dict[str, Any] = {}
     if path.with_suffix(".json").is_file():
-        fields = {"kind": str, "weights_sha256": str, "sha256": str}
-        protocol = read_record(path.with_suffix(".json"), fields)
+        protocol = read_record(path.with_suffix(".json"), {})
     made_for = protocol.get("kind", "generation")
     if made_for != kind:
         raise InputError(f"{path}: a reference for {made_for}, not for {kind} (gFID is not rFID)")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from core.config import InputError
+from core.data.arrays import DAMAGE
 from core.hub import HubFile, fetch
 
 TOKENS_PER_BATCH = 1024  # padded tokens that the encoder sees at a time
@@ -90,7 +92,7 @@ def load_t5(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
         model = T5EncoderModel.from_pretrained(str(source), dtype=dtype)
-    except Exception as error:  # transformers, tokenizers and safetensors raise anything
+    except (*DAMAGE, AttributeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source}: not a T5 that can be loaded ({reason})") from error
     model = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]

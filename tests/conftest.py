@@ -4,13 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-# For branches that still import these from conftest; goes when all are merged.
-from helpers.codes import write_codes, write_features  # noqa: F401
-from helpers.commands import command, run_module  # noqa: F401
-from helpers.images import jpeg, write_tar  # noqa: F401
-from helpers.paths import GOLDENS, ROOT  # noqa: F401
-from helpers.paths import SHARED_DATA as SHARED_DATA
+from helpers.paths import GOLDENS
 
 from core.distributed.world import World, choose_device
 

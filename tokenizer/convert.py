@@ -1,5 +1,7 @@
 """Convert a tokenizer to a folder of ours, or upload it.
 
+A tokenizer with simvq becomes one with a plain codebook.
+
 python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
 python -m tokenizer.convert --source runs/vq16 --push_to owner/vq16 --card.results '[scores/vq16]'
 """
@@ -8,18 +10,17 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.config import InputError, config_text, parse_config, run_command, save_config
-from core.lock import writer_lock
+from core.config import InputError, config_text, parse_config, run_command
 from core.model_card import (
     CardConfig,
     ModelDescription,
     check_results,
     check_target,
     publish_model,
+    write_folder,
 )
-from core.weights import Weights, save_tensors
+from core.weights import Weights
 from tokenizer.models.pretrained import load_tokenizer
-from tokenizer.models.vq_model import VQModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def convert(config: ConvertConfig) -> None:
     """Write the tokenizer to config.out, and upload it."""
     if not (config.out or config.push_to):
         raise InputError("give --out or --push_to")
-    vq, sha256 = load_tokenizer(config.source, config.weights, verify_weights=config.verify_weights)
+    loaded = load_tokenizer(config.source, config.weights, verify_weights=config.verify_weights)
+    vq, sha256 = loaded.vq.folded(), loaded.sha256
     count = sum(parameter.numel() for parameter in vq.parameters())
     print(f"{config.source}: {count:,} parameters, downsample {vq.config.downsample}")
     text, task = config_text(vq.config), "image-feature-extraction"
@@ -62,18 +64,11 @@ def convert(config: ConvertConfig) -> None:
         check_results(facts, config.card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.out or Path(temporary)
-        with writer_lock(folder):
-            write_folder(vq, folder)
-            if config.push_to:
-                print(publish_model(folder, config.push_to, facts, config.card))
+        write_folder(vq, vq.config, folder)
+        if config.push_to:
+            print(publish_model(folder, config.push_to, facts, config.card))
     if config.out:
         print(config.out)
-
-
-def write_folder(vq: VQModel, folder: Path) -> None:
-    """Write config.yaml and model.safetensors."""
-    save_tensors(vq.state_dict(), folder / "model.safetensors")
-    save_config(vq.config, folder / "config.yaml")
 
 
 def main() -> None:

@@ -103,13 +103,14 @@ class CodeDataset:
         indices = [read_index(folder, INDEX_FIELDS) for folder in folders]
         for key in INDEX_FIELDS:
             found = [index[key] for index in indices]
-            for value, index, folder in zip(found, indices, folders, strict=True):
+            for value, other, folder in zip(found, indices, folders, strict=True):
                 # Older codes name the tokenizer by its file.
                 same_tokenizer = key == "tokenizer_sha256" and bool(
-                    _tokenizer_names(index) & _tokenizer_names(indices[0])
+                    _tokenizer_names(other) & _tokenizer_names(indices[0])
                 )
                 if value != found[0] and not same_tokenizer:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
+        index = self.index = indices[0]
         self.vocab_size, self.num_classes = index["vocab_size"], len(index["classes"])
         if len(index["grid"]) != 2 or min(self.vocab_size, *index["grid"]) < 1:
             raise InputError(f"{folders[0]}/index.json: grid or vocab_size is of no codes")

@@ -39,7 +39,7 @@ def inference_block(
     copy.attention.head_dim = head_dim + padding
     copy.attention.add_module("wqkv", packed(F.pad(wqkv, (0, 0, 0, padding)).flatten(0, 1)))
     copy.attention.add_module("wo", packed(F.pad(wo, (0, padding)).flatten(1)))
-    copy.attention.add_module("dropout", nn.Identity())
+    copy.attention.dropout = copy.drop_path = None
     copy.feed_forward = FusedFeedForward(ffn, packed)
     if copy.ada_lin is not None:
         # The engine computes scales, shifts and gains once per image and passes them instead of
@@ -61,7 +61,7 @@ class FusedFeedForward(FeedForward):
         nn.Module.__init__(self)
         self.w13 = packed(torch.cat([ffn.w1.weight, ffn.w3.weight]))
         self.add_module("w2", packed(ffn.w2.weight))
-        self.add_module("dropout", nn.Identity())
+        self.dropout = None
 
     def gate_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See FeedForward."""

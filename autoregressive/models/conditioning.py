@@ -37,6 +37,10 @@ class ClassCondition:
         """The same condition in page-locked memory, for asynchronous copies to a GPU."""
         return ClassCondition(self.labels.pin_memory())
 
+    def pad(self, length: int) -> "ClassCondition":
+        """The same condition: a class has one length."""
+        return self
+
     def repeat(self, count: int) -> "ClassCondition":
         """The first image's condition, `count` times."""
         return self[torch.zeros(count, dtype=torch.int64)]
@@ -73,6 +77,11 @@ class TextCondition:
     def pin_memory(self) -> "TextCondition":
         """The same condition in page-locked memory, for asynchronous copies to a GPU."""
         return TextCondition(self.features.pin_memory(), self.lengths.pin_memory())
+
+    def pad(self, length: int) -> "TextCondition":
+        """The same captions, with features padded with zeros to `length` tokens."""
+        missing = length - self.features.shape[1]
+        return TextCondition(F.pad(self.features, (0, 0, 0, missing)), self.lengths)
 
     def repeat(self, count: int) -> "TextCondition":
         """The first image's condition, `count` times."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -187,6 +188,26 @@ def load_gpt_text_encoder(
     if gpt.text_encoder and gpt.text_encoder != encoder.identity:
         raise InputError(f"{source}: the model was trained with another text encoder")
     return encoder
+
+
+def prompt_encoder(
+    gpt: GPTConfig, text_encoder: str, device: torch.device
+) -> Callable[[str | int, str | None], tuple[Condition, Condition | None]]:
+    """A function from one class or prompt, and a negative prompt, to the GPT's conditions.
+
+    The text encoder, of a text model only, is loaded here, with the usual precision and cleaning.
+    """
+    if gpt.condition == "class":
+        return lambda label, _: (ClassCondition(torch.tensor([int(label)])), None)
+    usual = ConditionConfig()
+    dtype = dtype_of(usual.text_encoder_precision)
+    encoder = load_gpt_text_encoder(gpt, text_encoder, device, dtype, usual.clean_prompts)
+
+    def encode(prompt: str | int, negative: str | None) -> tuple[Condition, Condition | None]:
+        away = TextCondition(*encoder.encode([negative])) if negative else None
+        return TextCondition(*encoder.encode([str(prompt)])), away
+
+    return encode
 
 
 def read_prompts(config: ConditionConfig) -> list[Prompt]:

@@ -1,21 +1,42 @@
-"""What the device offers: its peak arithmetic and its memory."""
+"""What the device offers: its peak arithmetic, its bandwidth and its memory."""
 
 import os
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Dense bf16 tensor-core FLOP/s by a part of the device's name, from the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its maker's data sheet.
+
+    Args:
+        flops: Dense bf16 tensor-core FLOP/s.
+        bandwidth: Bytes per second between the GPU and its memory.
+        memory: Bytes of memory.
+        network: Bytes per second in one direction between nodes, per GPU, in the maker's own
+            servers (one network port per GPU); 0 if the card has no such server.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    network: float = 0.0
+
+
+# By a part of the device's name; the first that fits counts.
+CARDS = {
+    "B200": Card(2250e12, 8.0e12, 180e9, 50e9),
+    "H200": Card(989e12, 4.8e12, 141e9, 50e9),
+    "H100 PCIe": Card(756e12, 2.0e12, 80e9),
+    "H100": Card(989e12, 3.35e12, 80e9, 50e9),
+    "A100": Card(312e12, 2.039e12, 80e9, 25e9),
+    "L40S": Card(362e12, 0.864e12, 48e9),
+    "RTX 4090": Card(165e12, 1.008e12, 24e9),
 }
 
 
@@ -35,7 +56,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((card.flops for part, card in CARDS.items() if part in name), None)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """Memory that a training run needs, counted before it starts.
 
-`--dry_run true` prints it. Weights, gradients, optimizer moments and EMA weights are counted
-exactly, and a run that cannot hold them is refused; activations are estimated, and only warn.
+`--dry_run true` prints it, with the least time of a step on named cards (speed_plan.py). Weights,
+gradients, optimizer moments and EMA weights are counted exactly, and a run that cannot hold them
+is refused; activations are estimated, and only warn.
 """
 
 import logging
@@ -16,10 +17,12 @@ from core.config import InputError, config_text
 from core.distributed.hardware import memory_bytes
 from core.distributed.parallel import ParallelConfig, Strategy
 from core.distributed.world import World
+from core.training.speed_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
 STATE_BYTES = 4 + 4 + 8  # per parameter, in float32: the weight, its gradient, Adam's two moments
+CLUSTERS = (8, 64, 256)  # processes for which the time of a step is shown, besides this run's
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,29 @@ class Plan:
     steps_per_epoch: float
     num_steps: int
     scored: bool = False  # whether every process draws samples, to score them
+    accumulates: bool = False  # whether a step has several micro-batches
+    compute_bytes: int = 4  # of a weight during computation: 2 for bf16, 4 for fp32
+    step: StepPlan | None = None  # what decides the time of a step; None if it is not planned
+
+    def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
+        """Bytes on each of `size` processes by part; under hsdp, `shared` hold one copy."""
+        shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
+        own = self.parameters / shards
+        parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
+        if self.ema:
+            parts["EMA weights"] = 4 * own
+        # DDP reduces gradients in place (gradient_as_bucket_view).
+        if strategy != "ddp":
+            # At the same time: two blocks and all outside the blocks, with their gradients.
+            gathered = self.largest_block * 2 + self.outside_blocks
+            parts["gathered weights and gradients"] = gathered * 2 * self.compute_bytes
+            if self.accumulates:  # whole gradients, until the last micro-batch reduces them
+                parts["accumulated gradients"] = 4 * self.parameters
+        return {**parts, "activations": self.activations}
 
     def bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
         """Bytes on each of `size` processes; under hsdp, `shared` of them hold one copy."""
-        per_parameter = STATE_BYTES + 4 * self.ema
-        if strategy == "ddp":
-            # DDP reduces gradients in place (gradient_as_bucket_view).
-            return self.parameters * per_parameter + self.activations
-        shards = min(size, shared) if strategy == "hsdp" else size
-        # Gathered at the same time: two blocks and all outside the blocks, with their gradients.
-        gathered = (2 * self.largest_block + self.outside_blocks) * (4 + 4)
-        return self.parameters * per_parameter / shards + gathered + self.activations
+        return sum(self.parts(strategy, size, shared).values())
 
     def host_bytes(self, strategy: Strategy, size: int, shared: int, here: int = 1) -> float:
         """Bytes of host memory that the first `here` processes need together.
@@ -72,6 +87,9 @@ def plan_model(
     batch_size: int,
     num_steps: int,
     scored: bool = False,
+    accumulates: bool = False,
+    compute_bytes: int = 4,
+    step: StepPlan | None = None,
 ) -> Plan:
     """The plan for a model, which may be on the meta device."""
     sizes = [
@@ -89,6 +107,9 @@ def plan_model(
         samples / batch_size,
         num_steps,
         scored,
+        accumulates,
+        compute_bytes,
+        step,
     )
 
 
@@ -147,7 +168,10 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
     print(f"steps per epoch       {plan.steps_per_epoch:,.1f}")
     print(f"epochs                {plan.num_steps / max(plan.steps_per_epoch, 1e-9):,.2f}")
     print(f"memory of the device  {memory_bytes(world.device) / 2**30:,.1f} GiB")
-    print(f"activations (estimate) {plan.activations / 2**30:,.2f} GiB, included below")
+    print(f"GiB per process of this run, {parallel.strategy} on {world.size}:")
+    for part, count in plan.parts(parallel.strategy, world.size, _shared(parallel, world)).items():
+        note = "(estimate)" if part == "activations" else ""
+        print(f"  {part:<34}{count / 2**30:>9.2f} {note}".rstrip())
     sizes = sorted({1, 8, 32, 128, world.size})
     node = _node_size()
     for title, count in (
@@ -167,6 +191,10 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
         f"Host memory is for checkpoints and samples, with {node} processes per node; the start "
         "needs none, because the model is built on its device shard by shard."
     )
+    for size in sorted({*CLUSTERS, world.size}) if plan.step else ():
+        assert plan.step is not None
+        shared = _shared(parallel, world, size)
+        print("\n".join(plan.step.table(parallel.strategy, size, shared, plan.num_steps)))
 
 
 def transformer_activations(

@@ -228,7 +228,7 @@ def test_the_launcher_does_not_try_a_mistake_again(tmp_path):
     (tmp_path / "file").write_text("x")
     for run, line in (
         (flags(codes, tmp_path / "run", "--optimizer.lr", "fast"), "optimizer.lr"),
-        (flags(codes, tmp_path / "file"), "is a file, expected the run's folder"),
+        (flags(codes, tmp_path / "file"), "is a file, expected a folder"),
     ):
         done = launched(run)
         assert done.returncode == 2, done.stderr[-3000:]
@@ -255,7 +255,9 @@ def test_the_launcher_tries_again_what_may_pass_by_itself(tmp_path):
     path = f"{tmp_path}:{ROOT}"
     done = launched(flags(codes, tmp_path / "run", "--training.num_steps", 2), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "no space left on device; run the same command again" in done.stderr
+    assert (
+        "no space left on device; free space there, then run the same command again" in done.stderr
+    )
     assert (tmp_path / "attempts").read_text() == "xxxx"  # two ranks, twice
     assert len(losses(tmp_path / "run")) == 2
 

@@ -13,7 +13,9 @@ from PIL import Image
 from autoregressive import GPT
 from autoregressive.convert import ConvertConfig, convert
 from autoregressive.models.pretrained import load_gpt
+from core.checksums import canonical
 from core.config import InputError
+from core.files import file_sha256
 from core.model_card import CardConfig
 from tokenizer import VQModel
 from tokenizer.convert import ConvertConfig as TokenizerConfig
@@ -39,7 +41,8 @@ def write_run(folder: Path) -> Path:
     checkpoint = folder / "run" / "checkpoints" / "step_0000040"
     checkpoint.parent.mkdir(parents=True)
     (folder / "gpt").rename(checkpoint)
-    (checkpoint / "checksums.json").write_text("{}")
+    sums = {path.name: file_sha256(path) for path in sorted(checkpoint.iterdir())}
+    (checkpoint / "checksums.json").write_text(canonical(sums))
     (folder / "run" / "config.yaml").write_text(
         "data: {codes: [codes/digits]}\ntraining: {num_steps: 40, batch_size: 8}\nout: run\n"
     )
@@ -80,7 +83,7 @@ def test_a_run_goes_to_the_hub_with_its_card_and_comes_back_with_equal_weights(
     facts = stored.data.to_dict()
     assert facts["license"] == "mit"
     assert facts["model-index"][0]["results"][0]["metrics"][0]["type"] == "proxy_fd"
-    for text_part in (
+    for shown in (
         'GPT.from_pretrained("owner/digits")',
         "Trained on handwritten digits.",
         "step_0000040",
@@ -91,7 +94,7 @@ def test_a_run_goes_to_the_hub_with_its_card_and_comes_back_with_equal_weights(
         "![samples](0_samples.png)",
         sha256,
     ):
-        assert text_part in stored.text, text_part
+        assert shown in stored.text, shown
     assert "| FID |" not in stored.text
 
 

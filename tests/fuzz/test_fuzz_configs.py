@@ -70,8 +70,8 @@ def test_a_wrong_value_of_any_field_is_accepted_or_refused_in_one_line(
         except InputError as error:
             COUNTS["refused"] += 1
             assert "\n" not in check_line(str(error))
-            known = [part for name in names for part in name.split(".")]
-            assert any(word in str(error) for word in (*known, ".yaml")), str(error)
+            words = [part for name in names for part in name.split(".")]
+            assert any(word in str(error) for word in (*words, ".yaml")), str(error)
         else:
             COUNTS["accepted"] += 1
             check_values(config_values(config))  # every number is finite

@@ -74,14 +74,17 @@ class _Module:
             if isinstance(statement, ast.ClassDef):
                 kind = self.names.get(statement.name)
                 self.walk(statement.body, dict(variables), kind if isinstance(kind, type) else None)
-            elif isinstance(statement, ast.FunctionDef):
+            elif isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
                 if statement.name != "__post_init__":  # what only its own check reads does nothing
                     self.walk(statement.body, self.parameters(statement, variables, owner), None)
             else:
                 self.statement(statement, variables)
 
     def parameters(
-        self, function: ast.FunctionDef, variables: dict[str, type], owner: type | None
+        self,
+        function: ast.FunctionDef | ast.AsyncFunctionDef,
+        variables: dict[str, type],
+        owner: type | None,
     ) -> dict[str, type]:
         """The variables inside a function: those around it, and its annotated parameters."""
         inside = dict(variables)

@@ -43,7 +43,7 @@ def test_features_of_every_caption_and_variant_are_kept(tmp_path, tiny_t5, pairs
     assert data.ids.tolist() == [i for i in range(60) if i != 7]
     assert data.index["skipped_by_reason"] == {"no caption": 1}
     assert data.index["cut"] > 0
-    assert "'no caption': 1" in done.stdout
+    assert "1 no caption" in done.stdout
     encoder = load_text_encoder(tiny_t5, choose_device("cpu"), torch.bfloat16, 16)
     ids, variants = np.array([59, 0, 8]), np.array([0, 1, 1])
     texts = [(pairs / f"{i:03d}.txt").read_text() for i in ids]

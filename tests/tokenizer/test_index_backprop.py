@@ -1,11 +1,14 @@
 """IBQ: equal to the published quantiser and tokenizer, with closed-form gradients."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from helpers.fill import image, weights_of
 from helpers.models import small
 from helpers.quantizers import normal, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.files import read_json
 from core.weights import load_weights
@@ -51,9 +54,11 @@ def test_gradients_are_those_of_the_definition():
     book = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(12, 5, dtype=torch.float64)
     codes = index_backprop.best_entries(rows, book)
-    ours = index_backprop._StraightThroughIndex.apply(rows, book, codes)
+    ours, entries = index_backprop._StraightThroughIndex.apply(rows, book, codes)
     entropy = index_backprop._AssignmentEntropy.apply(rows / 100, book)
-    found = torch.autograd.grad((ours * weights).sum() + entropy, (rows, book))
+    found = torch.autograd.grad(
+        (ours * weights).sum() + entries.square().sum() + entropy, (rows, book)
+    )
 
     p = (rows @ book.T).softmax(-1)
     one_hot = torch.nn.functional.one_hot(codes, 20).double()
@@ -61,7 +66,9 @@ def test_gradients_are_those_of_the_definition():
     log_p = (rows / 100 @ book.T / 0.01).log_softmax(-1)
     mean = log_p.exp().mean(0)
     spread = -(log_p.exp() * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
-    expected = torch.autograd.grad((defined * weights).sum() + spread, (rows, book))
+    expected = torch.autograd.grad(
+        (defined * weights).sum() + book[codes].square().sum() + spread, (rows, book)
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -92,3 +99,46 @@ def test_a_model_with_this_quantizer_trains_and_decodes_its_codes():
     images = torch.rand(1, 3, 16, 16)
     vq.eval()
     assert vq.decode(vq.encode(images)).shape == images.shape
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors that live at once, of those made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.release, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def release(self, size):
+        self.now -= size
+
+
+def memory_of_a_step(vocab_size: int, monkeypatch) -> tuple[int, int]:
+    """Peak bytes that forward and backward allocate, and the bytes of the codebook before them."""
+    monkeypatch.setattr(index_backprop, "CHUNK_ELEMENTS", 1 << 20)
+    quantizer = IndexBackpropQuantizer(vocab_size, 8, 0.25, 0.05)
+    z = torch.randn(4, 8, 4, 4, requires_grad=True)
+    with PeakMemory() as memory:
+        _, vectors, losses = quantizer(z)
+        (vectors.sum() + sum(losses.values())).backward()
+    weight = quantizer.embedding.weight
+    return memory.peak, weight.numel() * weight.element_size()
+
+
+def test_the_memory_of_a_step_hardly_grows_with_the_vocabulary(monkeypatch):
+    small_peak, small_book = memory_of_a_step(16_384, monkeypatch)
+    large_peak, large_book = memory_of_a_step(262_144, monkeypatch)
+    # The gradient is as large as the codebook, and the entropy's is made before it is added to it.
+    assert large_peak - 2 * large_book <= 1.5 * (small_peak - 2 * small_book)
+    assert large_peak < 64 * 262_144 * 4  # one (rows, vocab_size) tensor alone would take as much

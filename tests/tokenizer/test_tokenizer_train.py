@@ -3,56 +3,20 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.commands import has_lines, kill_when, run_module
-from PIL import Image
+from helpers.tokenizer_training import STEPS, flags, train_here, write_images
 from safetensors.torch import load_file, save_file
 
 from core.config import InputError, parse_config
-from core.distributed.world import World
 from tokenizer.models.discriminator import DiscriminatorConfig
-from tokenizer.train import TrainConfig, accumulate, build_models, train
+from tokenizer.train import TrainConfig, accumulate, build_models
 
-STEPS = 8
-MODEL = ("--model.base_channels", 32, "--model.channel_multipliers", "[1,1]")
-SMALL = (*MODEL, "--model.num_res_blocks", 1, "--model.z_channels", 16, "--model.vocab_size", 32)
 ADVERSARIAL = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
 ADVERSARIAL = (*ADVERSARIAL, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
 STYLEGAN = ("--loss.discriminator_start", 0, "--discriminator.kind", "stylegan")
 STYLEGAN = (*STYLEGAN, "--discriminator.max_channels", 8)
-
-
-def write_images(folder: Path, count: int = 12) -> Path:
-    random = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / f"class{i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((24, 20), Image.Resampling.BICUBIC).save(path)
-    return folder
-
-
-def flags(data: Path, out: Path, *more: object) -> list[object]:
-    common = ("--data", data, "--out", out, "--image_size", "[16,16]", "--num_workers", 0)
-    run = (
-        "--training.device",
-        "cpu",
-        "--training.precision",
-        "fp32",
-        "--training.num_steps",
-        STEPS,
-        "--training.batch_size",
-        4,
-    )
-    often = ("--report.report_every", 1, "--report.save_every", 2, "--validation_images", 4)
-    return [*common, *run, *often, "--loss.perceptual_weight", 0, *SMALL, *more]
-
-
-def train_here(arguments: list[object], world: World) -> None:
-    """As the command does, in this process."""
-    train(parse_config(TrainConfig, [str(argument) for argument in arguments]), world)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 The names of modules give the keys of the released files.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,18 @@ class VQModel(nn.Module):
             self.encoder.compile(dynamic=False)
             self.decoder.compile(dynamic=False)
         return self
+
+    def folded(self) -> "VQModel":
+        """This model with a plain codebook, if its quantizer can be written as one (simvq)."""
+        codebook = self.quantize.plain_codebook()
+        if codebook is None:
+            return self
+        config = dataclasses.replace(self.config, quantizer="vq", l2_normalize=False)
+        plain = VQModel(config).to(codebook.device)
+        plain.quantize.load_state_dict({"embedding.weight": codebook}, strict=False)
+        for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+            getattr(plain, name).load_state_dict(getattr(self, name).state_dict())
+        return plain.train(self.training)
 
     def forward(self, images: torch.Tensor) -> Reconstruction:
         """Images (b, 3, H, W) in [-1, 1] -> their reconstruction, codes and losses."""

@@ -31,6 +31,13 @@ class Quantizer(nn.Module, abc.ABC):
         super().__init__()
         self.vocab_size, self.dim = vocab_size, dim
 
+    def plain_codebook(self) -> torch.Tensor | None:
+        """Entries (vocab_size, dim) float32 with which a plain vq gives the same codes and vectors.
+
+        None for a quantizer that is exported as it is.
+        """
+        return None
+
     @abc.abstractmethod
     def forward(self, z: torch.Tensor) -> Quantized:
         """Quantise z (b, dim, h, w)."""

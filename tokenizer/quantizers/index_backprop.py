@@ -41,8 +41,7 @@ class IndexBackpropQuantizer(Quantizer):
             z = z.float().movedim(1, -1)
             rows, codebook = z.flatten(0, -2), self.embedding.weight.float()
             codes = best_entries(rows, codebook)
-            vectors = _StraightThroughIndex.apply(rows, codebook, codes)
-            entries = codebook[codes]
+            vectors, entries = _StraightThroughIndex.apply(rows, codebook, codes)
             losses = {
                 "index": F.mse_loss(vectors, rows),
                 "commitment": F.mse_loss(rows, entries.detach()),
@@ -70,10 +69,12 @@ def _chunks(rows: torch.Tensor, codebook: torch.Tensor) -> Iterator[torch.Tensor
 
 
 class _StraightThroughIndex(torch.autograd.Function):
-    """(onehot - stop_gradient(p) + p) @ codebook with p = softmax(rows @ codebook.T).
+    """(onehot - stop_gradient(p) + p) @ codebook with p = softmax(rows @ codebook.T); the entries.
 
-    In value this is codebook[codes]. With g the gradient of the result: a = g codebook^T,
-    dl = p * (a - <p, a>), d rows = dl codebook, d codebook = scatter(codes, g) + dl^T rows.
+    In value both are codebook[codes]. With g the gradient of the first: a = g codebook^T,
+    dl = p * (a - <p, a>), d rows = dl codebook, d codebook = scatter(codes, g) + dl^T rows. The
+    entries add their gradient to the scatter here, so that no second (vocab_size, dim) tensor is
+    made for them.
     """
 
     @staticmethod
@@ -82,15 +83,20 @@ class _StraightThroughIndex(torch.autograd.Function):
         rows: torch.Tensor,
         codebook: torch.Tensor,
         codes: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(rows, codebook, codes)
-        return codebook[codes]
+        entries = codebook[codes]
+        return entries, entries.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: ANN401
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        gradient: torch.Tensor,
+        entries_gradient: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         rows, codebook, codes = ctx.saved_tensors
-        d_codebook = torch.zeros_like(codebook).index_add_(0, codes, gradient)
+        d_codebook = torch.zeros_like(codebook).index_add_(0, codes, gradient + entries_gradient)
         d_rows = []
         for part, g in zip(_chunks(rows, codebook), _chunks(gradient, codebook), strict=True):
             probability = (part @ codebook.T).softmax(-1)

@@ -1,0 +1,147 @@
+"""autoregressive.serve as a process: with our engine, and with vLLM in its own environment."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.commands import environment
+from helpers.models import tiny, write_models
+from helpers.paths import ROOT
+from vllm_job import MARKS, PYTHON
+
+pytest.importorskip("fastapi", reason="the HTTP server is an extra")
+import httpx
+import openai
+from helpers.http_server import pixels_of, wait_until
+
+from autoregressive import ImagePipeline
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.serve import ServeConfig, read_class_names, serve
+from core.config import InputError
+
+IMAGES = "/v1/images/generations"
+
+
+@contextmanager
+def served(paths: tuple[Path, Path], log: Path, *flags: str, python=sys.executable, seconds=60):
+    """The command on a free port, once it is healthy -> its process and address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [str(python), "-m", "autoregressive.serve", "--gpt", paths[0], "--tokenizer", paths[1]]
+    line += ["--port", str(port), "--compute.device", "cpu", "--compute.precision", "fp32", *flags]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+
+    def healthy() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            return httpx.get(f"{url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(healthy, seconds)
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_answers_every_request_and_ends_well(tmp_path):
+    paths = write_models(tmp_path, tiny(vocab_size=50))
+    log = tmp_path / "log"
+    with served(paths, log) as (process, url), ThreadPoolExecutor(24) as pool:
+        sent = [
+            pool.submit(
+                httpx.post, url + IMAGES, json={"prompt": "1", "seed": i, "n": 8}, timeout=60
+            )
+            for i in range(24)
+        ]
+        wait_until(lambda: sum(one.done() for one in sent) >= 2)
+        process.send_signal(signal.SIGTERM)
+        statuses = []
+        for one in sent:
+            try:
+                statuses.append(one.result().status_code)
+            except httpx.ConnectError:  # it came after the end
+                statuses.append(0)
+        assert set(statuses) <= {0, 200, 503}
+        assert {200, 503} <= set(statuses)
+        assert process.wait(30) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be >= 1"):
+        ServeConfig(gpt="a", tokenizer="b", batch_size=0)
+    with pytest.raises(ValueError, match="needs engine: vllm"):
+        ServeConfig(gpt="a", tokenizer="b", vllm_options={"max_num_seqs": 2})
+    with pytest.raises(InputError, match=r"class_names: .*names\.txt cannot"):
+        read_class_names(tmp_path / "names.txt")
+    paths = write_models(tmp_path, tiny(vocab_size=50))
+    (tmp_path / "names.txt").write_text("tench\n")
+    config = {"gpt": str(paths[0]), "tokenizer": str(paths[1])}
+    with pytest.raises(InputError, match="1 names, the model has 5 classes"):
+        serve(ServeConfig(**config, class_names=tmp_path / "names.txt"))
+
+
+def test_importing_the_project_needs_no_server_library():
+    code = "import sys, autoregressive, autoregressive.serve; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {name.split(".")[0] for name in done.stdout.split()}
+    assert not found & {"fastapi", "uvicorn", "gradio", "vllm", "prometheus_client", "openai"}
+
+
+def vllm_marks(test):
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+@vllm_marks
+def test_vllm_behind_the_server_gives_the_same_answers(tmp_path):
+    gpt = tiny(vocab_size=50)
+    paths = write_models(tmp_path, gpt)
+    options = '{"enforce_eager": true, "max_num_seqs": 8}'
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    flags = ["--engine", "vllm", "--vllm_options", options]
+    run = {"python": PYTHON, "seconds": 700}
+    with served(paths, tmp_path / "log", *flags, **run) as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+        greedy = {"temperature": 0, "cfg_scale": 3.0}
+        response = client.images.generate(prompt="3", n=2, extra_body=greedy)
+        pipeline = ImagePipeline.from_pretrained(*paths).prepare("fp32", device="cpu")
+        images = pipeline(3, sampling=SamplingConfig(cfg_scale=3.0, greedy=True)).images
+        for image in response.data:
+            difference = pixels_of(image.b64_json).astype(int) - np.asarray(images[0])
+            assert abs(difference).max() <= 1  # another torch decodes there
+        *partial, last = list(
+            client.images.generate(
+                prompt="2", stream=True, partial_images=3, extra_body={"seed": 4}
+            )
+        )
+        assert [event.partial_image_index for event in partial] == [0, 1, 2]
+        bodies = [{"prompt": "2", "seed": seed} for seed in range(16)]
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(
+                pool.map(lambda body: httpx.post(url + IMAGES, json=body, timeout=120), bodies)
+            )
+        found = [answer.json()["data"][0]["b64_json"] for answer in answers]
+        assert found[4] == last.b64_json
+        assert len(set(found)) == 16
+        wrong = httpx.post(url + IMAGES, json={"class_index": 5})
+        assert wrong.status_code == 400
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
