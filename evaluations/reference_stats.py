@@ -13,6 +13,7 @@ import torch
 from core.config import InputError
 from core.data.arrays import npz_header, npz_names, read_npz_array
 from core.data.npz import npz_images_shape
+from core.download import WebFile
 from core.files import read_record
 from core.weights import file_sha256
 from evaluations.features.extractors import FeatureExtractor
@@ -21,6 +22,18 @@ from evaluations.metrics.frechet import Gaussian
 # Generated images are compared with training images (gFID), reconstructions with validation images
 # (rFID). The two numbers must not be confused.
 Kind = Literal["generation", "reconstruction"]
+
+# ADM's reference batch (Dhariwal and Nichol 2021), with which published FIDs compare.
+REFERENCE_URLS = {
+    "VIRTUAL_imagenet256_labeled.npz": "https://openaipublic.blob.core.windows.net/diffusion/"
+    "jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
+}
+
+
+def reference_file(name: str) -> WebFile | None:
+    """A published reference and its place in torch.hub's folder; None for an unknown name."""
+    place = Path(torch.hub.get_dir()) / "references" / name
+    return WebFile(REFERENCE_URLS[name], place) if name in REFERENCE_URLS else None
 
 
 class ReferenceStats(NamedTuple):

@@ -89,7 +89,7 @@ def clean_caption(text: str, reference: bool = False) -> str:
     Of a longer text only the first MAX_CHARACTERS are used.
 
     reference: also delete Chinese characters and the characters around them, as the published
-        code does (it keeps Kana and Hangul).
+        code does (it keeps Kana and Hangul), and strip spaces before the last rules, as it does.
     """
     text = text[:MAX_CHARACTERS]
     if not reference:
@@ -106,6 +106,8 @@ def _clean(text: str, reference: bool) -> str:
     if len(re.findall(r"[-_]", text)) > 3:  # words-joined-like-this
         text = re.sub(r"[-_]", " ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if reference:  # "[.NET] logo" stays ".net logo"; with the space in front it is ". net logo"
+        text = text.strip()
     return _replace(text, _AFTER_REPAIR).strip()
 
 
@@ -157,5 +159,8 @@ def clean_captions(captions: list[str], clean: Cleaning) -> list[str]:
 
 
 def first_sentence(caption: str) -> str:
-    """The caption up to its first full stop (of any script) that ends a sentence."""
+    """The caption up to its first full stop (of any script) that ends a sentence.
+
+    A full stop inside a word ends none, unlike in the published code: "version 1.5 of it" is whole.
+    """
     return re.split(r"(?<=[.!?])\s|(?<=[\u3002\uff01\uff1f])", caption.strip(), maxsplit=1)[0]

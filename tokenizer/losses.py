@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
+GeneratorLoss = Literal["hinge", "non_saturating"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,15 @@ class LossConfig:
         reconstruction_weight: Weight of the pixel loss.
         perceptual_weight: Weight of LPIPS; 0 goes without, and needs no VGG16 weights.
         vgg_weights: torchvision's vgg16-397923af.pth; by default torchvision's cache or download.
-        adversarial: The discriminator's loss; the generator's follows from it.
+        adversarial: The discriminator's loss.
+        generator: The generator's adversarial loss; null to follow `adversarial` (hinge for
+            vanilla). The reference's default is hinge whatever the discriminator's loss is.
         adversarial_weight: Weight of the generator's adversarial loss.
+        scale_discriminator: Also multiply the discriminator's loss by adversarial_weight, as the
+            reference does. Adam hardly sees the scale; gradient clipping and the logged loss do.
         adaptive_weight: Also scale it by the ratio of gradients at the decoder's last layer.
-        discriminator_start: Optimizer step from which the discriminator exists at all.
+        discriminator_start: Optimizer step, counted from 0, from which the discriminator exists at
+            all. The reference counts from 1, so that its discriminator starts one step earlier.
         codebook_weight: Weight of the quantiser's losses.
     """
 
@@ -32,7 +38,9 @@ class LossConfig:
     perceptual_weight: float = 1.0
     vgg_weights: Path | None = None
     adversarial: AdversarialLoss = "hinge"
+    generator: GeneratorLoss | None = None
     adversarial_weight: float = 0.5
+    scale_discriminator: bool = False
     adaptive_weight: bool = False
     discriminator_start: int = 20000
     codebook_weight: float = 1.0
@@ -43,6 +51,11 @@ class LossConfig:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}, must be >= 0")
         if self.discriminator_start < 0 or self.codebook_weight < 0:
             raise ValueError("loss.discriminator_start and loss.codebook_weight must be >= 0")
+
+    @property
+    def generator_kind(self) -> AdversarialLoss:
+        """The generator's adversarial loss."""
+        return self.generator or self.adversarial
 
     def adversarial_at(self, step: int) -> bool:
         """Whether the discriminator takes part in step `step`."""

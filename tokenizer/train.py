@@ -35,7 +35,7 @@ from core.training.memory_plan import Plan, approve, plan_model
 from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
 from core.training.run import ReportConfig
 from core.training.session import Session
-from core.weights import load_weights
+from core.weights import find_weights, load_weights
 from evaluations.metrics.lpips import LPIPS
 from tokenizer.losses import (
     LossConfig,
@@ -48,6 +48,7 @@ from tokenizer.models.config import VQConfig
 from tokenizer.models.discriminator import DiscriminatorConfig, build_discriminator
 from tokenizer.models.layers import ResnetBlock
 from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.released_layouts import read_discriminator
 from tokenizer.models.vq_model import VQModel
 from tokenizer.validation import Totals, load_images, reconstruct
 
@@ -65,6 +66,9 @@ class TrainConfig:
         crop_scale: Smallest random crop, as a fraction of the resized short side.
         init_from: Start from these weights (a file, folder or Hub id) with fresh optimizers; null
             for random weights.
+        init_discriminator: Start the discriminator from these weights: a released training file, a
+            released name, or training/discriminator.safetensors of a checkpoint; null for random
+            weights.
         training: Length, batch size, precision and seed. With bf16, the nearest-code search stays
             in float32.
         model: Shape of the tokenizer.
@@ -85,6 +89,7 @@ class TrainConfig:
     image_size: tuple[int, int] = (256, 256)
     crop_scale: float = 0.8
     init_from: str | None = None
+    init_discriminator: str | None = None
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(400360, 128))
     model: VQConfig = field(default_factory=VQConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -166,7 +171,11 @@ def build_models(config: TrainConfig, world: World) -> TrainingModels:
         start = load_tokenizer(config.init_from)
         load_weights(vq, start.vq.state_dict(), config.init_from)
     vq = vq.to(world.device)
-    discriminator = build_discriminator(config.discriminator, config.image_size).to(world.device)
+    discriminator = build_discriminator(config.discriminator, config.image_size)
+    if config.init_discriminator:
+        path = find_weights(config.init_discriminator, "model.safetensors")
+        load_weights(discriminator, read_discriminator(path), path)
+    discriminator = discriminator.to(world.device)
     ema = EMA(vq, decay) if (decay := config.training.ema_decay) is not None else None
     # The optimizers name their parameters, so they come before the wrappers.
     optimizer = build_adamw(vq, config.optimizer)
@@ -298,7 +307,7 @@ def accumulate(
         losses = tokenizer_losses(config.loss, images, out.images, out.losses, models.lpips)
         if adversarial:
             generator_term = generator_loss(
-                frozen(models.discriminator, out.images), config.loss.adversarial
+                frozen(models.discriminator, out.images), config.loss.generator_kind
             )
             weight = config.loss.adversarial_weight
             if config.loss.adaptive_weight:
@@ -313,6 +322,8 @@ def accumulate(
             real = models.parallel_discriminator(images)
             fake = models.parallel_discriminator(out.images.detach())
         discriminator_term = discriminator_loss(real, fake, config.loss.adversarial)
+        if config.loss.scale_discriminator:
+            discriminator_term = config.loss.adversarial_weight * discriminator_term
         (discriminator_term / config.training.gradient_accumulation).backward()
         reported["discriminator"] = discriminator_term
     return losses | reported, out.codes

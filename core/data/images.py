@@ -101,6 +101,9 @@ def _from_wide_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+INTERPOLATION = "box halvings, then bicubic"  # of every crop here, as the table of models says it
+
+
 def check_image_size(height: int, width: int, name: str = "image_size") -> None:
     """Raise InputError, a ValueError, for a size of no image or of one above MAX_PIXELS."""
     if min(height, width) < 1 or height * width > MAX_PIXELS:

@@ -3,8 +3,11 @@
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,17 @@ CARDS = {
     "L40S": Card(362e12, 0.864e12, 48e9),
     "RTX 4090": Card(165e12, 1.008e12, 24e9),
 }
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and CPU_INFO.is_file():
+        lines = CPU_INFO.read_text().splitlines()
+        models = {line.split(": ")[1] for line in lines if line.startswith("model name")}
+        return f"{', '.join(sorted(models)) or 'CPU'}, {os.cpu_count()} cores"
+    return device.type
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -3,13 +3,13 @@
 import hashlib
 import logging
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from core.config import InputError
+from core.download import WebFile, fetch_web
 from core.weights import file_sha256, load_weights, read_file
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,18 @@ _ADVICE = (
 )
 
 
+def inception_file() -> WebFile:
+    """The published file and its place in torch.hub's cache."""
+    place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    return WebFile(INCEPTION_URL, place, INCEPTION_SHA256)
+
+
 def _cached_file() -> Path:
     """The file in torch.hub's cache; downloads it if it is missing."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if not cached.is_file():
-        print(f"FID: downloading the Inception (91 MB) to {cached}", flush=True)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(cached), INCEPTION_SHA256)
-        except (URLError, OSError, RuntimeError) as error:
-            raise InputError(f"cannot download the Inception ({error}). {_ADVICE}") from error
-    return cached
+    try:
+        return fetch_web(inception_file())
+    except InputError as error:
+        raise InputError(f"{error}. {_ADVICE}") from error
 
 
 def build_inception() -> nn.Module:

@@ -13,8 +13,9 @@ from PIL import Image
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.inpaint import InpaintConfig, inpaint
-from autoregressive.sample import SampleConfig, sample
+from autoregressive.sample import SampleConfig
 from autoregressive.sampling.conditions import ConditionConfig, read_prompts
+from autoregressive.sampling.run import sample
 from core.config import InputError
 from core.data.shards import ShardReader, read_index
 from core.distributed.world import choose_device

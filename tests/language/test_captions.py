@@ -30,6 +30,12 @@ def test_other_scripts_stay_unless_the_reference_is_followed(caption):
     assert clean_caption("一只 red cat", reference=True) == "red cat"
 
 
+def test_only_the_reference_rules_strip_spaces_before_the_last_rules():
+    """The published code gives ".net logo"; ours gives what it gave before."""
+    assert clean_caption("[.NET] logo", reference=True) == ".net logo"
+    assert clean_caption("[.NET] logo") == ". net logo"
+
+
 def test_the_first_sentence_ends_at_a_full_stop_of_any_script():
     assert first_sentence("A cat. It sleeps.") == "A cat."
     assert first_sentence("version 1.5 of it") == "version 1.5 of it"

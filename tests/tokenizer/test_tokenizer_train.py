@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -6,9 +7,11 @@ import pytest
 import torch
 from helpers.commands import has_lines, kill_when, run_module
 from helpers.tokenizer_training import STEPS, flags, train_here, write_images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from core.config import InputError
+from core.config import InputError, parse_config
+from tokenizer.models.discriminator import DiscriminatorConfig
+from tokenizer.train import TrainConfig, accumulate, build_models
 
 ADVERSARIAL = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)
 ADVERSARIAL = (*ADVERSARIAL, "--discriminator.num_layers", 1, "--loss.adaptive_weight", "true")
@@ -135,3 +138,42 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     failed = run_module("tokenizer.train", *run, ok=False)
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_the_discriminator_starts_from_given_weights(tmp_path, world):
+    config = parse_config(TrainConfig, [str(a) for a in flags(tmp_path, tmp_path, *STYLEGAN)])
+    net = build_models(config, world).discriminator
+    torch.nn.init.ones_(net.logit.weight)
+    torch.save({"model": {}, "discriminator": net.state_dict()}, tmp_path / "released.pt")
+    save_file(net.state_dict(), tmp_path / "discriminator.safetensors")
+    for name in ("released.pt", "discriminator.safetensors"):
+        again = dataclasses.replace(config, init_discriminator=str(tmp_path / name))
+        found = build_models(again, world).discriminator.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in net.state_dict().items())
+    other = dataclasses.replace(again, discriminator=DiscriminatorConfig())
+    with pytest.raises(InputError, match="another architecture"):
+        build_models(other, world)
+
+
+def test_the_discriminator_s_loss_is_scaled_and_the_generator_s_chosen_when_asked_for(
+    tmp_path, world
+):
+    def losses(*more: object) -> tuple[dict[str, float], float]:
+        arguments = flags(tmp_path, tmp_path, *STYLEGAN, *more)
+        config = parse_config(TrainConfig, [str(argument) for argument in arguments])
+        models = build_models(config, world)
+        images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        found, _ = accumulate(models, images, config, world, adversarial=True)
+        gradient = models.discriminator.get_parameter("logit.bias").grad
+        assert gradient is not None
+        return {name: value.item() for name, value in found.items()}, gradient.item()
+
+    plain, gradient = losses()
+    scaled, smaller = losses("--loss.scale_discriminator", "true")
+    assert scaled["discriminator"] == pytest.approx(0.5 * plain["discriminator"])
+    assert smaller == pytest.approx(0.5 * gradient)
+    assert scaled["generator"] == plain["generator"]
+    chosen, same = losses("--loss.generator", "non_saturating")
+    assert chosen["generator"] != plain["generator"]
+    assert chosen["generator"] > 0
+    assert same == gradient

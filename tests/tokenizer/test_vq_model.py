@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from core.data.shards import codes_dtype
 from core.distributed.world import World, choose_device
 from tokenizer import VQConfig, VQModel
 from tokenizer.crops import encode_crops
-from tokenizer.losses import adaptive_weight, discriminator_loss, generator_loss
+from tokenizer.losses import LossConfig, adaptive_weight, discriminator_loss, generator_loss
 from tokenizer.models.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
 from tokenizer.quantizers.base import Quantized, Quantizer
 from tokenizer.quantizers.usage import CodebookUsage
@@ -153,13 +154,56 @@ def test_the_patchgan_is_the_reference_s():
 
 
 def test_the_stylegan_discriminator_takes_any_power_of_two():
-    for side in (8, 64):
-        net = build_discriminator(
-            DiscriminatorConfig(kind="stylegan", max_channels=32), (side, side)
-        )
-        assert net(torch.randn(2, 3, side, side)).shape == (2, 1)
-    with pytest.raises(InputError, match="power of two"):
-        build_discriminator(DiscriminatorConfig(kind="stylegan"), (48, 48))
+    for kind in ("stylegan", "stylegan_reference"):
+        config = DiscriminatorConfig(kind=kind, max_channels=32)
+        for side in (8, 64):
+            net = build_discriminator(config, (side, side))
+            assert net(torch.randn(2, 3, side, side)).shape == (2, 1)
+        with pytest.raises(InputError, match=f"{kind} needs .* power of two"):
+            build_discriminator(config, (48, 48))
+
+
+def test_the_reference_s_stylegan_discriminator_has_its_keys_shapes_and_arithmetic():
+    net = build_discriminator(DiscriminatorConfig(kind="stylegan_reference"), (256, 256))
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    expected = {"blocks.0.weight": (64, 3, 3, 3), "blocks.0.bias": (64,)}
+    widths = (64, 128, 256, 512, 512, 512, 512)
+    for number, (a, b) in enumerate(itertools.pairwise(widths), 2):
+        parts = {"conv_res": (b, a, 1, 1), "net.0": (b, a, 3, 3)}
+        parts |= {"net.2": (b, b, 3, 3), "downsample.1": (b, b, 3, 3)}
+        for part, shape in parts.items():
+            expected |= {f"blocks.{number}.{part}.weight": shape}
+            expected |= {f"blocks.{number}.{part}.bias": (b,)}
+        expected[f"blocks.{number}.downsample.0.f"] = (3,)
+    for part, shape in (
+        ("final_conv.0", (512, 512, 3, 3)),
+        ("final_linear.0", (512, 8192)),
+        ("final_linear.2", (1, 512)),
+    ):
+        expected |= {f"{part}.weight": shape, f"{part}.bias": shape[:1]}
+    assert shapes == expected
+    small = build_discriminator(
+        DiscriminatorConfig(kind="stylegan_reference", max_channels=8), (8, 8)
+    )
+    x = torch.randn(2, 8, 8, 8)
+    block = small.get_submodule("blocks.2")
+    h = x
+    for index in (0, 2):
+        h = F.leaky_relu(block.get_submodule(f"net.{index}")(h), 0.2)
+    blurred = torch.zeros_like(h)
+    around = F.pad(h, (1, 1, 1, 1), mode="reflect")
+    for (i, row), (j, column) in itertools.product(enumerate((1, 2, 1)), repeat=2):
+        blurred += row * column / 16 * around[:, :, i : i + 8, j : j + 8]
+    halved = block.get_submodule("downsample.1")(blurred)
+    expected_output = (halved + block.get_submodule("conv_res")(x)) / 2**0.5
+    torch.testing.assert_close(block(x), expected_output)
+
+
+def test_the_generator_s_loss_follows_the_discriminator_s_unless_it_is_chosen():
+    assert LossConfig().generator_kind == "hinge"
+    assert LossConfig(adversarial="non_saturating").generator_kind == "non_saturating"
+    chosen = LossConfig(adversarial="non_saturating", generator="hinge")
+    assert chosen.generator_kind == "hinge"
 
 
 def test_impossible_shapes_are_refused_by_name():

@@ -17,14 +17,15 @@ class DiscriminatorConfig:
     """Which discriminator.
 
     Args:
-        kind: patchgan (Isola et al. 2017, of 70 x 70 patches at 3 layers), or stylegan (the
-            residual network of StyleGAN2, for square images with a power of two as side).
+        kind: patchgan (Isola et al. 2017, of 70 x 70 patches at 3 layers); stylegan (the residual
+            network of StyleGAN2, for square images with a power of two as side); or
+            stylegan_reference (LlamaGen's variant of it, with its shapes and keys).
         base_channels: Width at full resolution, for patchgan.
         num_layers: Strided layers, for patchgan.
-        max_channels: Width at the lowest resolution, for stylegan.
+        max_channels: Width at the lowest resolution, for stylegan and stylegan_reference.
     """
 
-    kind: Literal["patchgan", "stylegan"] = "patchgan"
+    kind: Literal["patchgan", "stylegan", "stylegan_reference"] = "patchgan"
     base_channels: int = 64
     num_layers: int = 3
     max_channels: int = 512
@@ -37,10 +38,12 @@ def build_discriminator(config: DiscriminatorConfig, image_size: tuple[int, int]
     height, width = image_size
     if height != width or height < 8 or height & (height - 1):
         raise InputError(
-            f"discriminator.kind stylegan needs square images with a power of two as side, not "
-            f"{height} x {width}; use patchgan"
+            f"discriminator.kind {config.kind} needs square images with a power of two as side, "
+            f"not {height} x {width}; use patchgan"
         )
-    return StyleGANDiscriminator(height, config.max_channels)
+    ours = config.kind == "stylegan"
+    network = StyleGANDiscriminator if ours else ReferenceStyleGANDiscriminator
+    return network(height, config.max_channels)
 
 
 class PatchGAN(nn.Module):
@@ -80,14 +83,18 @@ def _initialize_patchgan(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
+def _widths(side: int, max_channels: int) -> list[int]:
+    """Channels from `side` down to 4 pixels: 64 at 256, doubling with each halving."""
+    levels = int(math.log2(side)) - 2
+    return [min(max_channels, 2**14 // (side >> i)) for i in range(levels + 1)]
+
+
 class StyleGANDiscriminator(nn.Module):
     """Residual blocks down to 4 x 4, then one logit (Karras et al. 2020, figure 7c); no norms."""
 
     def __init__(self, side: int, max_channels: int = 512) -> None:
         super().__init__()
-        levels = int(math.log2(side)) - 2
-        # 64 channels at 256 pixels, doubling with each halving, up to max_channels.
-        widths = [min(max_channels, 2**14 // (side >> i)) for i in range(levels + 1)]
+        widths = _widths(side, max_channels)
         self.stem = nn.Conv2d(3, widths[0], 1)
         self.blocks = nn.ModuleList(_ResidualDown(a, b) for a, b in itertools.pairwise(widths))
         self.last = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
@@ -125,3 +132,67 @@ class _ResidualDown(nn.Module):
     def _halve(self, x: torch.Tensor) -> torch.Tensor:
         kernel = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
         return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+class ReferenceStyleGANDiscriminator(nn.Module):
+    """LlamaGen's StyleGAN discriminator (its discriminator_stylegan.py), with its keys.
+
+    Against StyleGANDiscriminator: the stem is 3 x 3, a block widens in its first convolution,
+    halves after its second by a blurred strided one, and has an unblurred shortcut.
+    """
+
+    def __init__(self, side: int, max_channels: int = 512) -> None:
+        super().__init__()
+        widths = _widths(side, max_channels)
+        stem = [nn.Conv2d(3, widths[0], 3, padding=1), nn.LeakyReLU(0.2)]
+        down = [_ReferenceDown(a, b) for a, b in itertools.pairwise(widths)]
+        self.blocks = nn.ModuleList([*stem, *down])
+        last = widths[-1]
+        self.final_conv = nn.Sequential(nn.Conv2d(last, last, 3, padding=1), nn.LeakyReLU(0.2))
+        self.final_linear = nn.Sequential(
+            nn.Linear(last * 16, last), nn.LeakyReLU(0.2), nn.Linear(last, 1)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (b, 3, side, side) in [-1, 1] -> logits (b, 1), high for real."""
+        x = images
+        for block in self.blocks:
+            x = block(x)
+        return self.final_linear(self.final_conv(x).flatten(1))
+
+
+class _ReferenceDown(nn.Module):
+    """A residual block that halves its input; the names of its parts are the reference's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv_res = nn.Conv2d(inputs, outputs, 1, stride=2)
+        self.net = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
+        self.downsample = nn.Sequential(
+            _ReflectedBlur(), nn.Conv2d(outputs, outputs, 3, stride=2, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, inputs, h, w) -> (b, outputs, h / 2, w / 2)."""
+        return (self.downsample(self.net(x)) + self.conv_res(x)) / math.sqrt(2)
+
+
+class _ReflectedBlur(nn.Module):
+    """Blurs by the taps 1 2 1 along both axes, the border reflected; the taps are stored."""
+
+    f: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("f", torch.tensor([1.0, 2.0, 1.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, c, h, w) -> the same shape."""
+        kernel = torch.outer(self.f, self.f)
+        kernel = (kernel / kernel.sum()).to(x.dtype).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])

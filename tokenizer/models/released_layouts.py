@@ -79,5 +79,9 @@ def seed_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_discriminator(path: Path) -> dict[str, torch.Tensor]:
-    """The discriminator's weights of a file that has them; raises InputError for others."""
-    return read_file(path, TOKENIZER_PARTS).weights("discriminator", path)
+    """The discriminator's weights of a released file, or of `training/discriminator.safetensors`.
+
+    Raises InputError for a file that has none.
+    """
+    part = "model" if path.suffix == ".safetensors" else "discriminator"
+    return read_file(path, TOKENIZER_PARTS).weights(part, path)

@@ -1,0 +1,282 @@
+"""A sample run: all images of a run in shards, each rank its own, scored while they are sampled.
+
+Run again, it continues after the last finished shard. autoregressive.sample and
+autoregressive.reproduce call it.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.sampling.conditions import (
+    ClassConditions,
+    ConditionConfig,
+    Conditions,
+    PromptConditions,
+    open_conditions,
+)
+from autoregressive.sampling.loop import CodeBatch, decode_batches, sample_batches
+from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.png_layouts import Layout, has_pngs, write_pngs
+from core.config import config_values, save_config
+from core.data.grids import image_grid
+from core.data.images import save_png
+from core.data.npz import save_npz
+from core.data.shards import ShardReader, ShardWriter, codes_dtype
+from core.distributed.world import World
+from evaluations.evaluator import Evaluator
+from evaluations.report import Scored, publish
+from evaluations.scorer import MetricsConfig, check_size, open_scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRunConfig:
+    """Settings of a sample run.
+
+    Args:
+        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
+        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
+        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
+        weights: Which weights of the two checkpoints to load.
+        verify_weights: Compare the files of our checkpoints with their checksums.
+        compute: Device and precision.
+        num_images: Number of images; null for 50,000 images of a class model, or for all prompts.
+        conditions: The classes or prompts.
+        sampling: Guidance, filters and seed.
+        metrics: With metrics.reference, the images are scored while they are sampled and
+            scores.json is written.
+        out: Output folder: samples.png, samples.npz and index.json.
+        resize: Resize to resize x resize pixels before rounding (bicubic, no antialiasing: how the
+            reference evaluates 384 px models at 256 px); null to keep the size.
+        batch_size: Images per batch on each process; does not change any image.
+        shard_size: Images per shard; a killed run loses at most one shard per process.
+        npz: Write samples.npz: arr_0 uint8 (n, height, width, 3), and the labels as arr_1. Without
+            it only the codes are kept (512 bytes per image of 16 x 16 codes).
+        png: Also write png files, in the folders of `layout`.
+        layout: flat: png/000000.png, as scorers of COCO-30k and PartiPrompts read. geneval:
+            png/00000/metadata.jsonl and png/00000/samples/0000.png. dpg: all images of a prompt in
+            one image png/NAME.png (DPG-Bench: conditions.images_per_prompt 4).
+        grid_rows: Rows of samples.png, one class per row where possible.
+        grid_columns: Images per row of samples.png.
+    """
+
+    gpt: str
+    tokenizer: str
+    out: Path
+    grid: tuple[int, int] | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify_weights: bool = True
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    num_images: int | None = None
+    conditions: ConditionConfig = field(default_factory=ConditionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    resize: int | None = None
+    batch_size: int = 32
+    shard_size: int = 500
+    npz: bool = True
+    png: bool = False
+    layout: Layout = "flat"
+    grid_rows: int = 10
+    grid_columns: int = 10
+
+    def __post_init__(self) -> None:
+        if self.num_images is not None and self.num_images < 1:
+            raise ValueError("num_images must be >= 1, or null")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError("resize must be >= 1, or null")
+        if min(self.batch_size, self.shard_size, self.grid_rows, self.grid_columns) < 1:
+            raise ValueError("batch_size, shard_size, grid_rows and grid_columns must be >= 1")
+        if self.layout != "flat" and not self.png:
+            raise ValueError(f"layout {self.layout} describes png files: set png true")
+        if self.layout == "dpg" and self.shard_size % self.conditions.images_per_prompt:
+            raise ValueError("layout dpg: shard_size must be a multiple of images_per_prompt")
+
+
+def sample(config: SampleRunConfig, world: World) -> None:
+    """Sample all images, each rank its own shards, then write npz, png, image grid and index."""
+    pipeline = ImagePipeline.from_pretrained(
+        config.gpt,
+        config.tokenizer,
+        gpt_weights=config.weights.gpt,
+        tokenizer_weights=config.weights.tokenizer,
+        grid=config.grid,
+        verify_weights=config.verify_weights,
+    )
+    gpt_config = pipeline.gpt.config
+    conditions = open_conditions(
+        config.conditions, config.num_images, gpt_config, config.sampling.seed, world
+    )
+    scorer = open_scorer(config.metrics, "generation", world) if config.metrics.reference else None
+    if scorer:
+        size = (config.resize, config.resize) if config.resize else pipeline.image_size
+        check_size(size, Path(config.gpt), scorer.reference)
+    evaluator = scorer.evaluator(world) if scorer else None
+    # Keys and values stay those of folders that older versions began, which must continue.
+    settings = {**pipeline.settings, **config.compute.settings, **conditions.settings}
+    settings |= {"resize": config.resize or 0, "npz": config.npz}
+    settings |= {
+        "sampling": config.sampling.settings(gpt_config.condition, gpt_config.guidance_input)
+    }
+    writer = ShardWriter(config.out, conditions.count, config.shard_size, settings, world)
+    todo = writer.begin()
+    finished = writer.finished()
+    if not scorer:  # only those whose png files were not asked for, or are missing
+        finished = [shard for shard in finished if lacks_pngs(config, writer, shard, conditions)]
+    if world.is_main:
+        save_config(config, config.out / "config.yaml")
+        if not (config.out / "index.json").exists():  # an npz would be left from other samples
+            (config.out / "samples.npz").unlink(missing_ok=True)
+    batches = math.ceil(conditions.count / config.batch_size / world.size)
+    pipeline.prepare(
+        **config.compute.arguments(),
+        device=world.device,
+        num_steps=batches * gpt_config.num_codes,
+        verbose=world.is_main,
+    )
+    write_shards(config, pipeline, conditions, writer, todo, finished, evaluator)
+    writer.finish(conditions.index)
+    if world.is_main:
+        write_outputs(config, pipeline, conditions)
+    if scorer and evaluator:
+        scored = Scored(evaluator.merge(world), conditions.labels, (), [])
+        publish(scorer, scored, config.out, config_values(config), world)
+
+
+def write_shards(
+    config: SampleRunConfig,
+    pipeline: ImagePipeline,
+    conditions: Conditions,
+    writer: ShardWriter,
+    todo: list[int],
+    finished: list[int],
+    evaluator: Evaluator | None,
+) -> None:
+    """Sample and write the shards `todo`; show the images of all shards to the evaluator."""
+    world, engine, size = writer.world, pipeline.engine, config.batch_size
+    total = sum(len(writer.items(shard)) for shard in (*todo, *finished))
+    with (
+        tqdm(total=total * world.size, unit="image", disable=not world.is_main) as bar,
+        ThreadPoolExecutor(1) as background,  # writes a shard while the next one is sampled
+    ):
+        written: Future[None] | None = None
+        for shard in sorted((*todo, *finished)):
+            ids = torch.tensor(writer.items(shard))
+            if shard in finished:
+                # The scores or the png files need these images again.
+                batches = read_batches(writer, shard, ids, size, engine.device)
+            else:
+                batches = sample_batches(
+                    pipeline,
+                    conditions.__getitem__,
+                    ids,
+                    size,
+                    config.sampling,
+                    conditions.negative,
+                )
+            arrays: dict[str, list[np.ndarray]] = {"codes": [], "pixels": []}
+            dtype = codes_dtype(pipeline.gpt.config.vocab_size)
+            for batch in decode_batches(pipeline, batches, evaluator, config.resize):
+                arrays["codes"].append(batch.codes.numpy().astype(dtype))
+                arrays["pixels"].append(batch.pixels.numpy())
+                bar.update(len(batch.ids) * world.size)
+            if written:
+                written.result()
+            write = write_shard if shard in todo else write_missing_pngs
+            written = background.submit(write, config, writer, shard, arrays, conditions)
+        if written:
+            written.result()
+    if world.is_main and config.sampling.speculation_window > 1 and engine.steps_taken:
+        batch_count = sum(math.ceil(len(writer.items(shard)) / size) for shard in todo)
+        tokens = (engine.config.num_codes - 1) * batch_count
+        print(f"speculative decoding: {tokens / engine.steps_taken:.2f} codes per step")
+
+
+def read_batches(
+    writer: ShardWriter, shard: int, ids: torch.Tensor, batch_size: int, device: torch.device
+) -> Iterator[CodeBatch]:
+    """The codes of a finished shard, in batches."""
+    codes = torch.from_numpy(writer.read(shard, "codes").astype(np.int64))
+    for part, stored in zip(ids.split(batch_size), codes.split(batch_size), strict=True):
+        yield part, stored.to(device)
+
+
+def write_shard(
+    config: SampleRunConfig,
+    writer: ShardWriter,
+    shard: int,
+    parts: dict[str, list[np.ndarray]],
+    conditions: Conditions,
+) -> None:
+    """Write a shard's codes, its png files, and its pixels if samples.npz needs them."""
+    write_missing_pngs(config, writer, shard, parts, conditions)
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
+    if not config.npz:
+        del arrays["pixels"]
+    writer.write(shard, arrays)
+
+
+def write_missing_pngs(
+    config: SampleRunConfig,
+    writer: ShardWriter,
+    shard: int,
+    parts: dict[str, list[np.ndarray]],
+    conditions: Conditions,
+) -> None:
+    """Write a shard's png files, if they are asked for and not all there."""
+    if lacks_pngs(config, writer, shard, conditions):
+        prompts = conditions if isinstance(conditions, PromptConditions) else None
+        pixels = np.concatenate(parts["pixels"])
+        write_pngs(config.out / "png", config.layout, writer.items(shard), pixels, prompts)
+
+
+def lacks_pngs(
+    config: SampleRunConfig, writer: ShardWriter, shard: int, conditions: Conditions
+) -> bool:
+    """Whether a shard's png files are asked for and not all there."""
+    prompts = conditions if isinstance(conditions, PromptConditions) else None
+    ids = writer.items(shard)
+    return config.png and not has_pngs(config.out / "png", config.layout, ids, prompts)
+
+
+def write_outputs(config: SampleRunConfig, pipeline: ImagePipeline, conditions: Conditions) -> None:
+    """Write samples.png, and samples.npz from the pixels of all shards."""
+    rows, columns = config.grid_rows, config.grid_columns
+    ids, captions = np.arange(min(conditions.count, rows * columns)), None
+    if isinstance(conditions, ClassConditions):
+        ids = image_grid_ids(conditions.labels, rows, columns)
+    else:
+        captions = [conditions.prompt_of(i).text for i in ids.tolist()]
+    codes = torch.from_numpy(ShardReader(config.out, "codes")[ids].astype(np.int64))
+    batches = codes.to(pipeline.engine.device).split(32)
+    pixels = torch.cat([pipeline.decode(part, config.resize) for part in batches]).cpu().numpy()
+    save_png(image_grid(pixels, columns, captions), config.out / "samples.png")
+    written = [config.out / "samples.png", config.out / "index.json"]
+    if config.npz:
+        path = config.out / "samples.npz"
+        labels = {} if conditions.labels is None else {"arr_1": conditions.labels}
+        save_npz(path, conditions.count, _chunks(ShardReader(config.out, "pixels")), **labels)
+        written.append(path)
+    print("\n".join(str(path) for path in written))
+
+
+def _chunks(pixels: ShardReader) -> Iterator[np.ndarray]:
+    for start in range(0, len(pixels), 500):
+        yield pixels[np.arange(start, min(start + 500, len(pixels)))]
+
+
+def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Image numbers of samples.png: a row per class if there are enough images, else the first."""
+    classes = np.unique(labels)[:rows].tolist()
+    by_class = [np.flatnonzero(labels == label)[:columns] for label in classes]
+    if all(len(ids) == columns for ids in by_class):
+        return np.concatenate(by_class)
+    return np.arange(min(len(labels), rows * columns))
