@@ -46,8 +46,8 @@ def test_the_table_and_the_plot_show_the_forecast(config, tmp_path):
 
 @pytest.mark.slow
 def test_processes_are_measured_beside_the_model(config):
-    rows = measure(replace(config, processes=(1, 2), strategies=("ddp", "fsdp")))
-    assert [(r["processes"], r["strategy"]) for r in rows] == [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
+    rows = measure(replace(config, processes=(1, 2), strategies=("fsdp",)))
+    assert [(r["processes"], r["strategy"]) for r in rows] == [(1, "ddp"), (2, "fsdp")]
     assert rows[0]["received_mib"] == 0 < rows[1]["received_mib"]
     for row in rows:
         assert row["seconds"] > 0

@@ -53,4 +53,5 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         accumulates=training.gradient_accumulation > 1,
         compute_bytes=compute_bytes,
         step=step,
+        processes=world.size,
     )
