@@ -29,7 +29,7 @@ test: .venv/ready
 	@echo "The tests that run vLLM were left out: make serve-test runs them."
 
 fuzz: .venv/ready
-	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 tests/fuzz
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 -q tests/fuzz
 
 serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
