@@ -1,17 +1,12 @@
 """The inference engine: a GPT with packed weights, a key-value cache, and CUDA graphs.
 
-It is exact: a step computes what `GPT.forward` computes at one position. Classifier-free guidance
-is applied to the hidden states. Because the output head is linear, this equals guiding the logits,
-and the head runs once per image instead of twice. Unconditional rows are dropped after the last
-guided code. On a GPU the whole step, sampling included, is one CUDA graph that reads and writes
-fixed buffers, so the host never waits for the device.
+It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on the hidden
+states, which equals guiding the logits of a linear head. Unconditional rows are dropped after the
+last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
 
-A step can verify several codes (speculative Jacobi decoding, Teng et al., arXiv 2410.01699, with
-common random numbers from one iteration to the next). It reads the last code and
-`speculation_window` - 1 guesses, and samples the code after each. A guess that equals the code
-sampled at its position is accepted, and so is the code sampled after it; the remaining samples are
-the next step's guesses. A code's randomness depends only on its position, so the image is the one
-that plain sampling gives.
+A step can verify several codes (speculative Jacobi decoding, arXiv 2410.01699, with common random
+numbers): it samples the code after the last one and after each guess. Guesses that equal the codes
+sampled at their positions are accepted; a code's randomness depends only on its position.
 """
 
 import copy
@@ -151,7 +146,10 @@ class InferenceEngine:
         if precision:
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.embedding = weight.detach().to(self.device, dtype)
-        like = self.embedding[:0]
+        like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
+        if gpt.target_position is not None:
+            table = gpt.target_position.weight.detach()
+            self.targets = F.pad(table, (0, 0, 0, len(table))).to(like)
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
@@ -261,6 +259,8 @@ class InferenceEngine:
             ragged = bool((lengths != longest).any())
         state.prefix_lengths[:rows] = longest if lengths is None else lengths
         lengths = state.prefix_lengths[:rows]
+        if self.targets is not None:
+            x[torch.arange(rows, device=self.device), lengths - 1] += self.targets[0]
         first = self.config.num_condition - longest
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
@@ -295,6 +295,8 @@ class InferenceEngine:
         positions = state.filled - 1 + state.offsets
         inputs = state.codes.gather(1, positions)
         x, rotary_rows = self.embedding[inputs], self.config.num_condition + positions
+        if self.targets is not None:
+            x = x + self.targets[positions + 1]
         if state.window > 1:
             rotary_rows = rotary_rows.clamp_(max=len(self.rotary) - 1)  # of finished rows
         rotary = self.rotary[rotary_rows]
