@@ -89,9 +89,7 @@ class World:
             raise InputError(
                 f"parallel.shard_size {shared} must divide the number of processes, {self.size}"
             )
-        if (
-            not dist.is_initialized()
-        ):  # one process: FSDP2, for its mixed precision, still needs a group
+        if not dist.is_initialized():  # in one process, FSDP2 (mixed precision) needs a group too
             dist.init_process_group(_backend(self.device), rank=0, world_size=1, store=HashStore())
         if shared == self.size:
             return init_device_mesh(self.device.type, (shared,), mesh_dim_names=("shard",))
@@ -148,9 +146,8 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
     except MISTAKES as error:
         if size == 1:
             raise
-        fail(
-            str(error), code=2
-        )  # at once, because the other ranks would take the end of the group for a crash
+        # At once, because the other ranks would take the end of the group for a crash.
+        fail(str(error), code=2)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -165,8 +162,8 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-            # FSDP's modules refer to their groups in cycles. If they were freed when the interpreter
-            # ends, the threads of these groups would abort the process.
+            # FSDP's modules refer to their groups in cycles. If they were freed at the end of the
+            # interpreter, the threads of these groups would abort the process.
             gc.collect()
 
 
