@@ -19,7 +19,9 @@ MODELS = {"gpt": "x", "tokenizer": "x", "out": "x"}
 BASE: dict[str, dict[str, object]] = {
     "autoregressive.convert": {},
     "autoregressive.inpaint": {**MODELS, "images": "x", "keep_rows": 1},
+    "autoregressive.reproduce": {},
     "autoregressive.sample": MODELS,
+    "autoregressive.serve": {"gpt": "x", "tokenizer": "x"},
     "autoregressive.train": {"data": {"codes": ["x"]}, "out": "x"},
     "autoregressive.tune_guidance": MODELS,
     "evaluations.clip_score": {"samples": "x", "clip_weights": "x", "out": "x"},
@@ -43,7 +45,7 @@ def write_base(module: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("module", COMMANDS)
-@examples(quick=12)
+@examples(quick=10)
 @given(data=st.data())
 def test_a_wrong_value_of_any_field_is_accepted_or_refused_in_one_line(
     module, data, tmp_path_factory
