@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,11 @@ def start_from(gpt: GPT, source: str) -> None:
 
 
 def check_resumable(
-    out: Path, gpt_config: GPTConfig, tokenizer_file_sha256: str | None = None
+    out: Path, gpt_config: GPTConfig, tokenizer_names: Collection[str] = ()
 ) -> bool:
     """Whether `out` has a run to resume; raises InputError if that run used other codes.
 
-    tokenizer_file_sha256: of the tokenizer's file, by which older runs knew it.
+    tokenizer_names: what older runs may know the tokenizer by, see data.codes.tokenizer_names.
     """
     steps = list(checkpoint_folders(out / "checkpoints").values())
     # The code that restores the run reports damaged checkpoints.
@@ -61,7 +62,7 @@ def check_resumable(
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
-        older = name == "tokenizer_sha256" and theirs == tokenizer_file_sha256
+        older = name == "tokenizer_sha256" and theirs in tokenizer_names
         if ours != theirs and not older:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
@@ -155,8 +156,8 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     if not path or not Path(path).exists():
         return None
     loaded = load_tokenizer(path)
-    vq, expected = loaded.vq, data.index["tokenizer_sha256"]
-    if expected not in (loaded.sha256, loaded.identity()):
+    vq = loaded.vq
+    if not loaded.is_known_as(data.index["tokenizer_sha256"]):
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
     return vq.for_inference(world.device, torch.float32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.checksums import CHECKSUMS, read_checksums
 from core.config import InputError, load_config
 from core.released import released_architecture
 from core.weights import (
@@ -23,10 +24,20 @@ from tokenizer.models.vq_model import VQModel
 
 
 class LoadedTokenizer(NamedTuple):
-    """A tokenizer in eval mode, and the sha256 of the file that its weights came from."""
+    """A tokenizer in eval mode, and the sha256 of the file that its weights came from.
+
+    source_sha256: of the file that a converted folder was made from, if it was recorded.
+    """
 
     vq: VQModel
     sha256: str
+    source_sha256: str | None = None
+
+    def is_known_as(self, sha256: object) -> bool:
+        """Whether this is the tokenizer's identity, or what older versions took for it: the sha256
+        of its file, or of the file that it was converted from.
+        """
+        return sha256 in (self.sha256, self.source_sha256) or sha256 == self.identity()
 
     def identity(self) -> str:
         """The sha256 of the weights in float32; equal for a released file and its conversion.
@@ -60,7 +71,9 @@ def load_tokenizer(
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
-    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path))
+    recorded = path.with_name(CHECKSUMS).exists() and config_path
+    source_sha256 = read_checksums(path.parent).source_sha256 if recorded else None
+    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path), source_sha256)
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
