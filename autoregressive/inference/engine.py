@@ -1,9 +1,8 @@
 """The inference engine: a GPT with packed weights, a key-value cache, and CUDA graphs.
 
-It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on the hidden
-states, which equals guiding the logits of a linear head. Unconditional rows are dropped after the
+It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on hidden
+states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
 last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
-
 A step can verify several codes (speculative Jacobi decoding, arXiv 2410.01699, with common random
 numbers): it samples the code after the last one and after each guess. Guesses that equal the codes
 sampled at their positions are accepted; a code's randomness depends only on its position.

@@ -95,9 +95,24 @@ def build_objective(
     images: how many images the training data have.
     Raises InputError where the objective cannot train this model.
     """
-    if config.kind == "next_token":
-        return NextTokenLoss(gpt, chunk, seed)
-    objective = config.loss(gpt, chunk, seed, getattr(config, config.kind))  # pyright: ignore[reportCallIssue]
+    given = (gpt, chunk, seed)
+    match config.kind:
+        case "next_token":
+            objective = NextTokenLoss(*given)
+        case "next_patch":
+            objective = NextPatchLoss(*given, config.next_patch)
+        case "alignment":
+            objective = AlignmentLoss(*given, config.alignment)
+        case "noisy_context":
+            objective = NoisyContextLoss(*given, config.noisy_context)
+        case "guidance_free":
+            objective = GuidanceFreeLoss(*given, config.guidance_free)
+        case "contrastive":
+            objective = ContrastiveLoss(*given, config.contrastive)
+        case "clusters":
+            objective = ClustersLoss(*given, config.clusters)
+        case "random_order":
+            objective = RandomOrderLoss(*given, config.random_order)
     objective.check(gpt.config, images)
     if codebook is not None:
         objective.add_heads(codebook.shape[1])
