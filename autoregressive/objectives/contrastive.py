@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.conditioning import ClassCondition, as_condition
+from autoregressive.models.conditioning import class_labels
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
@@ -53,15 +53,13 @@ class ContrastiveLoss(Objective):
 
     def extra(self, rows: np.ndarray, neighbours: Callable[[], Any]) -> Any:  # noqa: ANN401
         """The negative classes (batch,) int64."""
-        condition = as_condition(neighbours())
-        assert isinstance(condition, ClassCondition)
-        return (condition.labels,)
+        return (class_labels(neighbours()),)
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
         """The loss; the reference sees the same dropout rates (its weights are frozen)."""
-        condition = as_condition(batch.condition)
-        assert isinstance(condition, ClassCondition) and self.reference is not None
-        own, other, drop = condition.labels, batch.extra[0], batch.drop_condition
+        assert self.reference is not None
+        own, other = class_labels(batch.condition), batch.extra[0]
+        drop = batch.drop_condition
         codes = batch.codes.repeat(2, 1)
         labels, drops = torch.cat([own, other]), drop.repeat(2)
         likelihood = self.log_likelihood(self.gpt, codes, labels, drops)
