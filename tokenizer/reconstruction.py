@@ -90,7 +90,7 @@ class ReconstructionConfig:
 def reconstruct(config: ReconstructionConfig, world: World) -> None:
     """Score every image on one of the ranks and write the results."""
     images = open_images(config.data)
-    vq, sha256 = load_tokenizer(
+    vq, sha256, _ = load_tokenizer(
         config.tokenizer, config.weights, verify_weights=config.verify_weights
     )
     if any(side < 1 or side % vq.config.downsample for side in config.image_size):
