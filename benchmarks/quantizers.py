@@ -155,8 +155,8 @@ def table(config: QuantizersConfig) -> str:
         ]
         done = [scores for scores in runs if scores]
         if done:
-            cells = [spread([scores[score] for scores in done]) for score in SCORES]
-            lines.append(f"| `{name}` | {len(done)} | {' | '.join(cells)} |")
+            values = [spread([scores[score] for scores in done]) for score in SCORES]
+            lines.append(f"| `{name}` | {len(done)} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
