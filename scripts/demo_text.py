@@ -12,7 +12,6 @@ recognised, and only new prompts are sampled.
 import argparse
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import CaptionMaker
-from demo import ROOT, run_stage
 from shapes import Asked, Verdict, describe, draw, judge
+from stages import ROOT, Stages
 from tiny_t5 import words_of, write_t5
 
 IMAGES = 6000
@@ -48,47 +47,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo_text", help="its folder")
     parser.add_argument("--prompt", action="append", default=[], help="sample this too; repeatable")
     options = parser.parse_args()
-    out, started = options.out, time.monotonic()
-    train(out)
-    trained = time.monotonic() - started
+    out = options.out
+    stages = Stages(out, Path("configs") / "demo_text")
+    train(out, stages)
     if options.prompt:
-        sample_typed(out, options.prompt)
-    written = read_prompts(WRITTEN)
-    held_out = held_out_prompts()
-    for name, prompts in (("held_out", held_out), ("written", written)):
-        sample(out, name, [prompt.text for prompt in prompts])
-    print_table(
-        out, {"held_out": held_out, "written": written}, trained, time.monotonic() - started
-    )
+        sample_typed(out, options.prompt, stages)
+    judged = {"held_out": held_out_prompts(), "written": read_prompts(WRITTEN)}
+    for name, prompts in judged.items():
+        sample(out, name, [prompt.text for prompt in prompts], stages)
+    print_table(out, judged, stages.times())
     if options.prompt:
         print(out / "typed" / "typed.png")
 
 
-def train(out: Path) -> None:
+def train(out: Path, stages: Stages) -> None:
     """Draw the images and train the three models; what is there already stays."""
-    write_images(out)
+    images, tokenizer, t5 = out / "train", out / "tokenizer", out / "t5"
+    stages.step(images, "draw the training images", str(IMAGES), lambda: write_images(out))
+    pairs = ("--pairs.source", images)
+    run = stages.command
+    run("tokenizer.train", "tokenizer.yaml", tokenizer, "--data", images)
+    run("tokenizer.encode", "codes.yaml", out / "codes", "--tokenizer", tokenizer, *pairs)
+    stages.step(t5, "make a tiny T5", "", lambda: make_t5(t5))
+    run("language.encode", "features.yaml", out / "features", "--t5", t5, *pairs)
+    trained_on = ("--data.codes", f"[{out / 'codes'}]", "--data.features", out / "features")
+    run("autoregressive.train", "gpt.yaml", out / "gpt", *trained_on)
+
+
+def make_t5(folder: Path) -> None:
+    """Train the text encoder on captions that no image needs."""
     maker = CaptionMaker(seed=3, never=written_texts())
-    write_t5(out / "t5", maker, [maker.caption().text for _ in range(VOCABULARY)])
-    pairs = ("--pairs.source", out / "train")
-    tokenizer, gpt = out / "tokenizer", out / "gpt"
-    stage("tokenizer.train", "tokenizer.yaml", "--data", out / "train", "--out", tokenizer)
-    stage(
-        "tokenizer.encode",
-        "codes.yaml",
-        *("--tokenizer", tokenizer, *pairs, "--out", out / "codes"),
-    )
-    stage("language.encode", "features.yaml", "--t5", out / "t5", *pairs, "--out", out / "features")
-    stage(
-        "autoregressive.train",
-        "gpt.yaml",
-        *("--data.codes", f"[{out / 'codes'}]", "--data.features", out / "features"),
-        *("--out", gpt),
-    )
-
-
-def stage(module: str, config: str, *flags: object) -> None:
-    """Run one command with this demo's configuration."""
-    run_stage(module, Path("configs") / "demo_text" / config, *flags)
+    write_t5(folder, maker, [maker.caption().text for _ in range(VOCABULARY)])
 
 
 def write_images(out: Path) -> None:
@@ -140,17 +129,17 @@ def _asked(words: str) -> Asked:
     return Asked(size[0] if size else None, colour, shape)
 
 
-def sample(out: Path, name: str, prompts: Sequence[str], images: int = 1) -> np.ndarray:
-    """Sample prompts into the folder `name` -> pixels (prompts x images, side, side, 3) uint8."""
+def sample(out: Path, name: str, prompts: Sequence[str], stages: Stages) -> np.ndarray:
+    """Sample a prompt each into the folder `name` -> pixels (prompts, side, side, 3) uint8."""
     folder = out / name
     folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("".join(f"{text}\n" for text in prompts), "utf-8")
-    stage(
+    stages.command(
         "autoregressive.sample",
         "sample.yaml",
+        folder / "samples",
         *("--gpt", out / "gpt", "--tokenizer", out / "tokenizer"),
         *("--conditions.text_encoder", out / "t5", "--conditions.prompts", folder / "prompts.txt"),
-        *("--conditions.images_per_prompt", images, "--out", folder / "samples"),
     )
     return samples_of(out, name)
 
@@ -161,10 +150,12 @@ def samples_of(out: Path, name: str) -> np.ndarray:
         return file["arr_0"]
 
 
-def sample_typed(out: Path, prompts: Sequence[str]) -> None:
+def sample_typed(out: Path, prompts: Sequence[str], stages: Stages) -> None:
     """Sample the prompts that the user typed, say what is new in them and what came out."""
     shutil.rmtree(out / "typed", ignore_errors=True)
-    pixels = sample(out, "typed", prompts)
+    # It is no part of the results: what follows it is not sampled again because of it.
+    own = Stages(out / "typed", stages.configs)
+    pixels = sample(out, "typed", prompts, own)
     images = [Image.fromarray(image).resize((TYPED_SIDE, TYPED_SIDE), 0) for image in pixels]
     sheet = Image.new("RGB", (TYPED_SIDE * len(images), TYPED_SIDE))
     for i, image in enumerate(images):
@@ -185,7 +176,7 @@ def unknown_words(t5: Path, text: str) -> list[str]:
     return [word for word in dict.fromkeys(words_of(text)) if word not in known]
 
 
-def print_table(out: Path, judged: dict[str, list[Prompt]], trained: float, seconds: float) -> None:
+def print_table(out: Path, judged: dict[str, list[Prompt]], times: list[tuple[str, str]]) -> None:
     """Print the scores of the run and where its images are."""
     print()
     for name, prompts in judged.items():
@@ -196,8 +187,9 @@ def print_table(out: Path, judged: dict[str, list[Prompt]], trained: float, seco
         for row, value in scores(verdicts).items():
             print(f"  {row:<44} {value:.3f}")
     print(f"{f'the checker on {CHECKED} drawings':<46} {checker_score():.3f}")
-    print(f"{'time: training':<46} {trained:.0f} s")
-    print(f"{'time: this run':<46} {seconds:.0f} s\n")
+    for row, value in times:
+        print(f"{row:<46} {value}")
+    print()
     for name in judged:
         print(out / name / "samples" / "samples.png")
     print(out / "gpt" / "curves.png")

@@ -39,9 +39,8 @@ def write_t5(folder: Path, maker: CaptionMaker, captions: list[str]) -> None:
 
     torch.manual_seed(0)
     tokenizer = word_tokenizer(captions)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=128, d_kv=32, num_heads=4, num_layers=3, d_ff=256
-    )
+    shape = {"d_model": 128, "d_kv": 32, "num_heads": 4, "num_layers": 3, "d_ff": 256}
+    config = T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape)
     model = T5EncoderModel(config)
     train_t5(model, tokenizer, maker)
     temporary = folder.with_name("t5.tmp")
@@ -59,7 +58,7 @@ def word_tokenizer(captions: list[str]) -> Any:  # noqa: ANN401 - a tokenizer of
     split = pre_tokenizers.Whitespace()
     found = {word for text in captions for word, _ in split.pre_tokenize_str(text.lower())}
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *sorted(found)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
