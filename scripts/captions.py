@@ -161,12 +161,14 @@ class Caption(NamedTuple):
     """A caption and what it says.
 
     things: one object, or two in the order top to bottom or left to right. relation: of the first
-    to the second, above or left; None for one object.
+    to the second, above or left; None for one object. owners: for each word and punctuation mark,
+    the number of the object that it speaks of (1 or 2), or 0.
     """
 
     text: str
     things: tuple[Said, ...]
     relation: str | None
+    owners: tuple[int, ...]
 
 
 def held_out_pairs() -> set[tuple[tuple[str, str], ...]]:
@@ -207,7 +209,7 @@ class CaptionMaker:
         return Scene(caption.text, tuple(things))
 
     def _single(self) -> Caption:
-        text, said = self._thing()
+        text, said = self._thing(1)
         if self.random.random() < 0.5:
             return self._finish(text, (said,), None)
         place = self._one(list(PLACE_WORDS))
@@ -216,7 +218,7 @@ class CaptionMaker:
 
     def _pair(self) -> Caption:
         """One object first in the row or column, the other last; either may be named first."""
-        (first, first_said), (last, last_said) = self._thing(), self._thing()
+        (first, first_said), (last, last_said) = self._thing(1), self._thing(2)
         direction = self._one(list(ENDS))
         kind = self.random.random()
         if kind < 0.15 and direction == "left":
@@ -242,11 +244,13 @@ class CaptionMaker:
         return self._finish(wording, (first_said, last_said), direction)
 
     def _finish(self, text: str, things: tuple[Said, ...], relation: str | None) -> Caption:
-        text = self._one(SENTENCES).format(text)
-        text = re.sub(r" ([,.;:?!])", r"\1", " ".join(text.split())).replace(" - ", "-")
-        return Caption(text, things, relation)
+        words = [word.rpartition("~") for word in self._one(SENTENCES).format(text).split()]
+        owners = tuple(int(owner or 0) for owner, _, _ in words)
+        text = re.sub(r" ([,.;:?!])", r"\1", " ".join(word for _, _, word in words))
+        return Caption(text.replace(" - ", "-"), things, relation, owners)
 
-    def _thing(self) -> tuple[str, Said]:
+    def _thing(self, number: int) -> tuple[str, Said]:
+        """An object in words, each with the object's number before it: 1~red 1~circle."""
         colour, shape, size = (self._one(list(x)) for x in (COLOURS, SHAPES, SIZES))
         article = self._one(["a"] * 6 + ["the", "the", "one", "", ""])
         wording = self._one(NOUN_PHRASES if self.random.random() < 0.93 else STATED)
@@ -256,7 +260,8 @@ class CaptionMaker:
             shape=self._one(SHAPE_WORDS[shape]),
             size=self._one(SIZE_WORDS[size]),
         )
-        return text, Said(colour, shape, size if "{size}" in wording else None, None)
+        marked = " ".join(f"{number}~{word}" for word in text.split())
+        return marked, Said(colour, shape, size if "{size}" in wording else None, None)
 
     def _one(self, choices: list) -> str:
         return choices[self.random.integers(len(choices))]

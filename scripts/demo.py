@@ -98,9 +98,9 @@ def print_table(out: Path, times: list[tuple[str, str]]) -> None:
         ("validation loss (nats per code)", f"{losses[-1]['validation_loss']:.3f}"),
         ("agreement (1,000 generated digits)", f"{agreement:.3f}"),
         ("classifier accuracy on held-out real digits", f"{real_accuracy:.3f}"),
-        ("recall (how much of the real is generated)", f"{scores['proxy_recall']:.3f}"),
+        ("recall (how much of the real is generated)", f"{scores['proxy_recall_fp32']:.3f}"),
         ("coverage", f"{scores['proxy_coverage']:.3f}"),
-        ("precision", f"{scores['proxy_precision']:.3f}"),
+        ("precision", f"{scores['proxy_precision_fp32']:.3f}"),
         ("proxy Frechet distance (NOT FID)", f"{scores['proxy_fd']:.4f}"),
         *times,
     ]

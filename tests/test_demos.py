@@ -1,6 +1,7 @@
 """The demos: the text demo's captions, drawings, checker and text encoder; stages that run once."""
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from captions import CaptionMaker, held_out_pairs
 from demo_text import WRITTEN, held_out_prompts, read_prompts, scores, unknown_words
 from shapes import COLOURS, SHAPES, SIZES, Asked, describe, draw, judge
 from stages import Stages
-from tiny_t5 import WIDTHS, facts_of, word_tokenizer, words_of
+from tiny_t5 import OWN_WIDTHS, WIDTHS, scene_facts, token_batch, word_tokenizer, words_of
 
 from language.t5 import load_t5
 
@@ -141,11 +142,25 @@ def test_words_that_training_never_saw_are_named(tmp_path):
     assert not torch.equal(one[-1], two[-1])
 
 
-def test_the_facts_of_a_caption_are_classes_of_the_head():
+def test_the_facts_of_captions_and_words_are_classes_of_the_heads():
     maker = CaptionMaker(seed=10)
-    facts = [facts_of(maker.caption()) for _ in range(300)]
+    captions = [maker.caption() for _ in range(300)]
+    facts = [scene_facts(caption) for caption in captions]
     assert {len(row) for row in facts} == {len(WIDTHS)}
     assert (np.max(facts, axis=0) < WIDTHS).all()
+    ids, of_words = token_batch(captions, word_tokenizer([c.text for c in captions]), maker)
+    assert of_words.shape == (*ids.shape, len(OWN_WIDTHS))
+    assert (of_words.amax((0, 1)) < torch.tensor(OWN_WIDTHS)).all()
+
+
+def test_every_word_knows_the_object_that_it_speaks_of():
+    maker = CaptionMaker(seed=11)
+    for _ in range(300):
+        caption = maker.caption()
+        words = re.findall(r"\w+|[^\w\s]", caption.text)
+        for word, owner in zip(words, caption.owners, strict=True):
+            if word in COLOURS:
+                assert caption.things[owner - 1].colour == word
 
 
 # Stages
