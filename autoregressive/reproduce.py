@@ -32,6 +32,7 @@ from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
 from core.files import file_sha256, read_json, write_json, write_text
 from core.hub import cache_folder, download_size, fetch
+from core.lock import writer_lock
 from core.released import (
     PublishedScores,
     ReleasedModel,
@@ -372,7 +373,8 @@ def main() -> None:
     if config.list:
         print_list()
         return
-    with distributed(config.compute.device) as world:
+    folder, needed = config.out or Path(), config.out is not None
+    with distributed(config.compute.device) as world, writer_lock(folder, world, needed):
         reproduce(config, world)
 
 

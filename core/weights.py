@@ -1,6 +1,7 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import pickle
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.checksums import CHECKSUMS, checkpoint_folders, find_damage, read_checksums
+from core.checksums import CHECKSUMS, FileSums, checkpoint_folders, find_damage, read_checksums
 from core.data.arrays import DAMAGE
 from core.errors import InputError
 from core.files import atomic_path, check_regular_file, read_record
@@ -230,6 +231,9 @@ def find_weights(source: str | Path, filename: str, revision: str | None = None)
         fetch(file._replace(filename="config.yaml"))
     except NotOnHubError:  # a folder as huggingface_hub's model mixin writes it
         fetch(file._replace(filename="config.json"))
+    else:
+        with contextlib.suppress(InputError):  # older folders have none
+            fetch(file._replace(filename=CHECKSUMS))
     return fetch(file._replace(filename=filename)).parent
 
 
@@ -287,11 +291,11 @@ def inference_files(folder: Path, weights: Weights, verify: bool = True) -> Infe
 
 def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[InferenceFiles, str]:
     """The files of one checkpoint folder, and what is wrong with them ("" for nothing)."""
-    sums: dict[str, str] = {}
+    sums: dict[str, FileSums] = {}
     damage = ""
     if (folder / CHECKSUMS).exists():
         try:
-            sums = read_checksums(folder)
+            sums = read_checksums(folder).files
         except InputError as error:
             damage = str(error)
     elif (folder / "training").is_dir():  # a checkpoint of a training, not a converted folder
@@ -299,7 +303,8 @@ def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[Inf
     averaged = "ema.safetensors" in sums or (folder / "ema.safetensors").exists()
     name = "ema" if weights == "auto" and averaged else weights
     path = folder / f"{'model' if name == 'auto' else name}.safetensors"
-    files = InferenceFiles(folder / "config.yaml", path, sums.get(path.name))
+    sha256 = sums[path.name].sha256 if path.name in sums else None
+    files = InferenceFiles(folder / "config.yaml", path, sha256)
     if damage and verify:
         return files, damage
     listed = path.name in sums and "config.yaml" in sums
@@ -308,6 +313,33 @@ def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[Inf
     if sums and verify:
         return files, find_damage(folder, names=("config.yaml", path.name), progress=True)
     return files, ""
+
+
+class ModelFiles(NamedTuple):
+    """Where a model's weights are, and its configuration: None if only the weights tell it.
+
+    sha256: of the file of weights, where its checkpoint has recorded it.
+    """
+
+    weights: Path
+    config: Path | None = None
+    sha256: str | None = None
+
+
+def find_model(
+    source: str | Path, weights: Weights, revision: str | None, verify_weights: bool
+) -> ModelFiles:
+    """The files of a model: our folder, a folder of the Hub's model mixin, or a released file.
+
+    source, revision: see find_weights. weights, verify_weights: see inference_files.
+    Raises InputError where there is no model, or its files are damaged.
+    """
+    path = find_weights(source, "model.safetensors", revision)
+    mixin = mixin_file(path)
+    if mixin or not path.is_dir():
+        return ModelFiles(mixin or path)
+    files = inference_files(path, weights, verify_weights)
+    return ModelFiles(files.weights, files.config, files.sha256)
 
 
 def mixin_file(folder: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Training data with classes: our shards, or the published layout of one file per image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from autoregressive.data.config import DataConfig
+from autoregressive.models.conditioning import ClassCondition
 from core.config import InputError
 from core.data.arrays import load_array
 from core.data.shards import ShardReader, read_index
@@ -106,7 +107,7 @@ class CodeDataset:
             for value, other, folder in zip(found, indices, folders, strict=True):
                 # Older codes name the tokenizer by its file.
                 same_tokenizer = key == "tokenizer_sha256" and bool(
-                    _tokenizer_names(other) & _tokenizer_names(indices[0])
+                    tokenizer_names(other) & tokenizer_names(indices[0])
                 )
                 if value != found[0] and not same_tokenizer:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
@@ -154,13 +155,14 @@ class CodeDataset:
 
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (n,) of the data set -> codes (n, tokens) int64, labels (n,) int64."""
-        return self.code_batch(rows, positions, seed), torch.from_numpy(self.labels[rows])
+    ) -> tuple[torch.Tensor, ClassCondition]:
+        """Rows (n,) of the data set -> codes (n, tokens) int64, and their classes."""
+        classes = ClassCondition(torch.from_numpy(self.labels[rows]))
+        return self.code_batch(rows, positions, seed), classes
 
-    def conditions(self, ids: np.ndarray) -> torch.Tensor:
-        """The classes of sampled images ids (n,): all classes in turn, (n,) int64."""
-        return torch.from_numpy(ids % self.num_classes)
+    def conditions(self, ids: np.ndarray) -> ClassCondition:
+        """The classes of sampled images number ids (n,): all classes in turn."""
+        return ClassCondition(torch.from_numpy(ids % self.num_classes))
 
     def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
         """Rows (n,) of the data set -> codes (n, tokens) int64.
@@ -224,6 +226,9 @@ def _check_labels(labels: np.ndarray, num_classes: int, folder: Path) -> None:
         )
 
 
-def _tokenizer_names(index: dict[str, Any]) -> set[Any]:
-    """The sha256 of the tokenizer's weights and of its file, as far as an index has them."""
-    return {index[key] for key in ("tokenizer_sha256", "tokenizer_file_sha256") if key in index}
+def tokenizer_names(index: Mapping[str, Any]) -> set[str]:
+    """What an index knows the tokenizer by: the sha256 of its weights, of its file, and of the file
+    that it was converted from. Codes and runs of older versions know it by a file.
+    """
+    keys = ("tokenizer_sha256", "tokenizer_file_sha256", "tokenizer_source_sha256")
+    return {index[key] for key in keys if isinstance(index.get(key), str)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.models.conditioning import Condition, as_condition
+from autoregressive.models.conditioning import ClassCondition, Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import read_gpt
@@ -47,11 +48,11 @@ def start_from(gpt: GPT, source: str) -> None:
 
 
 def check_resumable(
-    out: Path, gpt_config: GPTConfig, tokenizer_file_sha256: str | None = None
+    out: Path, gpt_config: GPTConfig, tokenizer_names: Collection[str] = ()
 ) -> bool:
     """Whether `out` has a run to resume; raises InputError if that run used other codes.
 
-    tokenizer_file_sha256: of the tokenizer's file, by which older runs knew it.
+    tokenizer_names: what older runs may know the tokenizer by, see data.codes.tokenizer_names.
     """
     steps = list(checkpoint_folders(out / "checkpoints").values())
     # What is wrong with the damaged ones is said where the run is restored.
@@ -61,7 +62,7 @@ def check_resumable(
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
-        older = name == "tokenizer_sha256" and theirs == tokenizer_file_sha256
+        older = name == "tokenizer_sha256" and theirs in tokenizer_names
         if ours != theirs and not older:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
@@ -155,8 +156,8 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
     if not path or not Path(path).exists():
         return None
     loaded = load_tokenizer(path)
-    vq, expected = loaded.vq, data.index["tokenizer_sha256"]
-    if expected not in (loaded.sha256, loaded.identity()):
+    vq = loaded.vq
+    if not loaded.is_known_as(data.index["tokenizer_sha256"]):
         logger.warning("%s has changed since the codes were made: no sample grids", path)
         return None
     return vq.for_inference(world.device, torch.float32)
@@ -194,10 +195,10 @@ class SampleGrid:
         """What is asked for, else the first ten classes, or captions of the data."""
         if isinstance(data, CodeDataset):
             if self.config.sample_classes:
-                return as_condition(torch.tensor(self.config.sample_classes))
+                return ClassCondition(torch.tensor(self.config.sample_classes))
         elif self.config.sample_prompts:
-            return as_condition(data.encode(list(self.config.sample_prompts)))
-        return as_condition(data.conditions(np.arange(min(10, num_classes))))
+            return data.encode(list(self.config.sample_prompts))
+        return data.conditions(np.arange(min(10, num_classes)))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """An image grid (height, width, 3) uint8."""

@@ -91,6 +91,9 @@ def training_batches(
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            # Its seed for worker processes must not come out of the step's own generator, or the
+            # first step after a resume draws other numbers.
+            generator=torch.Generator(),
         )
         try:
             for batch in loader:
@@ -175,6 +178,7 @@ def ordered_batches(
             batch_sampler=_Batches(np.array(chunk) for chunk in chunks),
             collate_fn=_collate_ordered,
             num_workers=num_workers,
+            generator=torch.Generator(),
         )
     )
 

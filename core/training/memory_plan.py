@@ -40,6 +40,7 @@ class Plan:
     accumulates: bool = False  # whether a step has several micro-batches
     compute_bytes: int = 4  # of a weight during computation: 2 for bf16, 4 for fp32
     step: StepPlan | None = None  # what decides the time of a step; None if it is not planned
+    processes: int | None = None  # that share the batch in `activations`; None: however many
 
     def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
         """Bytes on each of `size` processes by part; under hsdp, `shared` hold one copy."""
@@ -55,7 +56,9 @@ class Plan:
             parts["gathered weights and gradients"] = gathered * 2 * self.compute_bytes
             if self.accumulates:  # whole gradients, until the last micro-batch reduces them
                 parts["accumulated gradients"] = 4 * self.parameters
-        return {**parts, "activations": self.activations}
+        # The same batch on more processes is fewer samples on each.
+        share = self.processes / size if self.processes else 1.0
+        return {**parts, "activations": self.activations * share}
 
     def bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
         """Bytes on each of `size` processes; under hsdp, `shared` of them hold one copy."""
@@ -90,6 +93,7 @@ def plan_model(
     accumulates: bool = False,
     compute_bytes: int = 4,
     step: StepPlan | None = None,
+    processes: int | None = None,
 ) -> Plan:
     """The plan for a model, which may be on the meta device."""
     sizes = [
@@ -110,6 +114,7 @@ def plan_model(
         accumulates,
         compute_bytes,
         step,
+        processes,
     )
 
 

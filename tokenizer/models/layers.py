@@ -172,9 +172,19 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = conv3x3(widths[-1], 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, z_channels, h, w) -> the features of the lowest resolution (b, width, h, w)."""
         x = self.conv_in(x)
-        for block in (*self.mid, *self.conv_blocks):
+        for block in self.mid:
+            x = block(x)
+        return x
+
+    def upsample(self, x: torch.Tensor) -> torch.Tensor:
+        """The features of `middle` -> images (b, 3, h f, w f)."""
+        for block in self.conv_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.upsample(self.middle(x))

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.checksums import CHECKSUMS, read_checksums
 from core.config import InputError, load_config
 from core.released import released_architecture
 from core.weights import (
     Weights,
     file_sha256,
-    find_weights,
-    inference_files,
+    find_model,
     load_weights,
-    mixin_file,
     read_file,
     tensors_sha256,
 )
@@ -28,10 +27,20 @@ from tokenizer.models.vq_model import VQModel
 
 
 class LoadedTokenizer(NamedTuple):
-    """A tokenizer in eval mode, and the sha256 of the file that its weights came from."""
+    """A tokenizer in eval mode, and the sha256 of the file that its weights came from.
+
+    source_sha256: of the file that a converted folder was made from, if it was recorded.
+    """
 
     vq: VQModel
     sha256: str
+    source_sha256: str | None = None
+
+    def is_known_as(self, sha256: object) -> bool:
+        """Whether this is the tokenizer's identity, or what older versions took for it: the sha256
+        of its file, or of the file that it was converted from.
+        """
+        return sha256 in (self.sha256, self.source_sha256) or sha256 == self.identity()
 
     def identity(self) -> str:
         """The sha256 of its weights in float32, the same for a released file and its conversion.
@@ -50,29 +59,24 @@ def load_tokenizer(
 ) -> LoadedTokenizer:
     """Load a tokenizer, strictly.
 
-    source: a released model's name (see autoregressive.convert --list), a released file in any
-        layout of released_layouts, a checkpoint or run folder of ours, or
-        `owner/name[/file][@revision]` on the Hub.
-    weights: "auto" takes the averaged weights where there are any.
-    revision: branch, tag or commit on the Hub.
-    verify_weights: compare the files of our checkpoints with their checksums.
+    source, weights, revision, verify_weights: as for autoregressive.models.pretrained.load_gpt;
+        "auto" takes the EMA weights if there are any.
     overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
-    Raises InputError where the weights do not fit, are damaged, or would run code.
+    Raises InputError if the weights do not fit, are damaged, or would run code.
     """
-    path, sha256 = find_weights(source, "model.safetensors", revision), None
-    told = released_architecture(source)
-    mixin = mixin_file(path)
-    if path.is_dir() and mixin is None:
-        config_path, path, sha256 = inference_files(path, weights, verify_weights)
+    path, config_path, sha256 = find_model(source, weights, revision, verify_weights)
+    if config_path:
         config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
         tensors = read_file(path).weights("model", path)
     else:
-        path = mixin or path
         tensors, fields = read_tokenizer(path, weights)
+        told = released_architecture(source)
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
-    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path))
+    recorded = path.with_name(CHECKSUMS).exists() and config_path
+    source_sha256 = read_checksums(path.parent).source_sha256 if recorded else None
+    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path), source_sha256)
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
