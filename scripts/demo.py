@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo", help="the demo's folder")
     out = parser.parse_args().out
     stages = Stages(out, Path("configs") / "demo")
-    stages.step(out / "digits", "write the digits", "0", lambda: write_digits(out / "digits"))
+    stages.step(out / "digits", "0", lambda: write_digits(out / "digits"))
     train, test = out / "digits" / "train", out / "digits" / "test"
     tokenizer, gpt, codes = out / "tokenizer", out / "gpt", out / "codes"
     with_tokenizer = ("--tokenizer", tokenizer)

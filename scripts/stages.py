@@ -11,9 +11,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.files import fingerprint, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_stage(module: str, config: Path, *flags: object) -> None:
+    """Run one command as a user would; stop where it fails."""
+    command = [sys.executable, "-m", module, "--config", str(config), *map(str, flags)]
+    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
 
 
 class Stages:
@@ -31,26 +41,17 @@ class Stages:
     def command(self, module: str, config: str, out: Path, *flags: object) -> None:
         """Run a command that writes `out`, unless it is already there; stop where it fails."""
         path = self.configs / config
-        flags = ("--config", path, *flags, "--out", out)
-        command = [sys.executable, "-m", module, *map(str, flags)]
-        text = (ROOT / path).read_text()
+        flags = (*flags, "--out", out)
+        settings = fingerprint([module, [str(flag) for flag in flags], (ROOT / path).read_text()])
+        self.step(out, settings, lambda: run_stage(module, path, *flags))
 
-        def run() -> None:
-            code = subprocess.run(command, cwd=ROOT).returncode
-            if code:
-                sys.exit(code)
-
-        shown = f"python {' '.join(command[1:])}"
-        self.step(out, shown, fingerprint([command[1:], text]), run)
-
-    def step(self, out: Path, shown: str, settings: str, run: Callable[[], object]) -> None:
+    def step(self, out: Path, settings: str, run: Callable[[], object]) -> None:
         """Call `run`, which writes `out`, unless it was written before with the same settings."""
         name = str(out.relative_to(self.out))
         before = self.record.get(name, {"seconds": 0.0, "settings": None})
-        print(f"\n$ {shown}", flush=True)
         finished = before["settings"] == settings and out.exists()
         if finished and not self.changed:
-            print(f"already there: {out} ({before['seconds']:.0f} s)", flush=True)
+            print(f"\nalready there: {out} ({before['seconds']:.0f} s)", flush=True)
             return
         self.changed = True
         # A stage that was interrupted goes on, so its seconds add up; a new one starts at zero.

@@ -1,167 +1,11 @@
-"""The demos: the text demo's captions, drawings, checker and text encoder; stages that run once."""
+"""The demos: stages that run once, and the words of prompts."""
 
 import math
-import re
 import sys
 
-import numpy as np
 import pytest
-import torch
-from captions import CaptionMaker, held_out_pairs
-from demo_text import WRITTEN, held_out_prompts, read_prompts, scores, unknown_words
-from shapes import COLOURS, SHAPES, SIZES, Asked, describe, draw, judge
+from demo_text import words_of
 from stages import Stages
-from tiny_t5 import OWN_WIDTHS, WIDTHS, scene_facts, token_batch, word_tokenizer, words_of
-
-from language.t5 import load_t5
-
-RELATIONS = {None, "above", "below", "left", "right", "beside"}
-
-
-def asked(caption) -> tuple[Asked, ...]:
-    return tuple(Asked(t.size, t.colour, t.shape) for t in caption.things)
-
-
-# The prompts written by hand
-
-
-def test_there_are_200_prompts_and_each_says_what_it_asks_for():
-    prompts = read_prompts(WRITTEN)
-    assert len({prompt.text for prompt in prompts}) == len(prompts) == 200
-    for prompt in prompts:
-        assert prompt.relation in RELATIONS, prompt.text
-        assert len(prompt.things) == (2 if prompt.relation else 1), prompt.text
-        for thing in prompt.things:
-            assert thing.size in (None, *SIZES), prompt.text
-            assert thing.colour in COLOURS, prompt.text
-            assert thing.shape in SHAPES, prompt.text
-
-
-def test_the_prompts_are_no_wordings_of_the_grammar():
-    maker = CaptionMaker(seed=0)
-    made = {maker.caption().text.lower() for _ in range(20_000)}
-    known = sum(prompt.text.lower().strip(".") in made for prompt in read_prompts(WRITTEN))
-    assert known < 20, "more than a tenth of the prompts is made by the grammar"
-
-
-def test_no_training_caption_repeats_a_prompt():
-    caption = CaptionMaker(seed=0).caption()
-    assert CaptionMaker(seed=0, never=[caption.text]).caption() != caption
-
-
-# Captions
-
-
-def test_captions_say_what_their_scene_shows():
-    maker = CaptionMaker(seed=4)
-    for _ in range(300):
-        caption = maker.caption()
-        scene = maker.scene(caption)
-        assert [t[:2] for t in scene.things] == [t[:2] for t in caption.things]
-        if caption.relation:
-            first, second = (thing.centre for thing in scene.things)
-            axis = {"left": 0, "above": 1}[caption.relation]
-            assert first[axis] < second[axis]
-
-
-def test_captions_are_of_one_object_and_of_two_in_equal_parts():
-    maker = CaptionMaker(seed=5)
-    two = np.mean([len(maker.caption().things) == 2 for _ in range(1000)])
-    assert 0.4 < two < 0.6
-
-
-def test_held_out_captions_show_pairs_that_training_does_not():
-    unseen, maker = held_out_pairs(), CaptionMaker(seed=6)
-    seen = [tuple(t[:2] for t in maker.caption().things) for _ in range(2000)]
-    assert not unseen & set(seen)
-    for prompt in held_out_prompts():
-        assert tuple((t.colour, t.shape) for t in prompt.things) in unseen
-
-
-# Drawing and checking
-
-
-def test_the_checker_finds_almost_every_drawing_right():
-    maker = CaptionMaker(seed=7)
-    right = 0
-    for _ in range(200):
-        caption = maker.caption()
-        image = draw(maker.scene(caption), maker.random)
-        right += judge(asked(caption), caption.relation, image).all
-    assert right >= 190
-
-
-def test_the_checker_sees_a_wrong_colour_shape_size_relation_and_number():
-    maker = CaptionMaker(seed=8)
-    caption = maker.caption()
-    while caption.relation != "above" or None in [t.size for t in caption.things]:
-        caption = maker.caption()
-    image = draw(maker.scene(caption), maker.random)
-    one, two = asked(caption)
-    assert judge((one, two), "above", image).all
-    assert judge((one, two), "below", image).relation is False
-    assert judge((one, two), "left", image).relation is False
-    assert judge((two, one), "below", image).relation is True
-    other = Asked(one.size, "white" if one.colour != "white" else "red", one.shape)
-    assert judge((other, two), "above", image).right[0] is False
-    other = Asked(one.size, one.colour, "cross" if one.shape != "cross" else "circle")
-    assert judge((other, two), "above", image).right[0] is False
-    other = Asked("small" if one.size == "large" else "large", one.colour, one.shape)
-    assert judge((other, two), "above", image).sizes[0] is False
-    assert judge((one,), None, image).only is False
-    assert describe(np.zeros_like(image)) == "nothing"
-
-
-def test_scores_are_shares_of_objects_sizes_relations_and_images():
-    maker = CaptionMaker(seed=9)
-    caption = maker.caption()
-    image = draw(maker.scene(caption), maker.random)
-    black = np.zeros_like(image)
-    verdicts = [judge(asked(caption), caption.relation, pixels) for pixels in (image, black)]
-    found = scores(verdicts)
-    assert found["objects right in colour and shape"] == 0.5
-    assert found["images with nothing wrong"] == 0.5
-
-
-# The text encoder
-
-
-def test_words_that_training_never_saw_are_named(tmp_path):
-    from transformers import T5Config, T5EncoderModel
-
-    tokenizer = word_tokenizer(["a big red circle, please"])
-    shape = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1, "d_ff": 16}
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert unknown_words(tmp_path, "A wobbly red blob, please; wobbly") == ["wobbly", "blob"]
-    assert words_of("Big, red-coloured!") == ["big", "red", "coloured"]
-    # The commands read the folder as any T5.
-    t5 = load_t5(tmp_path, torch.device("cpu"), torch.float32)
-    one, two = t5.encode(["a red circle", "a wobbly circle"])
-    assert one.shape == (4, 16)
-    assert not torch.equal(one[-1], two[-1])
-
-
-def test_the_facts_of_captions_and_words_are_classes_of_the_heads():
-    maker = CaptionMaker(seed=10)
-    captions = [maker.caption() for _ in range(300)]
-    facts = [scene_facts(caption) for caption in captions]
-    assert {len(row) for row in facts} == {len(WIDTHS)}
-    assert (np.max(facts, axis=0) < WIDTHS).all()
-    ids, of_words = token_batch(captions, word_tokenizer([c.text for c in captions]), maker)
-    assert of_words.shape == (*ids.shape, len(OWN_WIDTHS))
-    assert (of_words.amax((0, 1)) < torch.tensor(OWN_WIDTHS)).all()
-
-
-def test_every_word_knows_the_object_that_it_speaks_of():
-    maker = CaptionMaker(seed=11)
-    for _ in range(300):
-        caption = maker.caption()
-        words = re.findall(r"\w+|[^\w\s]", caption.text)
-        for word, owner in zip(words, caption.owners, strict=True):
-            if word in COLOURS:
-                assert caption.things[owner - 1].colour == word
-
 
 # Stages
 
@@ -175,8 +19,8 @@ def test_a_finished_stage_is_already_there_and_its_time_counts(tmp_path, capsys)
 
     def both(settings: str) -> Stages:
         stages = Stages(tmp_path, tmp_path)
-        stages.step(tmp_path / "a", "make a", settings, lambda: run("a"))
-        stages.step(tmp_path / "b", "make b", "1", lambda: run("b"))
+        stages.step(tmp_path / "a", settings, lambda: run("a"))
+        stages.step(tmp_path / "b", "1", lambda: run("b"))
         return stages
 
     both("1")
@@ -201,9 +45,9 @@ def test_the_time_of_an_interrupted_stage_is_kept(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Stages(tmp_path, tmp_path).step(tmp_path / "a", "make a", "1", stop)
+        Stages(tmp_path, tmp_path).step(tmp_path / "a", "1", stop)
     stages = Stages(tmp_path, tmp_path)
-    stages.step(tmp_path / "a", "make a", "1", (tmp_path / "a").mkdir)
+    stages.step(tmp_path / "a", "1", (tmp_path / "a").mkdir)
     assert stages.record["a"]["seconds"] == 5 + 8
 
 
@@ -215,3 +59,7 @@ def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         Stages(tmp_path, tmp_path).command("m", "config.yaml", tmp_path / "a")
     assert stopped.value.code == 1
+
+
+def test_the_words_of_a_prompt_have_neither_case_nor_punctuation():
+    assert words_of("Big, red-coloured!") == ["big", "red", "coloured"]
