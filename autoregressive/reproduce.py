@@ -140,7 +140,7 @@ def reproduce(config: ReproduceConfig, world: World) -> None:
 
 
 def find_published(config: ReproduceConfig) -> tuple[ReleasedModel, PublishedScores]:
-    """The model and the published row; raises InputError where there is none."""
+    """The model and the published row; raises InputError if there is none."""
     model = find_released(config.name)
     if model is None:
         raise InputError(f"{config.name}: no released model of this name; see --list true")

@@ -93,7 +93,7 @@ class _Lock:
         self._remove_made_folders()
 
     def _create(self) -> bool:
-        """Make the lock file; False where there is one."""
+        """Create the lock file; False if there is one."""
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -103,7 +103,7 @@ class _Lock:
         return True
 
     def _check_stale(self, found: str) -> None:
-        """Return where the lock's holder is dead; raise InputError where it is not."""
+        """Return if the holder of the lock is dead; raise InputError if it is alive."""
         holder = _parse(found)
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
         problem = InputError(

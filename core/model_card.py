@@ -131,7 +131,7 @@ def publish_model(
 ) -> str:
     """Write the card into a folder of config.yaml and model.safetensors, and upload it -> the URL.
 
-    push_to: `owner/name[@branch]`. Raises InputError for another form, or where the upload fails.
+    push_to: `owner/name[@branch]`. Raises InputError for another form, or if the upload fails.
     """
     target = check_target(push_to)
     results = check_results(description, card)

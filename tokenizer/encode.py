@@ -34,7 +34,7 @@ SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Which images, which crops of them, and where the codes go.
+    """Which images and crops to encode, and the folder of the codes.
 
     Args:
         tokenizer: A run or checkpoint folder, a released file, or a Hub id.

@@ -33,7 +33,7 @@ _SUPPORTED = {
 def export_vllm(gpt: GPT, folder: Path) -> None:
     """Write model.safetensors, config.json, generation_config.json and README.md, or nothing.
 
-    Weights keep their names and dtype. Raises InputError where the folder holds something, or the
+    Weights keep their names and dtype. Raises InputError if the folder holds something, or the
     model has an option that the vLLM model does not know.
     """
     folder = Path(folder)

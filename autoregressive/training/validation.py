@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_from(gpt: GPT, source: str) -> None:
-    """Take over the weights of another training; InputError where they do not fit.
+    """Copy the weights of another training; raises InputError if they do not fit.
 
     `gpt` may be sharded: each process reads only the rows that it holds.
     """
@@ -55,7 +55,7 @@ def check_resumable(
     tokenizer_names: what older runs may know the tokenizer by, see data.codes.tokenizer_names.
     """
     steps = list(checkpoint_folders(out / "checkpoints").values())
-    # What is wrong with the damaged ones is said where the run is restored.
+    # The code that restores the run reports damaged checkpoints.
     whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
     if not whole:
         return bool(steps)
@@ -166,8 +166,8 @@ def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
 class SampleGrid:
     """Draws the same conditions under the same noise each time, a row per class or prompt.
 
-    draws: Whether there is anything to draw, the same on all ranks. Rank 0 draws, and it alone has
-    the conditions: a text encoder is loaded there, once, and let go.
+    draws: Whether there is anything to draw, the same on all ranks. Only rank 0 draws and has the
+    conditions. It loads the text encoder, if one is needed, once and frees it again.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class SampleGrid:
             self.condition = self._conditions(data, gpt_config.num_classes)
 
     def _conditions(self, data: Dataset, num_classes: int) -> Condition:
-        """What is asked for, else the first ten classes, or captions of the data."""
+        """The classes or prompts of the config, or the first ten of the data."""
         if isinstance(data, CodeDataset):
             if self.config.sample_classes:
                 return ClassCondition(torch.tensor(self.config.sample_classes))

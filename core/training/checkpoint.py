@@ -152,7 +152,7 @@ class Checkpointer:
             self._problem, self._saving = self._saving.result(), None
 
     def finish(self) -> None:
-        """Wait for all ranks, and raise OSError where the last checkpoint could not be written."""
+        """Wait for all ranks, and raise OSError if the last checkpoint could not be written."""
         self.wait()
         self.world.barrier()  # a launcher may kill the others as soon as one has ended
         if self._problem:
@@ -165,7 +165,7 @@ class Checkpointer:
     def restore_latest(self) -> dict[str, int]:
         """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
 
-        Raises InputError where there are checkpoints and none is intact.
+        Raises InputError if there are checkpoints and none is intact.
         """
         if self.world.is_main:
             for unfinished in self.folder.glob(".step_*.tmp"):

@@ -1,7 +1,4 @@
-"""Load a tokenizer: a released file, a folder of ours, or a Hub repository; convert it to a folder.
-
-python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
-"""
+"""Loads a tokenizer: a released file, a run or checkpoint folder of ours, or a Hub repository."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -43,9 +40,9 @@ class LoadedTokenizer(NamedTuple):
         return sha256 in (self.sha256, self.source_sha256) or sha256 == self.identity()
 
     def identity(self) -> str:
-        """The sha256 of its weights in float32, the same for a released file and its conversion.
+        """The sha256 of the weights in float32; equal for a released file and its conversion.
 
-        Call it before the weights take another precision.
+        Call it before the weights are converted to another precision.
         """
         return tensors_sha256(self.vq.state_dict())
 
@@ -57,7 +54,7 @@ def load_tokenizer(
     verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> LoadedTokenizer:
-    """Load a tokenizer, strictly.
+    """Load a tokenizer; every tensor of the file must fit, and none may be missing.
 
     source, weights, revision, verify_weights: as for autoregressive.models.pretrained.load_gpt;
         "auto" takes the EMA weights if there are any.
@@ -80,7 +77,7 @@ def load_tokenizer(
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """The fields of VQConfig that the shapes tell."""
+    """The fields of VQConfig that follow from the shapes."""
     try:
         vocab_size, codebook_dim = tensors["quantize.embedding.weight"].shape
         base_channels = tensors["encoder.conv_in.weight"].shape[0]
