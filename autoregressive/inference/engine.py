@@ -227,8 +227,9 @@ class InferenceEngine:
         if cache is None or cache.rows < 2 * batch or cache.capacity < capacity:
             self.graphs.clear()
             heads = config.kv_heads, self.head_dim
+            fitted = self.device.type == "cpu" and not self.compiled
             self.cache = self.cache_type(
-                config.num_layers, 2 * batch, capacity, heads, self.embedding
+                config.num_layers, 2 * batch, capacity, heads, self.embedding, fitted
             )
         key = batch, window
         if key not in self.states:
@@ -265,6 +266,7 @@ class InferenceEngine:
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         metadata = AttentionMetadata(slots, lengths.int(), longest, longest, None)
+        self.cache.fit(rows, longest)
         for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.prefill, *buffers, metadata, self.attention_scale
@@ -308,6 +310,7 @@ class InferenceEngine:
             mask = torch.arange(kv_end, device=self.device) > slots[..., None]
         row_lengths = (slots[:, -1] + 1).int()
         metadata = AttentionMetadata(slots, row_lengths, kv_end, kv_length or kv_end, mask)
+        self.cache.fit(len(x), kv_end)
         for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(
                 self.cache_type.attend, *buffers, metadata, self.attention_scale

@@ -15,10 +15,6 @@ from autoregressive.models.transformer import causal_attention
 
 KVBuffer = tuple[torch.Tensor, ...]  # the keys of one layer, or its values
 
-# Bytes of keys that the eager attention on a CPU reads at a time. In bf16, oneDNN copies a slice
-# before it multiplies; a copy that stays in the processor's cache costs little.
-CHUNK_BYTES = 3 * 2**20
-
 
 class AttentionMetadata(NamedTuple):
     """Where the keys and values of new positions go, and what the new positions attend to.
@@ -40,7 +36,7 @@ class AttentionMetadata(NamedTuple):
 
 
 class PrefixCache:
-    """Buffers (rows, kv_heads, capacity, head_dim) per layer; attention over a slice.
+    """Buffers (rows, kv_heads, slots, head_dim) per layer; attention over a slice.
 
     Args:
         num_layers: Number of transformer blocks.
@@ -48,16 +44,47 @@ class PrefixCache:
         capacity: Number of slots of a sequence.
         heads: Number of key and value heads, and their width.
         like: A tensor of the dtype and on the device of the keys and values.
+        fitted: Let `fit` move the buffers; False where graphs keep their addresses.
     """
 
     def __init__(
-        self, num_layers: int, rows: int, capacity: int, heads: tuple[int, int], like: torch.Tensor
+        self,
+        num_layers: int,
+        rows: int,
+        capacity: int,
+        heads: tuple[int, int],
+        like: torch.Tensor,
+        fitted: bool = False,
     ) -> None:
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity, self.fitted = rows, capacity, fitted
+        self.extent = rows, capacity
         shape = self.shape(rows, capacity, heads)
-        self.layers = [
-            (self.buffer(shape, like), self.buffer(shape, like)) for _ in range(num_layers)
-        ]
+        self.memory = [self.buffer(shape, like) for _ in range(2 * num_layers)]
+        self._set_layers(self.memory)
+
+    def _set_layers(self, buffers: list[KVBuffer]) -> None:
+        self.layers = list(zip(buffers[::2], buffers[1::2], strict=True))
+
+    def fit(self, rows: int, end: int) -> None:
+        """Lay the buffers out for the first `rows` rows and `end` slots; what is in them stays.
+
+        A slice of a larger buffer is not contiguous, and oneDNN copies it at every product in
+        bfloat16. Here every buffer moves into the memory that the one before it has left.
+        """
+        if not self.fitted or self.extent == (rows, end):
+            return
+        if len(self.memory) == 2 * len(self.layers):
+            self.memory.append(tuple(torch.zeros_like(part) for part in self.memory[0]))
+        # Buffer i is in memory i, and the last memory is free.
+        self.memory = self.memory[-1:] + self.memory[:-1]
+        buffers = [buffer for layer in self.layers for buffer in layer]
+        self._set_layers(
+            [
+                tuple(_move(*parts, rows, end) for parts in zip(buffer, memory, strict=True))
+                for buffer, memory in zip(buffers, self.memory[:-1], strict=True)
+            ]
+        )
+        self.extent = rows, end
 
     @classmethod
     def shape(cls, rows: int, capacity: int, heads: tuple[int, int]) -> tuple[int, ...]:
@@ -115,9 +142,9 @@ class PrefixCache:
         return (new,)
 
     @classmethod
-    def read(cls, buffer: KVBuffer, rows: slice, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `end` slots of these rows, (rows, kv_heads, end, head_dim) in `dtype`."""
-        return buffer[0][rows, :, :end]
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots of the first rows, (rows, kv_heads, end, head_dim) in `dtype`."""
+        return buffer[0][:rows, :, :end]
 
     @classmethod
     def write(cls, buffer: KVBuffer, metadata: AttentionMetadata, new: torch.Tensor) -> None:
@@ -144,48 +171,33 @@ class PrefixCache:
         """Attention of queries (rows, new, heads, head_dim) to the stored slots -> same shape.
 
         Plain matrix products with the keys on the left. For one query in bfloat16 on a CPU they
-        are two to three times as fast as the fused attention, and in float32 no slower. A compiler
-        fuses them into one pass over memory; without one, a few rows are read at a time.
+        are two to three times as fast as the fused attention, and in float32 no slower; a compiler
+        fuses them into one pass over memory.
         """
-        rows = len(queries)
-        at_once = rows
-        if queries.device.type == "cpu" and not torch.compiler.is_compiling():
-            kv_heads, _, head_dim = key_buffer[0].shape[1:]
-            row_bytes = kv_heads * metadata.kv_end * head_dim * queries.element_size()
-            at_once = max(1, CHUNK_BYTES // row_bytes)
-        if at_once >= rows:
-            return cls._attend_rows(key_buffer, value_buffer, metadata, scale, queries, 0)
-        attended = [
-            cls._attend_rows(key_buffer, value_buffer, metadata, scale, chunk, i * at_once)
-            for i, chunk in enumerate(queries.split(at_once))
-        ]
-        return torch.cat(attended)
-
-    @classmethod
-    def _attend_rows(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
-        first: int,
-    ) -> torch.Tensor:
-        """See `attention`; the queries are those of the rows from `first` on."""
-        new = queries.shape[1]
-        rows = slice(first, first + len(queries))
+        rows, new = queries.shape[:2]
         past = cls.read(key_buffer, rows, metadata.kv_end, queries.dtype)
         # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
         scores = (past @ columns.flatten(3)).float() * scale
         if metadata.mask is not None:
-            mask = metadata.mask[rows].transpose(1, 2)[:, None, :, None]
+            mask = metadata.mask.transpose(1, 2)[:, None, :, None]
             scores = scores.unflatten(3, (-1, new)).masked_fill(mask, float("-inf")).flatten(3)
         elif metadata.kv_length < metadata.kv_end:
             scores[:, :, metadata.kv_length :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
         attended = weights @ cls.read(value_buffer, rows, metadata.kv_end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _move(old: torch.Tensor, memory: torch.Tensor, rows: int, end: int) -> torch.Tensor:
+    """`old` (rows, kv_heads, slots, width) in contiguous memory, cut or filled with zeros."""
+    _, heads, slots, width = old.shape
+    new = memory.view(-1)[: rows * heads * end * width].view(rows, heads, end, width)
+    kept, slots = min(len(old), rows), min(slots, end)
+    new[:kept, :, :slots] = old[:kept, :, :slots]
+    new[:kept, :, slots:] = 0
+    new[kept:] = 0
+    return new
 
 
 class QuantizedCache(PrefixCache):
@@ -206,9 +218,9 @@ class QuantizedCache(PrefixCache):
         return codes, scales[..., None]
 
     @classmethod
-    def read(cls, buffer: KVBuffer, rows: slice, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `end` slots of these rows, (rows, kv_heads, end, head_dim) in `dtype`."""
-        codes, scales = (part[rows, :, :end] for part in buffer)
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots of the first rows, (rows, kv_heads, end, head_dim) in `dtype`."""
+        codes, scales = (part[:rows, :, :end] for part in buffer)
         return codes.to(dtype) * scales.to(dtype)
 
 
