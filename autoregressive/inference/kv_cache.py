@@ -16,9 +16,17 @@ from autoregressive.models.transformer import causal_attention
 KVBuffer = tuple[torch.Tensor, ...]  # the keys of one layer, or its values
 
 
+class LayerCache(NamedTuple):
+    """The keys and values that one transformer block has stored."""
+
+    keys: KVBuffer
+    values: KVBuffer
+
+
 class AttentionMetadata(NamedTuple):
     """Where the keys and values of new positions go, and what the new positions attend to.
 
+    scale: multiplies the scores.
     slots: (rows, new) int64, cache slots of the new positions.
     row_lengths: (rows,) int32, slots in use in each row, the new ones included.
     kv_end: number of cache slots to read.
@@ -28,6 +36,7 @@ class AttentionMetadata(NamedTuple):
         attend to the first kv_length slots.
     """
 
+    scale: float
     slots: torch.Tensor
     row_lengths: torch.Tensor
     kv_end: int
@@ -36,7 +45,7 @@ class AttentionMetadata(NamedTuple):
 
 
 class PrefixCache:
-    """Buffers (rows, kv_heads, slots, head_dim) per layer; attention over a slice.
+    """Buffers (rows, kv_heads, capacity, head_dim) per layer; attention over a slice.
 
     Args:
         num_layers: Number of transformer blocks.
@@ -60,10 +69,7 @@ class PrefixCache:
         self.extent = rows, capacity
         shape = self.shape(rows, capacity, heads)
         self.memory = [self.buffer(shape, like) for _ in range(2 * num_layers)]
-        self._set_layers(self.memory)
-
-    def _set_layers(self, buffers: list[KVBuffer]) -> None:
-        self.layers = list(zip(buffers[::2], buffers[1::2], strict=True))
+        self.layers = _pairs(self.memory)
 
     def fit(self, rows: int, end: int) -> None:
         """Lay the buffers out for the first `rows` rows and `end` slots; what is in them stays.
@@ -73,18 +79,15 @@ class PrefixCache:
         """
         if not self.fitted or self.extent == (rows, end):
             return
-        if len(self.memory) == 2 * len(self.layers):
-            self.memory.append(tuple(torch.zeros_like(part) for part in self.memory[0]))
+        buffers = [buffer for layer in self.layers for buffer in layer]
+        if len(self.memory) == len(buffers):
+            self.memory.append(tuple(torch.empty_like(part) for part in self.memory[0]))
         # Buffer i is in memory i, and the last memory is free.
         self.memory = self.memory[-1:] + self.memory[:-1]
-        buffers = [buffer for layer in self.layers for buffer in layer]
-        self._set_layers(
-            [
-                tuple(_move(*parts, rows, end) for parts in zip(buffer, memory, strict=True))
-                for buffer, memory in zip(buffers, self.memory[:-1], strict=True)
-            ]
-        )
-        self.extent = rows, end
+        for i, buffer in enumerate(buffers):
+            parts = zip(buffer, self.memory[i], strict=True)
+            buffers[i] = tuple(_move(part, memory, rows, end) for part, memory in parts)
+        self.layers, self.extent = _pairs(buffers), (rows, end)
 
     @classmethod
     def shape(cls, rows: int, capacity: int, heads: tuple[int, int]) -> tuple[int, ...]:
@@ -99,10 +102,8 @@ class PrefixCache:
     @classmethod
     def attend(
         cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
+        layer: LayerCache,
         metadata: AttentionMetadata,
-        scale: float,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -110,20 +111,17 @@ class PrefixCache:
         """Store the new keys and values, then attend to everything stored.
 
         queries (rows, new, heads, head_dim), keys and values (rows, new, kv_heads, head_dim) ->
-        (rows, new, heads, head_dim). With the first four arguments bound, this is an
-        `attend` function of transformer.Block. scale multiplies the scores.
+        (rows, new, heads, head_dim). With the first two arguments bound, this is an
+        `attend` function of transformer.Block.
         """
-        cls.write(key_buffer, metadata, keys)
-        cls.write(value_buffer, metadata, values)
-        return cls.attention(key_buffer, value_buffer, metadata, scale, queries)
+        cls.store(layer, metadata, keys, values)
+        return cls.attention(layer, metadata, queries)
 
     @classmethod
     def prefill(
         cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
+        layer: LayerCache,
         metadata: AttentionMetadata,
-        scale: float,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -132,9 +130,20 @@ class PrefixCache:
 
         Padding must come last, where causal attention hides it from every valid position.
         """
-        cls.write(key_buffer, metadata, keys)
-        cls.write(value_buffer, metadata, values)
-        return causal_attention(queries, keys, values, scale)
+        cls.store(layer, metadata, keys, values)
+        return causal_attention(queries, keys, values, metadata.scale)
+
+    @classmethod
+    def store(
+        cls,
+        layer: LayerCache,
+        metadata: AttentionMetadata,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Store keys and values (rows, new, kv_heads, head_dim) at each row's slots."""
+        cls.write(layer.keys, metadata, keys)
+        cls.write(layer.values, metadata, values)
 
     @classmethod
     def encode(cls, new: torch.Tensor) -> KVBuffer:
@@ -161,12 +170,7 @@ class PrefixCache:
 
     @classmethod
     def attention(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
+        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor
     ) -> torch.Tensor:
         """Attention of queries (rows, new, heads, head_dim) to the stored slots -> same shape.
 
@@ -175,18 +179,22 @@ class PrefixCache:
         fuses them into one pass over memory.
         """
         rows, new = queries.shape[:2]
-        past = cls.read(key_buffer, rows, metadata.kv_end, queries.dtype)
+        past = cls.read(layer.keys, rows, metadata.kv_end, queries.dtype)
         # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
-        scores = (past @ columns.flatten(3)).float() * scale
+        scores = (past @ columns.flatten(3)).float() * metadata.scale
         if metadata.mask is not None:
             mask = metadata.mask.transpose(1, 2)[:, None, :, None]
             scores = scores.unflatten(3, (-1, new)).masked_fill(mask, float("-inf")).flatten(3)
         elif metadata.kv_length < metadata.kv_end:
             scores[:, :, metadata.kv_length :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
-        attended = weights @ cls.read(value_buffer, rows, metadata.kv_end, queries.dtype)
+        attended = weights @ cls.read(layer.values, rows, metadata.kv_end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _pairs(buffers: list[KVBuffer]) -> list[LayerCache]:
+    return list(map(LayerCache, buffers[::2], buffers[1::2]))
 
 
 def _move(old: torch.Tensor, memory: torch.Tensor, rows: int, end: int) -> torch.Tensor:
@@ -266,28 +274,23 @@ class VarlenCache(PrefixCache):
 
     @classmethod
     def attention(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
+        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor
     ) -> torch.Tensor:
         """Attention of queries (rows, new, heads, head_dim), the last of their rows."""
         from torch.nn.attention.varlen import varlen_attn
 
         rows, new, heads = queries.shape[:3]
-        capacity, kv_heads = key_buffer[0].shape[1:3]
+        capacity, kv_heads = layer.keys[0].shape[1:3]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=queries.device)
         attended = varlen_attn(
             queries.flatten(0, 1),
-            key_buffer[0][:rows].flatten(0, 1),
-            value_buffer[0][:rows].flatten(0, 1),
+            layer.keys[0][:rows].flatten(0, 1),
+            layer.values[0][:rows].flatten(0, 1),
             starts * new,
             starts * capacity,
             new,
             capacity,
-            scale=scale,
+            scale=metadata.scale,
             window_size=(-1, 0),  # causal, aligned to the last slot in use
             enable_gqa=heads != kv_heads,
             seqused_k=metadata.row_lengths,
