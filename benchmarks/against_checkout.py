@@ -4,8 +4,8 @@ python -m benchmarks.against_checkout --checkout ../before --module benchmarks.s
     --arguments '[--precisions, "[bf16]", --batches, "[1,8]", --repeats, "1"]' --pairs 7
 
 Each run is a process of its own, started in the checkout. Its last line is JSON, or the path of a
-JSON file. The ratio is this checkout's number over the other's: of the least numbers, and the median
-over the pairs.
+JSON file. The ratio is this checkout's number over the other's: of the least numbers, and the
+median over the pairs.
 """
 
 import json
@@ -44,7 +44,7 @@ class CompareConfig:
 
 
 def leaves(tree: object, path: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and lists, each with its path: ("results.0.ms_per_step", 12.5)."""
+    """Numbers in nested dicts and lists, with their paths: ("results.0.ms_per_step", 12.5)."""
     items = enumerate(tree) if isinstance(tree, list) else ()
     for key, value in tree.items() if isinstance(tree, dict) else items:
         name = f"{path}.{key}" if path else str(key)
