@@ -4,8 +4,8 @@ python -m benchmarks.against_checkout --checkout ../before --module benchmarks.s
     --arguments '[--precisions, "[bf16]", --batches, "[1,8]", --repeats, "1"]' --pairs 7
 
 Each run is a process of its own, started in the checkout. Its last line is JSON, or the path of a
-JSON file. The ratio is this checkout's number over the other's: of the least numbers, and the
-median over the pairs.
+JSON file. Ratios are this checkout's number over the other's: of the least numbers (look at these for
+times), of the greatest ones (for rates), and the median over the pairs.
 """
 
 import json
@@ -75,7 +75,7 @@ def run_once(folder: Path, config: CompareConfig) -> dict[str, float]:
 
 
 def compare(config: CompareConfig) -> dict[str, dict[str, float]]:
-    """For each number: the least of both checkouts, their ratio, and the median ratio of a pair."""
+    """For each number: the medians of both checkouts, and the three ratios."""
     folders = Path.cwd(), config.checkout
     runs: tuple[list[dict[str, float]], ...] = ([], [])
     for pair in range(config.pairs):
@@ -88,9 +88,10 @@ def compare(config: CompareConfig) -> dict[str, dict[str, float]]:
             continue
         ours, theirs = ([run[name] for run in which] for which in runs)
         table[name] = {
-            "this": min(ours),
-            "other": min(theirs),
+            "this": statistics.median(ours),
+            "other": statistics.median(theirs),
             "least_ratio": min(ours) / min(theirs),
+            "greatest_ratio": max(ours) / max(theirs),
             "median_ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         }
     return table

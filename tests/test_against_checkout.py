@@ -25,6 +25,7 @@ def test_the_ratio_is_this_checkouts_number_over_the_others(tmp_path, monkeypatc
             "this": 3.0,
             "other": 4.0,
             "least_ratio": 0.75,
+            "greatest_ratio": 0.75,
             "median_ratio": 0.75,
         }
     }
