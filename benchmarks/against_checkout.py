@@ -4,8 +4,8 @@ python -m benchmarks.against_checkout --checkout ../before --module benchmarks.s
     --arguments '[--precisions, "[bf16]", --batches, "[1,8]", --repeats, "1"]' --pairs 7
 
 Each run is a process of its own, started in the checkout. Its last line is JSON, or the path of a
-JSON file. Ratios are this checkout's number over the other's: of the least numbers (look at these for
-times), of the greatest ones (for rates), and the median over the pairs.
+JSON file. Ratios are this checkout's number over the other's: of the least numbers (for times), of
+the greatest ones (for rates), and the median over the pairs.
 """
 
 import json
