@@ -4,8 +4,8 @@ It is exact: a step computes what `GPT.forward` computes at one position. Guidan
 states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
 last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
 A step can verify several codes (speculative Jacobi decoding, arXiv 2410.01699, with common random
-numbers): it samples the code after the last one and after each guess. Guesses that equal the codes
-sampled at their positions are accepted; a code's randomness depends only on its position.
+numbers): it samples the code after the last one and each guess, and accepts guesses that equal the
+codes sampled there; a code's randomness depends only on its position.
 """
 
 import copy
@@ -31,8 +31,7 @@ from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
 # Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
-# on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind (10 GB at 576
-# codes of 32 images).
+# on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind.
 GRAPH_BUCKET, CPU_BUCKET = 64, 16
 QUANTIZED_CACHES = {"int8": Int8Cache, "fp8": Fp8Cache}
 
@@ -219,13 +218,13 @@ class InferenceEngine:
         """The buffers of this batch size. Caches only grow, because graphs keep their addresses."""
         config, batch = self.config, len(request.sample_bits)
         window = request.speculation_window
-        capacity = config.num_condition + config.num_codes + window - 1
-        cache = self.cache
+        capacity, cache = config.num_condition + config.num_codes + window - 1, self.cache
         if cache is None or cache.rows < 2 * batch or cache.capacity < capacity:
             self.graphs.clear()
             heads = config.kv_heads, self.head_dim
+            fitted = self.device.type == "cpu" and not self.compiled
             self.cache = self.cache_type(
-                config.num_layers, 2 * batch, capacity, heads, self.embedding
+                config.num_layers, 2 * batch, capacity, heads, self.embedding, fitted
             )
         key = batch, window
         if key not in self.states:
@@ -265,6 +264,7 @@ class InferenceEngine:
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         scale, row_lengths = self.attention_scale, lengths.int()
         metadata = AttentionMetadata(scale, slots, row_lengths, longest, longest, None)
+        self.cache.fit(rows, longest)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.prefill, layer, metadata)
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
@@ -310,6 +310,7 @@ class InferenceEngine:
         metadata = AttentionMetadata(
             self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask
         )
+        self.cache.fit(len(x), kv_end)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.attend, layer, metadata)
             x = block(x, rotary, attend, state.modulation(i, len(x)))
@@ -331,8 +332,8 @@ class InferenceEngine:
         if guided:
             conditional, unconditional = hidden.float().chunk(2)
             scale = state.cfg_scales[positions][..., None]
-            hidden = unconditional + scale * (conditional - unconditional)
-            hidden = hidden.to(self.embedding.dtype)
+            guided_hidden = unconditional + scale * (conditional - unconditional)
+            hidden = guided_hidden.to(self.embedding.dtype)
         logits = self.output(hidden.flatten(0, 1)).float()
         sample_bits = state.sample_bits.expand_as(positions).reshape(-1, 1)
         sampled = sampler(logits, sample_bits, positions.reshape(-1, 1)).view_as(positions)
