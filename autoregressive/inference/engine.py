@@ -3,9 +3,8 @@
 It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on hidden
 states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
 last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
-A step can verify several codes (speculative Jacobi decoding, arXiv 2410.01699, with common random
-numbers): it samples the code after the last one and each guess, and accepts guesses that equal the
-codes sampled there; a code's randomness depends only on its position.
+A step can verify several guessed codes (speculative Jacobi decoding, arXiv 2410.01699, with common
+random numbers): guesses that equal the codes sampled at their positions are accepted.
 """
 
 import copy
