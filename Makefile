@@ -13,6 +13,8 @@ RUN := .venv/bin/python
 SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
 EXAMPLES ?= 100
+# Drives the browser that it finds (Debian: apt-get install chromium); brings none.
+PLAYWRIGHT := playwright==1.65.2
 
 .PHONY: demo demo-text test fuzz serve-test check quick gpu-report clean
 
@@ -33,7 +35,9 @@ serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
 	$(RUN) -m pip install -qq --disable-pip-version-check \
 		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py
+	$(RUN) -m pip install -qq --disable-pip-version-check $(PLAYWRIGHT)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py \
+		tests/autoregressive/serving/test_page_browser.py
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
