@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.conditioning import Condition
 from autoregressive.sampling.conditions import ConditionConfig, open_conditions
-from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.sampling.pipeline_config import PipelineConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.data.grids import image_grid
 from core.data.images import pixels_to_images, save_png
@@ -32,16 +32,10 @@ MASK_GREY = 128  # grey level of masked pixels in the middle column of completio
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig:
+class InpaintConfig(PipelineConfig):
     """Settings of autoregressive.inpaint.
 
     Args:
-        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
-        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
-        weights: Which weights of the two checkpoints to load.
-        verify_weights: Compare the files of our checkpoints with their checksums.
-        compute: Device and precision.
         images: The images: a folder or a list file.
         num_images: Use the first num_images of them; null for all.
         out: Output folder: completions.png, png/ and index.json.
@@ -53,14 +47,8 @@ class InpaintConfig:
         batch_size: Images per batch.
     """
 
-    gpt: str
-    tokenizer: str
     images: Path
     out: Path
-    grid: tuple[int, int] | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    verify_weights: bool = True
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int | None = None
     keep_rows: int | None = None
     region: tuple[int, int, int, int] | None = None
@@ -89,14 +77,7 @@ def positions_to_inpaint(config: InpaintConfig, grid: tuple[int, int]) -> torch.
 
 def inpaint(config: InpaintConfig, world: World) -> None:
     """Inpaint every image and write the results."""
-    pipeline = ImagePipeline.from_pretrained(
-        config.gpt,
-        config.tokenizer,
-        gpt_weights=config.weights.gpt,
-        tokenizer_weights=config.weights.tokenizer,
-        grid=config.grid,
-        verify_weights=config.verify_weights,
-    )
+    pipeline = config.load_pipeline()
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
     mask = positions_to_inpaint(config, gpt_config.grid)
     images = open_images(config.images)
@@ -108,8 +89,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
             "conditions.images_per_prompt"
         )
     batches = math.ceil(count / config.batch_size)
-    num_steps = batches * gpt_config.num_codes
-    pipeline.prepare(**config.compute.arguments(), device=world.device, num_steps=num_steps)
+    config.prepare(pipeline, batches, world)
     (config.out / "png").mkdir(parents=True, exist_ok=True)
     save_config(config, config.out / "config.yaml")
     dataset = OrderedImages(images, CenterCrop(*pipeline.image_size))

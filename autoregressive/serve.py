@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from autoregressive.inference.compute import ComputeConfig
 from autoregressive.sampling.conditions import ConditionConfig, prompt_encoder
-from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.sampling.pipeline_config import PipelineConfig
 from autoregressive.serving.export import export_vllm
 from autoregressive.serving.http.image_engine import ImageEngine
 from autoregressive.serving.http.limits import LimitsConfig
@@ -31,16 +31,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(PipelineConfig):
     """Settings of autoregressive.serve.
 
     Args:
-        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
-        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
-        weights: Which weights of the two checkpoints to load.
-        compute: Device and precision. vllm takes fp32 or bf16 here, the rest by vllm_options.
-        engine: native samples in this process; vllm with vLLM's AsyncLLM, which must be installed.
+        engine: native samples in this process; vllm with vLLM's AsyncLLM, which must be installed
+            and takes compute.precision fp32 or bf16 only.
         vllm_options: Further arguments of vLLM's AsyncEngineArgs, e.g. tensor_parallel_size.
         batch_size: Images that the native engine samples together. Every batch has this size: a
             short one is filled up, so that an image is the same bit for bit whatever else runs.
@@ -56,11 +52,6 @@ class ServeConfig:
         page: Serve the page at /, if gradio is installed.
     """
 
-    gpt: str
-    tokenizer: str
-    grid: tuple[int, int] | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
     engine: Literal["native", "vllm"] = "native"
     vllm_options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
@@ -96,13 +87,7 @@ def serve(config: ServeConfig) -> None:
         raise InputError(f"{error.name} is not installed; serving needs it: {needed}") from error
 
     names = read_class_names(config.class_names)
-    pipeline = ImagePipeline.from_pretrained(
-        config.gpt,
-        config.tokenizer,
-        gpt_weights=config.weights.gpt,
-        tokenizer_weights=config.weights.tokenizer,
-        grid=config.grid,
-    )
+    pipeline = config.load_pipeline()
     if names and len(names) != pipeline.gpt.config.num_classes:
         count = pipeline.gpt.config.num_classes
         raise InputError(f"{config.class_names}: {len(names)} names, the model has {count} classes")

@@ -12,13 +12,14 @@ Run the same command again to continue: the result is the same bit for bit.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from autoregressive.data.codes import drop_condition
 from autoregressive.data.open import Dataset, open_data
+from autoregressive.models.conditioning import Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block
@@ -231,7 +232,7 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
 
 def training_batches(
     config: TrainConfig, data: Dataset, world: World, samples: int
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[torch.Tensor, Condition, torch.Tensor]]:
     """This rank's micro-batches after `samples` samples: codes, condition, drop_condition."""
     order = ShuffledOrder(len(data), config.training.seed)
     while True:

@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.conditions import ConditionConfig, open_conditions
 from autoregressive.sampling.loop import score_samples
-from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
+from autoregressive.sampling.pipeline_config import PipelineConfig
 from core.config import InputError, parse_config, run_command, save_config
 from core.distributed.world import World, distributed
 from core.files import read_record, write_json
@@ -34,16 +33,10 @@ from evaluations.scorer import MetricsConfig, check_size, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(PipelineConfig):
     """Settings of autoregressive.tune_guidance; all combinations of the five lists are scored.
 
     Args:
-        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
-        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
-        weights: Which weights of the two checkpoints to load.
-        verify_weights: Compare the files of our checkpoints with their checksums.
-        compute: Device and precision.
         out: Output folder.
         num_images: Images per setting.
         conditions: The classes or prompts, the same for every setting.
@@ -56,13 +49,7 @@ class TuneConfig:
         intervals: Values of sampling.cfg_interval; null guides all codes.
     """
 
-    gpt: str
-    tokenizer: str
     out: Path
-    grid: tuple[int, int] | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    verify_weights: bool = True
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int = 10_000
     conditions: ConditionConfig = field(default_factory=ConditionConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -101,14 +88,7 @@ class TuneConfig:
 
 def tune_guidance(config: TuneConfig, world: World) -> None:
     """Score the candidates that have no score yet, then write the table, the plot and the best."""
-    pipeline = ImagePipeline.from_pretrained(
-        config.gpt,
-        config.tokenizer,
-        gpt_weights=config.weights.gpt,
-        tokenizer_weights=config.weights.tokenizer,
-        grid=config.grid,
-        verify_weights=config.verify_weights,
-    )
+    pipeline = config.load_pipeline()
     gpt = pipeline.gpt.config
     conditions = open_conditions(
         config.conditions, config.num_images, gpt, config.sampling.seed, world
@@ -129,12 +109,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
     batches = math.ceil(conditions.count / scorer.batch_size / world.size) * len(todo)
-    pipeline.prepare(
-        **config.compute.arguments(),
-        device=world.device,
-        num_steps=batches * gpt.num_codes,
-        verbose=world.is_main,
-    )
+    config.prepare(pipeline, batches, world)
     note = note_of(scorer.extractor)
     for sampling in tqdm(todo, unit="setting", disable=not world.is_main):
         scores = score_samples(

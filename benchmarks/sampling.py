@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 
 from autoregressive.inference.engine import InferenceEngine, num_guided_codes
-from autoregressive.inference.generate import generate_steps
+from autoregressive.inference.generate import generate_steps, generation_request
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.gpt import GPT
@@ -206,7 +206,11 @@ def measure_size(
             )
         for (key, engine), interval in itertools.product(engines.items(), config.intervals):
             runs[("ours", *key, interval)] = functools.partial(
-                lambda *arguments: step_times(generate_steps(*arguments), num_codes, device.device),
+                lambda engine, *arguments: step_times(
+                    generate_steps(engine, generation_request(engine, *arguments)),
+                    num_codes,
+                    device.device,
+                ),
                 engine,
                 labels,
                 replace(sampling, cfg_interval=interval),

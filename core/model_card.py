@@ -5,20 +5,20 @@ these weights and how. Only results whose folder names the weights' sha256 are t
 """
 
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 from torch import nn
 
-from core.config import save_config
 from core.errors import InputError
 from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
 from core.lock import writer_lock
 from core.released import find_released
-from core.weights import save_tensors
+from core.weights import Weights, save_tensors
 
 CARD = "README.md"
 TRAINING = "training.yaml"
@@ -45,6 +45,26 @@ class CardConfig:
     dataset: str | None = None
     licence: str | None = None
     private: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which weights of a model to export, and where to.
+
+    Args:
+        out: Output folder; null if push_to is given and no folder is wanted.
+        weights: Which weights to take; auto takes the EMA weights of our runs.
+        verify_weights: Compare the files of our checkpoints with their checksums.
+        push_to: Upload the folder with a model card to `owner/name[@branch]` on the Hub; null for
+            no upload.
+        card: What the model card says.
+    """
+
+    out: Path | None = None
+    weights: Weights = "auto"
+    verify_weights: bool = True
+    push_to: str | None = None
+    card: CardConfig = field(default_factory=CardConfig)
 
 
 class ModelDescription(NamedTuple):
@@ -78,6 +98,25 @@ def check_results(description: ModelDescription, card: CardConfig) -> list[Resul
     Raises InputError for a folder without any, or whose weights are others or are not named.
     """
     return [_read_result(folder, description) for folder in card.results]
+
+
+def export_model(model: nn.Module, description: ModelDescription, config: ExportConfig) -> None:
+    """Write a folder of config.yaml and model.safetensors, upload it, or both; print where it is.
+
+    Raises InputError, before anything is written, for a target or results that cannot be.
+    """
+    if config.push_to:
+        check_target(config.push_to)
+        check_results(description, config.card)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = config.out or Path(temporary)
+        with writer_lock(folder):
+            save_tensors(model.state_dict(), folder / "model.safetensors")
+            write_text(folder / "config.yaml", description.config)
+        if config.push_to:
+            print(publish_model(folder, config.push_to, description, config.card))
+    if config.out:
+        print(config.out)
 
 
 def publish_model(
@@ -238,10 +277,3 @@ def _measured_sha256(folder: Path, stored: dict[str, Any], key: str) -> str | No
         if (samples / "settings.json").is_file():
             return read_json(samples / "settings.json").get(key)
     return None
-
-
-def write_folder(model: nn.Module, config: object, folder: Path) -> None:
-    """Write a model's config.yaml and model.safetensors, as the only writer of the folder."""
-    with writer_lock(folder):
-        save_tensors(model.state_dict(), folder / "model.safetensors")
-        save_config(config, folder / "config.yaml")

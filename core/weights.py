@@ -310,6 +310,33 @@ def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[Inf
     return files, ""
 
 
+class ModelFiles(NamedTuple):
+    """Where a model's weights are, and its configuration: None if only the weights tell it.
+
+    sha256: of the file of weights, where its checkpoint has recorded it.
+    """
+
+    weights: Path
+    config: Path | None = None
+    sha256: str | None = None
+
+
+def find_model(
+    source: str | Path, weights: Weights, revision: str | None, verify_weights: bool
+) -> ModelFiles:
+    """The files of a model: our folder, a folder of the Hub's model mixin, or a released file.
+
+    source, revision: see find_weights. weights, verify_weights: see inference_files.
+    Raises InputError where there is no model, or its files are damaged.
+    """
+    path = find_weights(source, "model.safetensors", revision)
+    mixin = mixin_file(path)
+    if mixin or not path.is_dir():
+        return ModelFiles(mixin or path)
+    files = inference_files(path, weights, verify_weights)
+    return ModelFiles(files.weights, files.config, files.sha256)
+
+
 def mixin_file(folder: Path) -> Path | None:
     """The weights of a folder that huggingface_hub's model mixin wrote; None for anything else."""
     weights = folder / "model.safetensors"

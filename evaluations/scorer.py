@@ -5,17 +5,17 @@ evaluator = scorer.evaluator(world)           # update it with images, from file
 score(scorer, evaluator.merge(world)).values  # {"gfid": 2.19, ...}
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 
 from core.config import InputError
-from core.distributed.world import World
+from core.distributed.world import DeviceName, World
 from evaluations.evaluator import Evaluator, FeatureStatistics, extract_features
 from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, full_float32
-from evaluations.image_source import open_image_source
+from evaluations.image_source import check_reading, open_image_source
 from evaluations.metrics.frechet import frechet_at_infinity, frechet_distance, influence
 from evaluations.metrics.inception_score import inception_scores
 from evaluations.metrics.kid import kernel_distance
@@ -41,6 +41,28 @@ class MetricsConfig(ExtractorConfig):
 
     reference: Path | None = None
     extended: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How images are read and scored.
+
+    Args:
+        metrics: The reference, the feature extractor and the scores.
+        kind: generation (gFID) or reconstruction (rFID); the reference must be of the same kind.
+        image_size: Height and width of the centre crop of image files; an npz is not cropped.
+        num_workers: Loader processes per rank, for image files.
+        device: auto, cpu, cuda or mps.
+    """
+
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kind: Kind = "generation"
+    image_size: tuple[int, int] = (256, 256)
+    num_workers: int = 8
+    device: DeviceName = "auto"
+
+    def __post_init__(self) -> None:
+        check_reading(self.image_size, self.num_workers)
 
 
 class Scorer(NamedTuple):

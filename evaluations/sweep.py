@@ -6,46 +6,35 @@ python -m evaluations.sweep --runs '[samples/cfg_1.5,samples/cfg_2.0]' \
     --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/sweep
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import config_values, parse_config, run_command
 from core.data.shards import read_index
-from core.distributed.world import DeviceName, World, distributed
+from core.distributed.world import World, distributed
 from core.files import write_json
 from core.lock import writer_lock
 from evaluations.features.extractors import note_of
-from evaluations.image_source import check_reading, open_image_source
-from evaluations.reference_stats import Kind
+from evaluations.image_source import open_image_source
 from evaluations.report import score_source, write_comparison
-from evaluations.scorer import MetricsConfig, open_scorer
+from evaluations.scorer import ScoringConfig, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(ScoringConfig):
     """Which runs to score, and how.
 
     Args:
         runs: Folders of autoregressive.sample, in the order of the swept setting. Their settings
             are read from index.json.
         out: The folder for sweep.csv, sweep.json, sweep.png and a folder of scores per run.
-        metrics: The reference, the feature extractor and the scores.
-        kind: generation (gFID) or reconstruction (rFID); the reference must be of the same kind.
-        image_size: Height and width of the centre crop of image files; an npz is not cropped.
-        num_workers: Loader processes per rank, for image files.
-        device: auto, cpu, cuda or mps.
     """
 
     runs: tuple[Path, ...]
     out: Path
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    kind: Kind = "generation"
-    image_size: tuple[int, int] = (256, 256)
-    num_workers: int = 8
-    device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        check_reading(self.image_size, self.num_workers)
+        super().__post_init__()
         if len({run.name for run in self.runs}) != len(self.runs) or not self.runs:
             raise ValueError("runs: give one or more folders with different names")
 

@@ -8,8 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evaluations.metrics.efficientnet_distance import EfficientNetDistance
+from evaluations.metrics.lpips import LPIPS
+from evaluations.metrics.perceptual import PerceptualDistance
+
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 GeneratorLoss = Literal["hinge", "non_saturating"]
+Perceptual = Literal["lpips", "efficientnet_lite0"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,11 @@ class LossConfig:
     Args:
         reconstruction: l2 or l1.
         reconstruction_weight: Weight of the pixel loss.
-        perceptual_weight: Weight of LPIPS; 0 goes without, and needs no VGG16 weights.
-        vgg_weights: torchvision's vgg16-397923af.pth; by default torchvision's cache or download.
+        perceptual: lpips, or the distance of EfficientNet-lite0's features, whose weights come with
+            requirements.txt.
+        perceptual_weight: Weight of the perceptual distance; 0 goes without, and needs no weights.
+        vgg_weights: For lpips: torchvision's vgg16-397923af.pth; null for torchvision's cache or a
+            download.
         adversarial: The discriminator's loss.
         generator: The generator's adversarial loss; null to follow `adversarial` (hinge for
             vanilla). The reference's default is hinge whatever the discriminator's loss is.
@@ -35,6 +43,7 @@ class LossConfig:
 
     reconstruction: Literal["l2", "l1"] = "l2"
     reconstruction_weight: float = 1.0
+    perceptual: Perceptual = "lpips"
     perceptual_weight: float = 1.0
     vgg_weights: Path | None = None
     adversarial: AdversarialLoss = "hinge"
@@ -51,6 +60,8 @@ class LossConfig:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}, must be >= 0")
         if self.discriminator_start < 0 or self.codebook_weight < 0:
             raise ValueError("loss.discriminator_start and loss.codebook_weight must be >= 0")
+        if self.vgg_weights and self.perceptual != "lpips":
+            raise ValueError("loss.vgg_weights is for loss.perceptual lpips; leave it null")
 
     @property
     def generator_kind(self) -> AdversarialLoss:
@@ -62,22 +73,34 @@ class LossConfig:
         return self.adversarial_weight > 0 and step >= self.discriminator_start
 
 
+def build_perceptual(config: LossConfig) -> PerceptualDistance | None:
+    """The perceptual distance with its weights on the CPU; None if its weight is 0."""
+    if not config.perceptual_weight:
+        return None
+    match config.perceptual:
+        case "lpips":
+            return LPIPS(config.vgg_weights)
+        case "efficientnet_lite0":
+            return EfficientNetDistance()
+
+
 def tokenizer_losses(
     config: LossConfig,
     images: torch.Tensor,
     reconstructions: torch.Tensor,
     quantizer_losses: dict[str, torch.Tensor],
-    lpips: nn.Module | None,
+    perceptual: nn.Module | None,
 ) -> dict[str, torch.Tensor]:
     """The weighted terms of the objective but for the adversarial one, scalars in float32.
 
-    images and reconstructions: (b, 3, H, W) in about [-1, 1]. lpips gives a distance (b,) of them.
+    images and reconstructions: (b, 3, H, W) in about [-1, 1]. perceptual gives their distance (b,).
     """
     compare = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
     pixel = compare(reconstructions.float(), images.float())
     losses = {"reconstruction": config.reconstruction_weight * pixel}
-    if lpips:
-        losses["perceptual"] = config.perceptual_weight * lpips(images, reconstructions).mean()
+    if perceptual:
+        distance = perceptual(images, reconstructions).mean()
+        losses["perceptual"] = config.perceptual_weight * distance
     for name, value in quantizer_losses.items():
         losses[name] = config.codebook_weight * value
     return losses

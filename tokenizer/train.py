@@ -36,10 +36,11 @@ from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learn
 from core.training.run import ReportConfig
 from core.training.session import Session
 from core.weights import find_weights, load_weights
-from evaluations.metrics.lpips import LPIPS
+from evaluations.metrics.perceptual import PerceptualDistance
 from tokenizer.losses import (
     LossConfig,
     adaptive_weight,
+    build_perceptual,
     discriminator_loss,
     generator_loss,
     tokenizer_losses,
@@ -130,7 +131,9 @@ class RandomCrop:
 
 
 class TrainingModels(NamedTuple):
-    """Generator (VQ model) and discriminator with their optimizers, the EMA, and LPIPS."""
+    """Generator (VQ model) and discriminator with their optimizers, the EMA, and the perceptual
+    distance.
+    """
 
     vq: VQModel
     discriminator: nn.Module
@@ -139,7 +142,7 @@ class TrainingModels(NamedTuple):
     ema: EMA[VQModel] | None
     stepper: Stepper
     discriminator_stepper: Stepper
-    lpips: LPIPS | None
+    perceptual: PerceptualDistance | None
 
     @property
     def ema_vq(self) -> VQModel:
@@ -164,7 +167,7 @@ class TrainingModels(NamedTuple):
 
 def build_models(config: TrainConfig, world: World) -> TrainingModels:
     """Build the models on world.device with their initial weights, and the optimizers."""
-    lpips = LPIPS(config.loss.vgg_weights) if config.loss.perceptual_weight else None
+    perceptual = build_perceptual(config.loss)
     torch.manual_seed(config.training.seed)
     vq = VQModel(config.model)
     if config.init_from:
@@ -191,7 +194,7 @@ def build_models(config: TrainConfig, world: World) -> TrainingModels:
         ema,
         Stepper(optimizer, config.optimizer, world.device),
         Stepper(discriminator_optimizer, config.discriminator_optimizer, world.device),
-        lpips.to(world.device) if lpips else None,
+        perceptual.to(world.device) if perceptual else None,
     )
 
 
@@ -304,7 +307,7 @@ def accumulate(
     reported = {}
     with world.autocast(config.training.precision):
         out = models.parallel_vq(images)
-        losses = tokenizer_losses(config.loss, images, out.images, out.losses, models.lpips)
+        losses = tokenizer_losses(config.loss, images, out.images, out.losses, models.perceptual)
         if adversarial:
             generator_term = generator_loss(
                 frozen(models.discriminator, out.images), config.loss.generator_kind

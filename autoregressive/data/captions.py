@@ -8,6 +8,7 @@ import torch
 
 from autoregressive.data.codes import CodeDataset, chosen_captions
 from autoregressive.data.config import DataConfig
+from autoregressive.models.conditioning import TextCondition
 from core.config import InputError
 from core.data.shards import ShardReader
 from core.distributed.world import choose_device
@@ -57,22 +58,22 @@ class TextDataset:
 
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Rows (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
+    ) -> tuple[torch.Tensor, TextCondition]:
+        """Rows (n,) -> codes (n, tokens) int64, and the features of their captions.
 
         The choice of a caption depends only on (seed, position in the training order).
         """
         codes = self.codes.code_batch(self.rows[rows], positions, seed)
         variants = chosen_captions(positions, seed, self.features.variants, self.config)
-        return codes, self.features.batch(self.pairs[rows], variants)
+        return codes, TextCondition(*self.features.batch(self.pairs[rows], variants))
 
-    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """What image number ids (n,) of a sample shows: the captions in turn."""
+    def conditions(self, ids: np.ndarray) -> TextCondition:
+        """The captions of sampled images number ids (n,): all captions in turn."""
         pairs = self.pairs[ids % len(self.pairs)]
         long = self.features.variants.index(self.config.caption)
-        return self.features.batch(pairs, np.full(len(pairs), long))
+        return TextCondition(*self.features.batch(pairs, np.full(len(pairs), long)))
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: list[str]) -> TextCondition:
         """Encode prompts with the text encoder of the features, in the features' own precision.
 
         The encoder is loaded for this call only, and freed after it.
@@ -81,7 +82,7 @@ class TextDataset:
         encoder = load_text_encoder(
             index["t5"], device, DTYPES[index["dtype"]], self.features.max_tokens, index["clean"]
         )
-        encoded = encoder.encode(prompts)
+        encoded = TextCondition(*encoder.encode(prompts))
         del encoder
         gc.collect()  # transformers' modules may refer to each other
         return encoded

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from autoregressive.data.config import DataConfig
+from autoregressive.models.conditioning import ClassCondition
 from core.config import InputError
 from core.data.arrays import load_array
 from core.data.shards import ShardReader, read_index
@@ -154,13 +155,14 @@ class CodeDataset:
 
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (n,) of the data set -> codes (n, tokens) int64, labels (n,) int64."""
-        return self.code_batch(rows, positions, seed), torch.from_numpy(self.labels[rows])
+    ) -> tuple[torch.Tensor, ClassCondition]:
+        """Rows (n,) of the data set -> codes (n, tokens) int64, and their classes."""
+        classes = ClassCondition(torch.from_numpy(self.labels[rows]))
+        return self.code_batch(rows, positions, seed), classes
 
-    def conditions(self, ids: np.ndarray) -> torch.Tensor:
-        """The classes of sampled images ids (n,): all classes in turn, (n,) int64."""
-        return torch.from_numpy(ids % self.num_classes)
+    def conditions(self, ids: np.ndarray) -> ClassCondition:
+        """The classes of sampled images number ids (n,): all classes in turn."""
+        return ClassCondition(torch.from_numpy(ids % self.num_classes))
 
     def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
         """Rows (n,) of the data set -> codes (n, tokens) int64.

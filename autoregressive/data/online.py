@@ -9,6 +9,7 @@ import torch
 
 from autoregressive.data.codes import chosen_captions
 from autoregressive.data.config import DataConfig
+from autoregressive.models.conditioning import TextCondition
 from core.config import InputError
 from core.data.image_text import CaptionError, ImageTextPairs
 from core.data.images import ImageError, image_to_pixels, pixels_to_images, random_crop
@@ -66,8 +67,8 @@ class OnlineDataset:
     @torch.no_grad()
     def batch(
         self, rows: np.ndarray, positions: np.ndarray, seed: int
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (n,) -> codes (n, tokens) int64, (features (n, T, dim), lengths (n,) int64).
+    ) -> tuple[torch.Tensor, TextCondition]:
+        """Pairs (n,) -> codes (n, tokens) int64, and the features of their captions.
 
         Crop, flip and caption depend only on (seed, position in the training order).
         """
@@ -79,7 +80,8 @@ class OnlineDataset:
             self.skips.add(skipped)
         pixels = torch.from_numpy(np.stack([pixels for pixels, _, _ in found]))
         codes = self.vq.encode(pixels_to_images(pixels.to(self.device)))
-        return codes.flatten(1), self.encoder.encode_cleaned([caption for _, caption, _ in found])
+        captions = self.encoder.encode_cleaned([caption for _, caption, _ in found])
+        return codes.flatten(1), TextCondition(*captions)
 
     def _sample(
         self, row: int, position: int, variant: int, seed: int
@@ -103,12 +105,13 @@ class OnlineDataset:
                 )
             row = int(random.integers(len(self.pairs)))
 
-    def conditions(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """What image number ids (n,) of a sample shows: the captions in turn."""
+    def conditions(self, ids: np.ndarray) -> TextCondition:
+        """The captions of sampled images number ids (n,): all captions in turn."""
         long = self.config.online.pairs.variants.index(self.config.caption)
         rows = (ids % len(self.pairs)).tolist()
-        return self.encoder.encode_cleaned([self._sample(row, row, long, 0)[1] for row in rows])
+        captions = [self._sample(row, row, long, 0)[1] for row in rows]
+        return TextCondition(*self.encoder.encode_cleaned(captions))
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts as the captions are encoded."""
-        return self.encoder.encode(prompts)
+    def encode(self, prompts: list[str]) -> TextCondition:
+        """Encode prompts with the text encoder of the captions."""
+        return TextCondition(*self.encoder.encode(prompts))

@@ -264,11 +264,10 @@ class InferenceEngine:
         first = self.config.num_condition - longest
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
-        metadata = AttentionMetadata(slots, lengths.int(), longest, longest, None)
-        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
-            attend = functools.partial(
-                self.cache_type.prefill, *buffers, metadata, self.attention_scale
-            )
+        scale, row_lengths = self.attention_scale, lengths.int()
+        metadata = AttentionMetadata(scale, slots, row_lengths, longest, longest, None)
+        for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
+            attend = functools.partial(self.cache_type.prefill, layer, metadata)
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
             x = block.forward(x, rotary, attend, state.modulation(i, rows))
         x = modulated(self.norm(x), state.modulation(-1, rows))
@@ -307,11 +306,11 @@ class InferenceEngine:
         if kv_length is None:
             mask = torch.arange(kv_end, device=self.device) > slots[..., None]
         row_lengths = (slots[:, -1] + 1).int()
-        metadata = AttentionMetadata(slots, row_lengths, kv_end, kv_length or kv_end, mask)
-        for i, (block, buffers) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
-            attend = functools.partial(
-                self.cache_type.attend, *buffers, metadata, self.attention_scale
-            )
+        metadata = AttentionMetadata(
+            self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask
+        )
+        for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
+            attend = functools.partial(self.cache_type.attend, layer, metadata)
             x = block(x, rotary, attend, state.modulation(i, len(x)))
         next_positions = state.filled + state.offsets
         x = modulated(self.norm(x), state.modulation(-1, len(x)))

@@ -62,41 +62,26 @@ def sample_codes(
         have no influence on it.
     Raises InputError (a ValueError) for arguments that do not fit the model.
     """
-    steps = generate_steps(engine, condition, sampling, sample_ids, negative, forced_codes)
-    *_, (codes, _) = steps  # one buffer, yielded at every step
+    request = generation_request(engine, condition, sampling, sample_ids, negative, forced_codes)
+    *_, (codes, _) = generate_steps(engine, request)  # one buffer, yielded at every step
     return codes.unflatten(1, engine.config.grid).clone()
 
 
 def generate_rows(
-    engine: GPT | InferenceEngine,
-    condition: ConditionLike,
-    sampling: SamplingConfig,
-    sample_ids: torch.Tensor | None = None,
-    negative: ConditionLike | None = None,
-    forced_codes: torch.Tensor | None = None,
+    engine: GPT | InferenceEngine, request: GenerationRequest
 ) -> Iterator[torch.Tensor]:
-    """Like `sample_codes`, for previews: yields codes (batch, rows so far, width) int64."""
+    """Sample row by row, for previews: yields codes (batch, rows so far, width) int64."""
     width, rows = engine.config.grid[1], 0
-    steps = generate_steps(engine, condition, sampling, sample_ids, negative, forced_codes)
-    for codes, done in steps:
+    for codes, done in generate_steps(engine, request):
         if done // width > rows:
             rows = done // width
             yield codes[:, : rows * width].unflatten(1, (rows, width)).clone()
 
 
 def generate_steps(
-    engine: GPT | InferenceEngine,
-    condition: ConditionLike,
-    sampling: SamplingConfig,
-    sample_ids: torch.Tensor | None = None,
-    negative: ConditionLike | None = None,
-    forced_codes: torch.Tensor | None = None,
+    engine: GPT | InferenceEngine, request: GenerationRequest
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Like `sample_codes`, step by step: yields one buffer (batch, codes), and how many are final.
-
-    Checks its arguments at the call, before the first step.
-    """
-    request = generation_request(engine, condition, sampling, sample_ids, negative, forced_codes)
+    """Sample step by step: yields one buffer (batch, codes) int64, and how many are final."""
     if not isinstance(engine, InferenceEngine):
         engine = engine_of(engine)
     return engine.steps(request)

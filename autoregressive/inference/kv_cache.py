@@ -20,9 +20,17 @@ KVBuffer = tuple[torch.Tensor, ...]  # the keys of one layer, or its values
 CHUNK_BYTES = 3 * 2**20
 
 
+class LayerCache(NamedTuple):
+    """The keys and values that one transformer block has stored."""
+
+    keys: KVBuffer
+    values: KVBuffer
+
+
 class AttentionMetadata(NamedTuple):
     """Where the keys and values of new positions go, and what the new positions attend to.
 
+    scale: multiplies the scores.
     slots: (rows, new) int64, cache slots of the new positions.
     row_lengths: (rows,) int32, slots in use in each row, the new ones included.
     kv_end: number of cache slots to read.
@@ -32,6 +40,7 @@ class AttentionMetadata(NamedTuple):
         attend to the first kv_length slots.
     """
 
+    scale: float
     slots: torch.Tensor
     row_lengths: torch.Tensor
     kv_end: int
@@ -56,7 +65,8 @@ class PrefixCache:
         self.rows, self.capacity = rows, capacity
         shape = self.shape(rows, capacity, heads)
         self.layers = [
-            (self.buffer(shape, like), self.buffer(shape, like)) for _ in range(num_layers)
+            LayerCache(self.buffer(shape, like), self.buffer(shape, like))
+            for _ in range(num_layers)
         ]
 
     @classmethod
@@ -72,10 +82,8 @@ class PrefixCache:
     @classmethod
     def attend(
         cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
+        layer: LayerCache,
         metadata: AttentionMetadata,
-        scale: float,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -83,20 +91,17 @@ class PrefixCache:
         """Store the new keys and values, then attend to everything stored.
 
         queries (rows, new, heads, head_dim), keys and values (rows, new, kv_heads, head_dim) ->
-        (rows, new, heads, head_dim). With the first four arguments bound, this is an
-        `attend` function of transformer.Block. scale multiplies the scores.
+        (rows, new, heads, head_dim). With the first two arguments bound, this is an
+        `attend` function of transformer.Block.
         """
-        cls.write(key_buffer, metadata, keys)
-        cls.write(value_buffer, metadata, values)
-        return cls.attention(key_buffer, value_buffer, metadata, scale, queries)
+        cls.store(layer, metadata, keys, values)
+        return cls.attention(layer, metadata, queries)
 
     @classmethod
     def prefill(
         cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
+        layer: LayerCache,
         metadata: AttentionMetadata,
-        scale: float,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -105,9 +110,20 @@ class PrefixCache:
 
         Padding must come last, where causal attention hides it from every valid position.
         """
-        cls.write(key_buffer, metadata, keys)
-        cls.write(value_buffer, metadata, values)
-        return causal_attention(queries, keys, values, scale)
+        cls.store(layer, metadata, keys, values)
+        return causal_attention(queries, keys, values, metadata.scale)
+
+    @classmethod
+    def store(
+        cls,
+        layer: LayerCache,
+        metadata: AttentionMetadata,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Store keys and values (rows, new, kv_heads, head_dim) at each row's slots."""
+        cls.write(layer.keys, metadata, keys)
+        cls.write(layer.values, metadata, values)
 
     @classmethod
     def encode(cls, new: torch.Tensor) -> KVBuffer:
@@ -134,12 +150,7 @@ class PrefixCache:
 
     @classmethod
     def attention(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
+        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor
     ) -> torch.Tensor:
         """Attention of queries (rows, new, heads, head_dim) to the stored slots -> same shape.
 
@@ -150,41 +161,35 @@ class PrefixCache:
         rows = len(queries)
         at_once = rows
         if queries.device.type == "cpu" and not torch.compiler.is_compiling():
-            kv_heads, _, head_dim = key_buffer[0].shape[1:]
+            kv_heads, _, head_dim = layer.keys[0].shape[1:]
             row_bytes = kv_heads * metadata.kv_end * head_dim * queries.element_size()
             at_once = max(1, CHUNK_BYTES // row_bytes)
         if at_once >= rows:
-            return cls._attend_rows(key_buffer, value_buffer, metadata, scale, queries, 0)
+            return cls._attend_rows(layer, metadata, queries, 0)
         attended = [
-            cls._attend_rows(key_buffer, value_buffer, metadata, scale, chunk, i * at_once)
+            cls._attend_rows(layer, metadata, chunk, i * at_once)
             for i, chunk in enumerate(queries.split(at_once))
         ]
         return torch.cat(attended)
 
     @classmethod
     def _attend_rows(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
-        first: int,
+        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor, first: int
     ) -> torch.Tensor:
         """See `attention`; the queries are those of the rows from `first` on."""
         new = queries.shape[1]
         rows = slice(first, first + len(queries))
-        past = cls.read(key_buffer, rows, metadata.kv_end, queries.dtype)
+        past = cls.read(layer.keys, rows, metadata.kv_end, queries.dtype)
         # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
-        scores = (past @ columns.flatten(3)).float() * scale
+        scores = (past @ columns.flatten(3)).float() * metadata.scale
         if metadata.mask is not None:
             mask = metadata.mask[rows].transpose(1, 2)[:, None, :, None]
             scores = scores.unflatten(3, (-1, new)).masked_fill(mask, float("-inf")).flatten(3)
         elif metadata.kv_length < metadata.kv_end:
             scores[:, :, metadata.kv_length :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
-        attended = weights @ cls.read(value_buffer, rows, metadata.kv_end, queries.dtype)
+        attended = weights @ cls.read(layer.values, rows, metadata.kv_end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -254,28 +259,23 @@ class VarlenCache(PrefixCache):
 
     @classmethod
     def attention(
-        cls,
-        key_buffer: KVBuffer,
-        value_buffer: KVBuffer,
-        metadata: AttentionMetadata,
-        scale: float,
-        queries: torch.Tensor,
+        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor
     ) -> torch.Tensor:
         """Attention of queries (rows, new, heads, head_dim), the last of their rows."""
         from torch.nn.attention.varlen import varlen_attn
 
         rows, new, heads = queries.shape[:3]
-        capacity, kv_heads = key_buffer[0].shape[1:3]
+        capacity, kv_heads = layer.keys[0].shape[1:3]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=queries.device)
         attended = varlen_attn(
             queries.flatten(0, 1),
-            key_buffer[0][:rows].flatten(0, 1),
-            value_buffer[0][:rows].flatten(0, 1),
+            layer.keys[0][:rows].flatten(0, 1),
+            layer.values[0][:rows].flatten(0, 1),
             starts * new,
             starts * capacity,
             new,
             capacity,
-            scale=scale,
+            scale=metadata.scale,
             window_size=(-1, 0),  # causal, aligned to the last slot in use
             enable_gqa=heads != kv_heads,
             seqused_k=metadata.row_lengths,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.config import InputError
+from core.training.prefetch import pinned
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class ClassCondition:
         return ClassCondition(self.labels.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ClassCondition":
-        """The same condition in page-locked memory, for asynchronous copies to a GPU."""
-        return ClassCondition(self.labels.pin_memory())
+        """The same condition in page-locked memory, for asynchronous copies to a GPU.
+
+        Tensors that are on a GPU already stay there.
+        """
+        return ClassCondition(pinned(self.labels))
 
     def pad(self, length: int) -> "ClassCondition":
         """The same condition: a class has one length."""
@@ -75,8 +79,8 @@ class TextCondition:
         )
 
     def pin_memory(self) -> "TextCondition":
-        """The same condition in page-locked memory, for asynchronous copies to a GPU."""
-        return TextCondition(self.features.pin_memory(), self.lengths.pin_memory())
+        """The same condition in page-locked memory; see ClassCondition.pin_memory."""
+        return TextCondition(pinned(self.features), pinned(self.lengths))
 
     def pad(self, length: int) -> "TextCondition":
         """The same captions, with features padded with zeros to `length` tokens."""

@@ -17,10 +17,8 @@ from core.released import released_architecture
 from core.weights import (
     Weights,
     file_sha256,
-    find_weights,
-    inference_files,
+    find_model,
     load_weights,
-    mixin_file,
     read_file,
 )
 
@@ -84,14 +82,11 @@ def read_gpt(
 
     The tensors are mapped from the file and have its dtype: all processes of a node share one copy.
     """
-    path = find_weights(source, "model.safetensors", revision)
-    mixin = mixin_file(path)
-    if path.is_dir() and mixin is None:
-        config_path, path, sha256 = inference_files(path, weights, verify_weights)
+    path, config_path, sha256 = find_model(source, weights, revision, verify_weights)
+    if config_path:
         told = load_config(GPTConfig, config_path)
         config = dataclasses.replace(told, **overrides)
         return Stored(config, read_file(path).weights("model", path), path, sha256, told.grid)
-    path = mixin or path
     stored = read_transformer(path, weights)
     config = _infer_config(stored, path, {**released_architecture(source), **overrides})
     return Stored(config, stored.tensors, path)

@@ -66,11 +66,11 @@ class ConditionConfig:
 class ClassConditions:
     """One class per image.
 
-    count: number of images. labels: (count,) int64. negative: always None. settings, index: values
-    for settings.json and index.json.
+    count: number of images. labels: (count,) int64. prompts, negative: always None. settings,
+    index: values for settings.json and index.json.
     """
 
-    negative = None
+    prompts = negative = None
 
     def __init__(
         self, config: ConditionConfig, num_images: int | None, gpt: GPTConfig, seed: int
@@ -85,6 +85,19 @@ class ClassConditions:
     def __getitem__(self, ids: torch.Tensor) -> ClassCondition:
         """The condition of images ids (n,) int64."""
         return ClassCondition(torch.from_numpy(self.labels)[ids])
+
+    def grid(self, rows: int, columns: int) -> tuple[np.ndarray, None]:
+        """Image numbers of an image grid; images of classes have no captions."""
+        return image_grid_ids(self.labels, rows, columns), None
+
+
+def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Image numbers of samples.png: a row per class if there are enough images, else the first."""
+    classes = np.unique(labels)[:rows].tolist()
+    by_class = [np.flatnonzero(labels == label)[:columns] for label in classes]
+    if all(len(ids) == columns for ids in by_class):
+        return np.concatenate(by_class)
+    return np.arange(min(len(labels), rows * columns))
 
 
 def sample_labels(
@@ -112,11 +125,23 @@ class Prompt(NamedTuple):
     record: str
 
 
-class PromptConditions:
-    """One prompt per image: image i shows prompt i // per_prompt.
+class PromptList(NamedTuple):
+    """Prompts, each of `per_prompt` consecutive images."""
 
-    count: number of images. labels: always None. negative: the condition (one row) that guidance
-    leads away from, or None. settings, index: values for settings.json and index.json.
+    all: list[Prompt]
+    per_prompt: int
+
+    def of_image(self, image: int) -> Prompt:
+        """The prompt of image number `image`."""
+        return self.all[image // self.per_prompt]
+
+
+class PromptConditions:
+    """One prompt per image.
+
+    count: number of images. labels: always None. prompts: the prompts. negative: the condition
+    (one row) that guidance leads away from, or None. settings, index: values for settings.json
+    and index.json.
     """
 
     labels = None
@@ -126,9 +151,8 @@ class PromptConditions:
     ) -> None:
         if config.classes:
             raise InputError("classes need a class model; this model is conditioned on text")
-        self.prompts = read_prompts(config)
-        self.per_prompt = config.images_per_prompt
-        total = len(self.prompts) * self.per_prompt
+        self.prompts = PromptList(read_prompts(config), config.images_per_prompt)
+        total = len(self.prompts.all) * config.images_per_prompt
         self.count = min(num_images or total, total)
         self.encoder = load_gpt_text_encoder(
             gpt,
@@ -142,22 +166,26 @@ class PromptConditions:
             self.negative = TextCondition(*self.encoder.encode([config.negative_prompt]))
         # Keys and values stay those of folders that older versions began.
         self.settings = {
-            "prompts": [prompt.text for prompt in self.prompts],
-            "images_per_prompt": self.per_prompt,
+            "prompts": [prompt.text for prompt in self.prompts.all],
+            "images_per_prompt": config.images_per_prompt,
             "negative_prompt": config.negative_prompt or "",
             "clean_prompts": config.clean_prompts,
             "t5": config.text_encoder,
             "t5_precision": config.text_encoder_precision,
         }
-        self.index: dict[str, Any] = {"names": [prompt.name for prompt in self.prompts]}
-
-    def prompt_of(self, image: int) -> Prompt:
-        """The prompt of an image."""
-        return self.prompts[image // self.per_prompt]
+        self.index: dict[str, Any] = {"names": [prompt.name for prompt in self.prompts.all]}
 
     def __getitem__(self, ids: torch.Tensor) -> TextCondition:
         """The condition of images ids (n,) int64."""
-        return TextCondition(*self.encoder.encode([self.prompt_of(i).text for i in ids.tolist()]))
+        return TextCondition(*self.encoder.encode(self._texts(ids.tolist())))
+
+    def grid(self, rows: int, columns: int) -> tuple[np.ndarray, list[str]]:
+        """Image numbers of an image grid, which are the first ones, and their prompts."""
+        ids = np.arange(min(self.count, rows * columns))
+        return ids, self._texts(ids.tolist())
+
+    def _texts(self, images: list[int]) -> list[str]:
+        return [self.prompts.of_image(i).text for i in images]
 
 
 Conditions = ClassConditions | PromptConditions

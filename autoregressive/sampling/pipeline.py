@@ -8,7 +8,7 @@ Commands, in-training samples and benchmarks use the same object, with `sample` 
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from autoregressive.inference.compute import build_engine
 from autoregressive.inference.decode_overlap import DecodeOverlap
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.inference.generate import generate_rows, sample_codes
+from autoregressive.inference.generate import generate_rows, generation_request, sample_codes
 from autoregressive.inference.quantized_linear import DecodePrecision
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.conditioning import (
@@ -38,19 +38,6 @@ from core.weights import Weights
 from language.text_encoder import TextEncoder
 from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
 from tokenizer.models.vq_model import VQModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
-    """Which weights of a checkpoint to load.
-
-    Args:
-        gpt: auto takes the EMA weights of our runs.
-        tokenizer: auto takes the EMA weights if there are any.
-    """
-
-    gpt: Weights = "auto"
-    tokenizer: Weights = "auto"
 
 
 class ImagePipelineOutput(NamedTuple):
@@ -183,7 +170,8 @@ class ImagePipeline:
 
         `decode` turns a partial grid into the upper part of the images.
         """
-        yield from generate_rows(self.engine, condition, sampling, sample_ids, negative)
+        request = generation_request(self.engine, condition, sampling, sample_ids, negative)
+        yield from generate_rows(self.engine, request)
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

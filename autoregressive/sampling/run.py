@@ -14,18 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.conditions import (
-    ClassConditions,
     ConditionConfig,
     Conditions,
-    PromptConditions,
     open_conditions,
 )
 from autoregressive.sampling.loop import CodeBatch, decode_batches, sample_batches
-from autoregressive.sampling.pipeline import ImagePipeline, WeightsConfig
-from autoregressive.sampling.png_layouts import Layout, has_pngs, write_pngs
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.sampling.pipeline_config import PipelineConfig
+from autoregressive.sampling.png_layouts import Layout, check_layout, has_pngs, write_pngs
 from core.config import config_values, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png
@@ -38,16 +36,10 @@ from evaluations.scorer import MetricsConfig, check_size, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRunConfig:
+class SampleRunConfig(PipelineConfig):
     """Settings of a sample run.
 
     Args:
-        gpt: The GPT: a run or checkpoint folder, a released file, or a Hub id.
-        tokenizer: The tokenizer: a run or checkpoint folder, a released file, or a Hub id.
-        grid: Rows and columns of codes, for a released file that does not tell; null to infer.
-        weights: Which weights of the two checkpoints to load.
-        verify_weights: Compare the files of our checkpoints with their checksums.
-        compute: Device and precision.
         num_images: Number of images; null for 50,000 images of a class model, or for all prompts.
         conditions: The classes or prompts.
         sampling: Guidance, filters and seed.
@@ -68,13 +60,7 @@ class SampleRunConfig:
         grid_columns: Images per row of samples.png.
     """
 
-    gpt: str
-    tokenizer: str
     out: Path
-    grid: tuple[int, int] | None = None
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    verify_weights: bool = True
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
     num_images: int | None = None
     conditions: ConditionConfig = field(default_factory=ConditionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -103,18 +89,12 @@ class SampleRunConfig:
 
 def sample(config: SampleRunConfig, world: World) -> None:
     """Sample all images, each rank its own shards, then write npz, png, image grid and index."""
-    pipeline = ImagePipeline.from_pretrained(
-        config.gpt,
-        config.tokenizer,
-        gpt_weights=config.weights.gpt,
-        tokenizer_weights=config.weights.tokenizer,
-        grid=config.grid,
-        verify_weights=config.verify_weights,
-    )
+    pipeline = config.load_pipeline()
     gpt_config = pipeline.gpt.config
     conditions = open_conditions(
         config.conditions, config.num_images, gpt_config, config.sampling.seed, world
     )
+    check_layout(config.layout, conditions.prompts)
     scorer = open_scorer(config.metrics, "generation", world) if config.metrics.reference else None
     if scorer:
         size = (config.resize, config.resize) if config.resize else pipeline.image_size
@@ -136,12 +116,7 @@ def sample(config: SampleRunConfig, world: World) -> None:
         if not (config.out / "index.json").exists():  # an npz would be left from other samples
             (config.out / "samples.npz").unlink(missing_ok=True)
     batches = math.ceil(conditions.count / config.batch_size / world.size)
-    pipeline.prepare(
-        **config.compute.arguments(),
-        device=world.device,
-        num_steps=batches * gpt_config.num_codes,
-        verbose=world.is_main,
-    )
+    config.prepare(pipeline, batches, world)
     write_shards(config, pipeline, conditions, writer, todo, finished, evaluator)
     writer.finish(conditions.index)
     if world.is_main:
@@ -190,8 +165,9 @@ def write_shards(
                 bar.update(len(batch.ids) * world.size)
             if written:
                 written.result()
-            write = write_shard if shard in todo else write_missing_pngs
-            written = background.submit(write, config, writer, shard, arrays, conditions)
+            written = background.submit(
+                write_shard, config, writer, shard, arrays, conditions, only_pngs=shard in finished
+            )
         if written:
             written.result()
     if world.is_main and config.sampling.speculation_window > 1 and engine.steps_taken:
@@ -215,46 +191,34 @@ def write_shard(
     shard: int,
     parts: dict[str, list[np.ndarray]],
     conditions: Conditions,
+    only_pngs: bool,
 ) -> None:
-    """Write a shard's codes, its png files, and its pixels if samples.npz needs them."""
-    write_missing_pngs(config, writer, shard, parts, conditions)
+    """Write a shard's png files if they are missing, then its codes and pixels.
+
+    only_pngs: the shard is finished, so that its codes and pixels are written already.
+    """
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
-    if not config.npz:
-        del arrays["pixels"]
-    writer.write(shard, arrays)
-
-
-def write_missing_pngs(
-    config: SampleRunConfig,
-    writer: ShardWriter,
-    shard: int,
-    parts: dict[str, list[np.ndarray]],
-    conditions: Conditions,
-) -> None:
-    """Write a shard's png files, if they are asked for and not all there."""
     if lacks_pngs(config, writer, shard, conditions):
-        prompts = conditions if isinstance(conditions, PromptConditions) else None
-        pixels = np.concatenate(parts["pixels"])
-        write_pngs(config.out / "png", config.layout, writer.items(shard), pixels, prompts)
+        ids, folder = writer.items(shard), config.out / "png"
+        write_pngs(folder, config.layout, ids, arrays["pixels"], conditions.prompts)
+    if not config.npz:  # only samples.npz needs the pixels
+        del arrays["pixels"]
+    if not only_pngs:
+        writer.write(shard, arrays)
 
 
 def lacks_pngs(
     config: SampleRunConfig, writer: ShardWriter, shard: int, conditions: Conditions
 ) -> bool:
     """Whether a shard's png files are asked for and not all there."""
-    prompts = conditions if isinstance(conditions, PromptConditions) else None
-    ids = writer.items(shard)
-    return config.png and not has_pngs(config.out / "png", config.layout, ids, prompts)
+    ids, folder = writer.items(shard), config.out / "png"
+    return config.png and not has_pngs(folder, config.layout, ids, conditions.prompts)
 
 
 def write_outputs(config: SampleRunConfig, pipeline: ImagePipeline, conditions: Conditions) -> None:
     """Write samples.png, and samples.npz from the pixels of all shards."""
-    rows, columns = config.grid_rows, config.grid_columns
-    ids, captions = np.arange(min(conditions.count, rows * columns)), None
-    if isinstance(conditions, ClassConditions):
-        ids = image_grid_ids(conditions.labels, rows, columns)
-    else:
-        captions = [conditions.prompt_of(i).text for i in ids.tolist()]
+    columns = config.grid_columns
+    ids, captions = conditions.grid(config.grid_rows, columns)
     codes = torch.from_numpy(ShardReader(config.out, "codes")[ids].astype(np.int64))
     batches = codes.to(pipeline.engine.device).split(32)
     pixels = torch.cat([pipeline.decode(part, config.resize) for part in batches]).cpu().numpy()
@@ -271,12 +235,3 @@ def write_outputs(config: SampleRunConfig, pipeline: ImagePipeline, conditions: 
 def _chunks(pixels: ShardReader) -> Iterator[np.ndarray]:
     for start in range(0, len(pixels), 500):
         yield pixels[np.arange(start, min(start + 500, len(pixels)))]
-
-
-def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Image numbers of samples.png: a row per class if there are enough images, else the first."""
-    classes = np.unique(labels)[:rows].tolist()
-    by_class = [np.flatnonzero(labels == label)[:columns] for label in classes]
-    if all(len(ids) == columns for ids in by_class):
-        return np.concatenate(by_class)
-    return np.arange(min(len(labels), rows * columns))

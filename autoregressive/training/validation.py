@@ -13,7 +13,7 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.models.conditioning import Condition, as_condition
+from autoregressive.models.conditioning import ClassCondition, Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import read_gpt
@@ -194,10 +194,10 @@ class SampleGrid:
         """What is asked for, else the first ten classes, or captions of the data."""
         if isinstance(data, CodeDataset):
             if self.config.sample_classes:
-                return as_condition(torch.tensor(self.config.sample_classes))
+                return ClassCondition(torch.tensor(self.config.sample_classes))
         elif self.config.sample_prompts:
-            return as_condition(data.encode(list(self.config.sample_prompts)))
-        return as_condition(data.conditions(np.arange(min(10, num_classes))))
+            return data.encode(list(self.config.sample_prompts))
+        return data.conditions(np.arange(min(10, num_classes)))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """An image grid (height, width, 3) uint8."""

@@ -11,15 +11,16 @@ import torch
 
 CLOSE_SECONDS = 20.0
 
+# Tensors, and anything else with their methods `to(device, non_blocking=)` and `pin_memory()`.
+Batch = tuple[Any, ...]
 
-def prefetch(
-    batches: Iterator[tuple[Any, ...]], device: torch.device, depth: int = 2
-) -> Iterator[tuple[Any, ...]]:
-    """Yield the same batches (tuples of tensors) on `device`, reading up to `depth` in advance.
+
+def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+    """Yield the same batches on `device`, reading up to `depth` of them in advance.
 
     An exception of `batches` is raised to the consumer, after the batches that came before it.
     """
-    ready: queue.Queue[tuple[Any, ...] | BaseException | None] = queue.Queue(depth)
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     pin, closed = device.type == "cuda", threading.Event()
 
     def fill() -> None:
@@ -27,7 +28,7 @@ def prefetch(
             if pin:  # a new thread starts on GPU 0, whatever GPU its process uses
                 torch.cuda.set_device(device)
             for batch in batches:
-                ready.put(_pinned(batch) if pin else batch)
+                ready.put(tuple(map(pinned, batch)) if pin else batch)
                 if closed.is_set():
                     break
             ready.put(None)
@@ -42,7 +43,7 @@ def prefetch(
             if isinstance(item, BaseException):
                 raise item
             # From pinned memory, the copy overlaps with the computation of the step before.
-            yield to_device(item, device)
+            yield to_device(item, device, non_blocking=pin)
     finally:
         closed.set()
         # The interpreter aborts ("terminate called") if it exits while this thread is inside a
@@ -53,14 +54,12 @@ def prefetch(
                 ready.get(timeout=0.05)
 
 
-def to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - tensors in tuples
-    """A tensor, or nested tuples of them, on `device`; pinned ones are copied without waiting."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=value.is_pinned())
-    return tuple(to_device(part, device) for part in value)
+def to_device(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
+    """A batch on `device`. non_blocking: do not wait for the copy of what is in pinned memory."""
+    return tuple(part.to(device, non_blocking=non_blocking) for part in batch)
 
 
-def _pinned(value: Any) -> Any:  # noqa: ANN401 - tensors in tuples
-    if isinstance(value, torch.Tensor):
-        return value.pin_memory() if value.device.type == "cpu" else value
-    return tuple(_pinned(part) for part in value)
+def pinned(part: Any) -> Any:  # noqa: ANN401 - part of a Batch
+    """The same in page-locked memory; a tensor that is on a GPU stays there."""
+    on_gpu = isinstance(part, torch.Tensor) and part.device.type != "cpu"
+    return part if on_gpu else part.pin_memory()

@@ -31,6 +31,27 @@ def load_dinov2(weights: str) -> tuple[nn.Module, str]:
     return network.eval().requires_grad_(False), file_sha256(path)
 
 
+def load_patch_encoder(architecture: str, weights: str | None) -> nn.Module:
+    """A DINOv2 of timm's for images of any size, frozen and in eval mode.
+
+    architecture: timm's name. weights: A file with timm's tensors; None for the Hub's. Raises
+    InputError if the weights are missing.
+    """
+    import timm
+
+    source = weights or f"timm/{architecture}/model.safetensors"
+    try:
+        path = find_weights(source, "model.safetensors")
+    except InputError as error:
+        raise InputError(
+            f"{error}. DINOv2 needs timm's {architecture}: give its file, or use the encoder "
+            "efficientnet_lite0"
+        ) from error
+    network = timm.create_model(architecture, num_classes=0, dynamic_img_size=True)
+    load_weights(network, _without_mask_token(read_file(path).weights("model", path)), path)
+    return network.eval().requires_grad_(False)
+
+
 def build_dinov2() -> nn.Module:
     """timm's ViT-L/14 for images of 224 x 224, with random weights."""
     import timm
@@ -40,7 +61,7 @@ def build_dinov2() -> nn.Module:
 
 def _for_our_size(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     """Interpolate the position embeddings from 518 x 518 to 224 x 224; drop the mask token."""
-    tensors.pop("mask_token", None)
+    tensors = _without_mask_token(tensors)
     table, side = tensors.get("pos_embed"), SIDE // PATCH
     if table is None or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
         raise InputError(f"{path}: no square pos_embed; is it DINOv2's ViT-L/14 (no registers)?")
@@ -51,6 +72,10 @@ def _for_our_size(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, tor
         grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
         tensors["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).movedim(1, 2)], dim=1)
     return tensors
+
+
+def _without_mask_token(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
 
 
 def features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

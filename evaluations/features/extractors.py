@@ -1,4 +1,4 @@
-"""Feature extractors: the 2015 Inception, DINOv2, and networks that need no weights.
+"""Feature extractors: the 2015 Inception, DINOv2, EfficientNet-lite0, and random networks.
 
 A Frechet distance is called FID only on the weights of the 2015 Inception. Distances on the other
 networks also rise with blur, noise and lost variety, but must not be compared with published FIDs.
@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from core.distributed.world import World
-from evaluations.features import dinov2, inception
+from evaluations.features import dinov2, efficientnet, inception
+from evaluations.features.efficientnet import EfficientNetLite0
 
-ExtractorName = Literal["inception", "dinov2", "proxy", "random_inception"]
+ExtractorName = Literal["inception", "dinov2", "efficientnet_lite0", "proxy", "random_inception"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class ExtractorConfig:
     """Which network extracts features.
 
     Args:
-        extractor: inception (FID); dinov2 (FD-DINOv2); or, without weights, proxy or
-            random_inception (both NOT FID).
+        extractor: inception (FID); dinov2 (FD-DINOv2); efficientnet_lite0, whose weights come with
+            requirements.txt; or, without weights, proxy or random_inception. Only the first is FID.
         inception_weights: The file pt_inception-2015-12-05-6726825d.pth; null to use torch.hub's
             cache or to download it.
         dinov2_weights: DINOv2's ViT-L/14: dinov2_vitl14_pretrain.pth, timm's file, or a Hub id.
@@ -45,6 +46,8 @@ class ExtractorConfig:
         """The network on this process's device; raises InputError if its weights are missing."""
         if self.extractor == "proxy":
             return ProxyExtractor(world.device)
+        if self.extractor == "efficientnet_lite0":
+            return EfficientNetExtractor(world.device)
         if self.extractor == "dinov2":
             return DinoV2Extractor(self.dinov2_weights, world.device)
         random = self.extractor == "random_inception"
@@ -158,6 +161,29 @@ class DinoV2Extractor:
         """See FeatureExtractor."""
         with full_float32(self.device):
             return Features(dinov2.features(self.network, pixels.to(self.device)), None)
+
+
+class EfficientNetExtractor:
+    """The pooled features of EfficientNet-lite0, of images resized to 224 x 224. NOT FID."""
+
+    metric = "efficientnet_lite0_fd"
+    dim = efficientnet.DIM
+    spatial_dim = 0
+    classifier: torch.Tensor | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.network, self.device = EfficientNetLite0().to(device), device
+        self.weights_sha256 = self.network.weights_sha256
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """See FeatureExtractor."""
+        x = pixels.to(self.device).movedim(-1, 1).float()
+        size = (efficientnet.SIDE, efficientnet.SIDE)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp_(0, 255)
+        with full_float32(self.device):
+            return Features(self.network.pooled(x / 127.5 - 1), None)
 
 
 @contextlib.contextmanager

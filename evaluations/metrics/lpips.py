@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al. 2018, version 0.1, VGG16): the perceptual distance of two images.
 
 The network and its five linear heads are those of the `lpips` package; the weights of VGG16 are
-torchvision's. Only the arithmetic is ours: features are compared in float32, also under autocast.
+torchvision's.
 """
 
 import warnings
@@ -13,12 +13,13 @@ from torch import nn
 
 from core.config import InputError
 from core.weights import load_weights, read_file
+from evaluations.metrics.perceptual import PerceptualDistance
 
 VGG_FILE = "vgg16-397923af.pth"
 VGG_SIZE = "528 MB"
 
 
-class LPIPS(nn.Module):
+class LPIPS(PerceptualDistance):
     """The perceptual distance with frozen weights.
 
     Args:
@@ -46,29 +47,12 @@ class LPIPS(nn.Module):
         self.heads = nn.ParameterList(head.get_parameter("model.1.weight") for head in network.lins)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "LPIPS":
-        """Stay in eval mode, even if the surrounding module is in training mode."""
-        return super().train(False)
-
-    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, h, w) in [-1, 1] each -> distances (b,) float32.
-
-        Only `fake` receives gradients.
-        """
-        with torch.no_grad():
-            expected = self._features(real)
-        distance = torch.zeros(len(real), device=real.device)
-        for a, b, head in zip(expected, self._features(fake), self.heads, strict=True):
-            distance = distance + ((a - b).square() * head).sum(1).mean((1, 2))
-        return distance
-
-    def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Features of the five stages with unit length along the channels, float32."""
+    def stage_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """See PerceptualDistance."""
         x, features = self.scaling(images), []
         for stage in self.stages:
             x = stage(x)
-            y = x.float()
-            features.append(y / (y.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            features.append(x)
         return features
 
 
@@ -94,6 +78,7 @@ def _torchvision_file() -> Path:
             raise InputError(
                 f"LPIPS needs torchvision's {VGG_FILE}, which is not in {cached.parent} and cannot "
                 f"be downloaded ({error}); give it with --loss.vgg_weights (reconstruct: "
-                "--vgg_weights), or train without LPIPS: --loss.perceptual_weight 0"
+                "--vgg_weights), train with --loss.perceptual efficientnet_lite0, or without a "
+                "perceptual loss: --loss.perceptual_weight 0"
             ) from error
     return cached

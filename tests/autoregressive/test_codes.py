@@ -11,10 +11,10 @@ from core.config import InputError
 def test_everything_about_the_codes_comes_from_their_index(tmp_path):
     data = CodeDataset(DataConfig((write_codes(tmp_path / "codes", grid=(2, 6)),)))
     assert (data.vocab_size, data.num_classes, data.grid, len(data)) == (32, 4, (2, 6), 40)
-    codes, labels = data.batch(np.array([39, 0]), np.array([0, 1]), seed=0)
+    codes, condition = data.batch(np.array([39, 0]), np.array([0, 1]), seed=0)
     assert codes.shape == (2, 12)
     assert codes.dtype == torch.int64
-    assert labels.tolist() == [3, 0]
+    assert condition.labels.tolist() == [3, 0]
 
 
 def test_the_crop_depends_on_seed_and_position_alone(tmp_path):
@@ -46,8 +46,8 @@ def test_the_reference_layout_is_read(tmp_path):
     config = DataConfig((tmp_path / "codes",), (tmp_path / "labels",), vocab_size=100)
     data = CodeDataset(config)
     assert (data.grid, data.num_classes, len(data)) == ((4, 4), 1000, 5)
-    codes, labels = data.batch(np.array([2, 4]), np.array([0, 1]), seed=0)
-    assert labels.tolist() == [6, 12]
+    codes, condition = data.batch(np.array([2, 4]), np.array([0, 1]), seed=0)
+    assert condition.labels.tolist() == [6, 12]
     assert (codes[0].numpy() == stored[2, 0]).all(-1).any()
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sample import SampleConfig
-from autoregressive.sampling.conditions import ConditionConfig, sample_labels
-from autoregressive.sampling.run import image_grid_ids, sample
+from autoregressive.sampling.conditions import ConditionConfig, image_grid_ids, sample_labels
+from autoregressive.sampling.run import sample
 from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz

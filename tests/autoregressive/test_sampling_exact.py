@@ -141,9 +141,9 @@ def test_captions_of_different_lengths_do_not_depend_on_their_batch():
         assert torch.equal(one[0], together[i])
 
 
-def test_a_image_can_be_shown_row_by_row():
+def test_an_image_can_be_shown_row_by_row():
     gpt, config = tiny(), SamplingConfig(top_k=5)
-    rows = list(generate_rows(gpt, LABELS, config))
+    rows = list(generate_rows(gpt, generation_request(gpt, LABELS, config)))
     assert [tuple(part.shape) for part in rows] == [(3, n, 4) for n in (1, 2, 3, 4)]
     assert torch.equal(rows[-1], generate(gpt, LABELS, top_k=5))
     assert torch.equal(rows[1], rows[-1][:, :2])
@@ -224,7 +224,7 @@ def test_guessing_ahead_takes_fewer_steps_where_guesses_are_right():
     with torch.no_grad():
         gpt.output.weight.zero_()  # all codes are alike: the likeliest is always the same
     config = SamplingConfig(1.0, greedy=True, speculation_window=4)
-    steps = list(generate_steps(gpt, LABELS, config))
+    steps = list(generate_steps(gpt, generation_request(gpt, LABELS, config)))
     assert len(steps) == 1 + 4  # the first code, then 15 by four
 
 

@@ -91,7 +91,7 @@ def data(made: Path, **changes: object) -> TextDataset:
 def test_codes_and_captions_are_joined_by_the_pair(made):
     joined = data(made)
     assert joined.pairs.tolist() == [i for i in range(30) if i not in (3, 17)]
-    codes, (features, lengths) = joined.batch(np.array([3]), np.array([0]), seed=0)
+    codes, condition = joined.batch(np.array([3]), np.array([0]), seed=0)
     assert torch.equal(
         codes[0],
         torch.from_numpy(
@@ -99,17 +99,18 @@ def test_codes_and_captions_are_joined_by_the_pair(made):
         ),
     )
     expected = joined.features.batch(np.array([4]), np.array([0]))
-    assert torch.equal(features, expected[0])
-    assert torch.equal(lengths, expected[1])
+    assert torch.equal(condition.features, expected[0])
+    assert torch.equal(condition.lengths, expected[1])
 
 
 @pytest.mark.slow
 def test_short_captions_come_at_their_rate_and_depend_on_the_position_alone(made):
     joined = data(made, short_caption="first_sentence", short_caption_rate=0.3)
     rows, positions = np.zeros(2000, np.int64), np.arange(2000)
-    lengths = joined.batch(rows, positions, seed=0)[1][1]
+    lengths = joined.batch(rows, positions, seed=0)[1].lengths
     assert 0.25 < (lengths == lengths.min()).float().mean() < 0.35
-    assert torch.equal(lengths[50:60], joined.batch(rows[:10], positions[50:60], seed=0)[1][1])
+    again = joined.batch(rows[:10], positions[50:60], seed=0)[1].lengths
+    assert torch.equal(lengths[50:60], again)
     with pytest.raises(InputError, match="no variant 'blip'"):
         data(made, caption="blip")
 

@@ -109,6 +109,10 @@ def test_bad_images_are_counted_and_named_and_training_goes_on(tmp_path):
         (("--image_size", "[15,16]"), "image_size"),
         (("--training.batch_size", "many"), "training.batch_size"),
         (("--data", "nowhere"), "nowhere"),
+        (
+            ("--loss.perceptual", "efficientnet_lite0", "--loss.vgg_weights", "no.pth"),
+            "loss.vgg_weights is for loss.perceptual lpips",
+        ),
         (("--loss.perceptual_weight", 1, "--loss.vgg_weights", "no.pth"), "vgg16-397923af.pth"),
     ],
 )

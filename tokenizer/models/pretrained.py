@@ -15,10 +15,8 @@ from core.released import released_architecture
 from core.weights import (
     Weights,
     file_sha256,
-    find_weights,
-    inference_files,
+    find_model,
     load_weights,
-    mixin_file,
     read_file,
     tensors_sha256,
 )
@@ -50,25 +48,18 @@ def load_tokenizer(
 ) -> LoadedTokenizer:
     """Load a tokenizer, strictly.
 
-    source: a released model's name (see autoregressive.convert --list), a released file in any
-        layout of released_layouts, a checkpoint or run folder of ours, or
-        `owner/name[/file][@revision]` on the Hub.
-    weights: "auto" takes the averaged weights where there are any.
-    revision: branch, tag or commit on the Hub.
-    verify_weights: compare the files of our checkpoints with their checksums.
+    source, weights, revision, verify_weights: as for autoregressive.models.pretrained.load_gpt;
+        "auto" takes the EMA weights if there are any.
     overrides: fields of VQConfig that a released file cannot tell, e.g. l2_normalize=False.
-    Raises InputError where the weights do not fit, are damaged, or would run code.
+    Raises InputError if the weights do not fit, are damaged, or would run code.
     """
-    path, sha256 = find_weights(source, "model.safetensors", revision), None
-    told = released_architecture(source)
-    mixin = mixin_file(path)
-    if path.is_dir() and mixin is None:
-        config_path, path, sha256 = inference_files(path, weights, verify_weights)
+    path, config_path, sha256 = find_model(source, weights, revision, verify_weights)
+    if config_path:
         config = dataclasses.replace(load_config(VQConfig, config_path), **overrides)
         tensors = read_file(path).weights("model", path)
     else:
-        path = mixin or path
         tensors, fields = read_tokenizer(path, weights)
+        told = released_architecture(source)
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
