@@ -37,7 +37,7 @@ pytestmark = [
         "on Debian: apt-get install chromium",
     ),
 ]
-# Notes every picture that the page shows.
+# Notes every image that the page shows.
 OBSERVE = """() => {
     window.shown = [];
     new MutationObserver(() => {
@@ -84,11 +84,11 @@ def test_the_page_in_a_browser_grows_and_ends_with_the_images_of_the_api(server,
         def the_page_shows_it() -> bool:
             page.wait_for_timeout(50)
             source = page.locator("#grid img").get_attribute("src") or ""
-            picture = Image.open(io.BytesIO(httpx.get(source).content)).convert("RGB")
-            return np.array_equal(np.asarray(picture), wanted)
+            image = Image.open(io.BytesIO(httpx.get(source).content)).convert("RGB")
+            return np.array_equal(np.asarray(image), wanted)
 
         wait_until(the_page_shows_it)
-        assert len(page.evaluate("() => window.shown")) >= 4, "a picture and three changes"
+        assert len(page.evaluate("() => window.shown")) >= 4, "an image and three changes"
         if screenshot:
             Path(screenshot).parent.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=screenshot)
