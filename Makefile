@@ -5,6 +5,7 @@
 #                   server's page with gradio
 # make fuzz   thousands of malformed inputs to every command (EXAMPLES per test, default 100)
 # make gpu-report  everything that a GPU can tell in ten minutes, as JSON and a Markdown table
+# make test-oldest  the quick tests on the oldest torch that the project runs on, in .venv-oldest
 # make check  lint, types and the quick tests
 # Each makes .venv first if it is missing or older than the requirements.
 
@@ -15,8 +16,9 @@ WORKERS ?= 2
 EXAMPLES ?= 100
 # Drives the browser that it finds (Debian: apt-get install chromium); brings none.
 PLAYWRIGHT := playwright==1.65.2
+OLDEST := torch==2.11.0 torchvision==0.26.0
 
-.PHONY: demo demo-text test fuzz serve-test check quick gpu-report clean
+.PHONY: demo demo-text test fuzz serve-test check quick gpu-report test-oldest clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -29,7 +31,7 @@ test: .venv/ready
 	@echo "The tests that run vLLM were left out: make serve-test runs them."
 
 fuzz: .venv/ready
-	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 tests/fuzz
+	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 -q tests/fuzz
 
 serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
@@ -56,6 +58,15 @@ gpu-report: .venv/ready
 		|| (echo "$(PYTHON) is older than 3.10; give a newer one: make PYTHON=python3.12 ..." && exit 1)
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
+.venv-oldest/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST) \
+		$$(grep -hv '^#\|^torch' requirements.txt requirements-dev.txt | sed 's/ *#.*//; s/ //g')
 	touch $@
 
 # torchvision and its kin come as CUDA builds, and break `import transformers` beside torch+cpu.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from autoregressive.data.codes import drop_condition
+from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.models.conditioning import Condition
 from autoregressive.models.config import GPTConfig
@@ -25,6 +25,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block
 from autoregressive.objectives.next_token import NextTokenLoss, unsharded_copy
 from autoregressive.training.config import TrainConfig
+from autoregressive.training.plan import plan_training
 from autoregressive.training.validation import (
     SampleGrid,
     SampleScorer,
@@ -41,11 +42,10 @@ from core.lock import writer_lock
 from core.rng import seed_step
 from core.training.ema import EMA
 from core.training.initialization import initialize
-from core.training.memory_plan import Plan, approve, plan_model, transformer_activations
+from core.training.memory_plan import approve
 from core.training.optimizer import Stepper, build_adamw, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
-from core.training.speed_plan import StepPlan
 
 
 def train(config: TrainConfig, world: World) -> None:
@@ -54,7 +54,7 @@ def train(config: TrainConfig, world: World) -> None:
     data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
-    resumes = check_resumable(config.out, gpt_config, data.index.get("tokenizer_file_sha256"))
+    resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     plan = plan_training(config, gpt_config, len(data), world)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
@@ -186,48 +186,6 @@ def build_models(
     optimizer = build_adamw(gpt, config.optimizer)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)
-
-
-def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
-    """The memory that the run needs, counted on a model on the meta device."""
-    with torch.device("meta"):
-        gpt = GPT(gpt_config)
-    length = gpt_config.num_condition + gpt_config.num_codes - 1
-    rows = config.training.batch_size // (world.size * config.training.gradient_accumulation)
-    kept = transformer_activations(
-        rows * length,
-        gpt_config.dim,
-        gpt_config.ffn_dim,
-        gpt_config.num_layers,
-        config.parallel.activation_checkpointing,
-    )
-    logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
-    training, parameters = config.training, sum(p.numel() for p in gpt.parameters())
-    in_blocks = sum(p.numel() for block in gpt.blocks for p in block.parameters())
-    compute_bytes = 2 if training.precision == "bf16" else 4
-    step = StepPlan(
-        parameters,
-        parameters - in_blocks,
-        gpt_config.training_flops * training.batch_size * gpt_config.num_codes,
-        kept * world.size * training.gradient_accumulation,
-        compute_bytes,
-        training.gradient_accumulation,
-        config.parallel.activation_checkpointing,
-        training.ema_decay is not None,
-    )
-    return plan_model(
-        gpt,
-        Block,
-        training.ema_decay is not None,
-        kept + logits,
-        samples,
-        training.batch_size,
-        training.num_steps,
-        scored=config.evaluation.every is not None,
-        accumulates=training.gradient_accumulation > 1,
-        compute_bytes=compute_bytes,
-        step=step,
-    )
 
 
 def training_batches(

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_report --out runs/benchmarks/gpu_report.json
 
 Each row is written to the JSON as soon as it is measured, so that an interrupted report keeps what
-it has. A row that fails says why, and the next one runs. Ends with a Markdown table. On a CPU, with
+it has. A row that fails says why, and the next one runs. Ends with a Markdown table and profiles of
+the two sampling rows that are farthest from the lower bound. On a CPU, with
 `--device cpu --quick true`, the smallest rows run and the others say "needs CUDA".
 """
 
@@ -11,8 +12,10 @@ import functools
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +24,14 @@ from typing import Any
 
 import torch
 
+from autoregressive.sampling.run import SampleRunConfig, sample
 from benchmarks import sampling, training
-from core.config import config_values, parse_config, run_command
+from core.config import config_values, parse_config, run_command, save_config
 from core.distributed.hardware import peak_memory_bytes
 from core.distributed.parallel import ParallelConfig
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json, write_text
+from core.weights import save_tensors
 from tokenizer.models.vq_model import VQModel
 
 Numbers = dict[str, Any]
@@ -91,11 +96,19 @@ def run_tests() -> Numbers:
 def measure_sampling(
     size: str, grid: tuple[int, int], batch: int, device: sampling.Device
 ) -> Numbers:
-    """The engine in bf16, eager blocks and CUDA graphs, beside the card's lower bound."""
+    """The engine in bf16, eager blocks and CUDA graphs, beside the card's lower bound.
+
+    Up to batch 8, the reference's loop too, in bf16.
+    """
     config = sampling.BenchmarkConfig(batches=(batch,), repeats=2)
     (row,) = sampling.measure_size(config, size, grid, device, {})
     kept = ("ms_per_step", "images_per_second", "fraction_of_floor")
-    return {key: row[key] for key in kept}
+    numbers = {key: row[key] for key in kept}
+    if batch <= 8:
+        for _ in range(2):  # the first warms up
+            times = sampling.reference_times(config, size, grid, "bf16", batch, device.device)
+        numbers["times_reference"] = 1e3 * statistics.mean(times) / row["ms_per_step"]
+    return numbers
 
 
 def measure_tokenizer(side: int, batch: int, device: torch.device) -> Numbers:
@@ -112,6 +125,37 @@ def measure_tokenizer(side: int, batch: int, device: torch.device) -> Numbers:
             fastest = min(sampling.seconds(run, device) for _ in range(3))
             numbers[f"{name}_images_per_second"] = batch / fastest
     return numbers
+
+
+def measure_sample_runs(config: ReportConfig, world: World) -> Numbers:
+    """Sample runs of GPT-B to npz as autoregressive.sample does them, and 50,000 images from them.
+
+    The longer run less the shorter one gives the time of an image without that of the start.
+    """
+    few, many = (2, 6) if config.quick else (500, 2000)
+    grid = (2, 2) if config.quick else (16, 16)
+    gpt = sampling.random_gpt("GPT-B", grid, "fp32", torch.device("cpu"))
+    vq = VQModel.from_preset("VQ-16")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for model, name in ((gpt, "gpt"), (vq, "vq")):
+            save_tensors(model.state_dict(), folder / name / "model.safetensors")
+            save_config(model.config, folder / name / "config.yaml")
+        times = []
+        for count in (few, few, many):  # the first compiles and captures graphs
+            run = SampleRunConfig(
+                gpt=str(folder / "gpt"),
+                tokenizer=str(folder / "vq"),
+                out=folder / f"{len(times)}",
+                num_images=count,
+                batch_size=2 if config.quick else 256,
+            )
+            started = time.perf_counter()
+            sample(run, world)
+            times.append(time.perf_counter() - started)
+    each = (times[2] - times[1]) / (many - few)
+    minutes = (times[1] + (50_000 - few) * each) / 60
+    return {"images": many, "images_per_second": 1 / each, "minutes_for_50000": minutes}
 
 
 def measure_training(size: str, large: bool, config: ReportConfig, world: World) -> Numbers:
@@ -149,6 +193,8 @@ def rows_of(config: ReportConfig, world: World) -> list[Row]:
     side, batch = (32, 1) if config.quick else (256, 64)
     vq = functools.partial(measure_tokenizer, side, batch, world.device)
     rows.append(Row(f"VQ-16, {side} px, batch {batch}", vq, on_cpu=True))
+    runs = functools.partial(measure_sample_runs, config, world)
+    rows.append(Row("sample runs GPT-B, VQ-16", runs, on_cpu=True))
     for size in ("GPT-B", "GPT-L", "GPT-XL", "GPT-3B"):
         large = size == "GPT-3B"
         how = functools.partial(measure_training, size, large, config, world)
@@ -179,6 +225,23 @@ def measure_row(row: Row, world: World) -> Numbers:
     return numbers
 
 
+def profile_rows(rows: list[Row], results: Numbers, config: ReportConfig) -> list[Path]:
+    """Profile the two sampling rows that are farthest from the lower bound; a table each."""
+    measured = {
+        row.name: row for row in rows if "fraction_of_floor" in results["rows"].get(row.name, {})
+    }
+    worst = sorted(measured, key=lambda name: results["rows"][name]["fraction_of_floor"])[:2]
+    tables = []
+    for i, name in enumerate(worst):
+        with torch.profiler.profile() as profile:
+            measured[name].measure()
+        sort = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        tables.append(config.out.with_suffix(f".profile_{i}.txt"))
+        table = profile.key_averages().table(sort_by=sort, row_limit=20)
+        write_text(tables[-1], f"{name}\n{table}\n")
+    return tables
+
+
 def markdown(results: Numbers) -> str:
     """The report as a table."""
     card = ", ".join(f"{name} {value}" for name, value in results["facts"].items() if value)
@@ -203,7 +266,8 @@ def report(config: ReportConfig, world: World) -> Numbers:
         "settings": config_values(config),
         "rows": {},
     }
-    for row in rows_of(config, world):
+    rows = rows_of(config, world)
+    for row in rows:
         if time.perf_counter() - started > 60 * config.minutes:
             numbers = {"status": f"not run: {config.minutes:g} minutes were over"}
         else:
@@ -213,7 +277,9 @@ def report(config: ReportConfig, world: World) -> Numbers:
         write_json(config.out, results)
     write_text(table, markdown(results))
     print(markdown(results))
-    print(config.out, table, sep=os.linesep)
+    late = time.perf_counter() - started > 60 * config.minutes
+    profiles = [] if late else profile_rows(rows, results, config)
+    print(config.out, table, *profiles, sep=os.linesep)
     return results
 
 

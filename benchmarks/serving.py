@@ -233,8 +233,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         engine, way = name.split(" ", 1)
         rate = row["images_per_second"]
         ratio = f"{100 * rate / base:.0f} %" if base else "not measured"
-        cells = [engine, way, f"{rate:.2f}", f"{row['p50']:.2f}", f"{row['p99']:.2f}", ratio]
-        lines.append(f"| {' | '.join(cells)} |")
+        columns = [engine, way, f"{rate:.2f}", f"{row['p50']:.2f}", f"{row['p99']:.2f}", ratio]
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 
 

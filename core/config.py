@@ -8,6 +8,7 @@ stops. This is the only file that knows jsonargparse.
 
 import dataclasses
 import errno
+import functools
 import itertools
 import os
 import runpy
@@ -21,7 +22,13 @@ import jsonargparse
 import yaml
 from tqdm import tqdm
 
-from core.config_checks import check_config_file, check_nulls, check_values, nearest_name
+from core.config_checks import (
+    check_config_file,
+    check_nulls,
+    check_values,
+    name_flags,
+    nearest_name,
+)
 from core.errors import InputError
 from core.files import write_text
 
@@ -53,6 +60,7 @@ _PARSE_ERRORS = (
 )
 
 
+@functools.cache  # it takes longer to build than to use
 def _parser(config_class: type) -> jsonargparse.ArgumentParser:
     description = (sys.modules[config_class.__module__].__doc__ or "").strip()
     parser = jsonargparse.ArgumentParser(
@@ -97,7 +105,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None = N
     except InputError:
         raise
     except _PARSE_ERRORS as error:
-        message = _one_line(error)
+        message = name_flags(config_class, given, _one_line(error))
         raise InputError(message + nearest_name(config_class, given, message)) from error
 
 

@@ -36,7 +36,8 @@ def check_config_file(path: Path) -> None:
         for count, _ in enumerate(_nodes(root), 1):
             if count > MAX_CONFIG_VALUES:
                 raise InputError(f"{path}: aliases that write out to too many values")
-        yaml.safe_load(text)  # unknown tags, numbers of thousands of digits
+        # Unknown tags, numbers of thousands of digits, and what only jsonargparse's loader refuses.
+        yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except InputError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
@@ -108,6 +109,14 @@ def check_nulls(config_class: type, values: Mapping[str, Any]) -> None:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None and type(None) not in get_args(kind):
             raise InputError(f"{name} is null, expected a value")
+
+
+def name_flags(config_class: type, arguments: Sequence[str], message: str) -> str:
+    """The message, after the flags and files that were given where it names no field by itself."""
+    if any(name in message for name in field_names(config_class)):
+        return message
+    given = [argument.partition("=")[0] for argument in arguments]
+    return f"{' '.join(given)[:200]}: {message}" if given else message
 
 
 def nearest_name(config_class: type, arguments: Sequence[str], message: str) -> str:

@@ -18,6 +18,7 @@ from core.data.open import open_images
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, Precision, World, dtype_of
 from core.files import write_json
+from core.rng import random_uniform
 from core.weights import Weights
 from evaluations.evaluator import Evaluator
 from evaluations.image_source import check_reading
@@ -26,6 +27,7 @@ from evaluations.metrics.psnr_ssim import SSIM_WINDOW, psnr, ssim, ssim_referenc
 from evaluations.scorer import MetricsConfig, check_size, open_scorer, score, scorer_from_originals
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
+from tokenizer.quantizers.perturbation import PerturbationConfig
 from tokenizer.quantizers.usage import CodebookUsage
 
 
@@ -43,6 +45,8 @@ class ReconstructionConfig:
             of the feature extractor.
         metrics: For rfid: the feature extractor, and the reference; without a reference, the
             reconstructions are compared with `data` itself.
+        perturbation: Replace codes by near ones before decoding. The scores then have the prefix
+            perturbed_, and rfid is called pfid (RobustTok).
         lpips: Also compute LPIPS, which needs the weights of VGG16.
         vgg_weights: torchvision's vgg16-397923af.pth; null to use its cache or to download it.
         grid_images: Number of images in reconstructions.png.
@@ -61,6 +65,7 @@ class ReconstructionConfig:
     image_size: tuple[int, int] = (256, 256)
     rfid: bool = False
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     lpips: bool = False
     vgg_weights: Path | None = None
     grid_images: int = 16
@@ -78,18 +83,21 @@ class ReconstructionConfig:
             raise ValueError(f"image_size {self.image_size}: SSIM needs {SSIM_WINDOW} pixels")
         if min(self.grid_images, self.grid_columns, self.batch_size) < 1:
             raise ValueError("grid_images, grid_columns and batch_size must be >= 1")
+        if self.perturbation.anneal_steps:
+            raise ValueError("perturbation.anneal_steps is for training; leave it null")
 
 
 def reconstruct(config: ReconstructionConfig, world: World) -> None:
     """Score every image on one of the ranks and write the results."""
     images = open_images(config.data)
-    vq, sha256 = load_tokenizer(
+    vq, sha256, _ = load_tokenizer(
         config.tokenizer, config.weights, verify_weights=config.verify_weights
     )
     if any(side < 1 or side % vq.config.downsample for side in config.image_size):
         raise InputError(
             f"image_size {config.image_size} must be divisible by {vq.config.downsample}"
         )
+    config.perturbation.check(vq.config.vocab_size)
     lpips = LPIPS(config.vgg_weights).to(world.device) if config.lpips else None
     vq = vq.for_inference(world.device, dtype_of(config.precision))
     rfid = RFID(config, world) if config.rfid else None
@@ -105,7 +113,7 @@ def reconstruct(config: ReconstructionConfig, world: World) -> None:
             if batch.pixels is None:
                 continue
             real = batch.pixels.to(world.device)
-            fake, codes = rebuild(vq, real)
+            fake, codes = rebuild(vq, real, batch.indices, config.perturbation)
             usage.update(codes)
             for name, values in scores(real, fake, lpips).items():
                 sums[name] = sums.get(name, 0) + values.double().sum()
@@ -153,10 +161,25 @@ class RFID:
 
 
 @torch.no_grad()
-def rebuild(vq: VQModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (n, h, w, 3) uint8 -> reconstructed pixels, and codes (n, rows, columns) int64."""
+def rebuild(
+    vq: VQModel, pixels: torch.Tensor, ids: np.ndarray, perturbation: PerturbationConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (n, h, w, 3) uint8 -> reconstructed pixels, and codes (n, rows, columns) int64.
+
+    ids (n,): Numbers of the images, on which their perturbation depends. The codes that are
+    returned are the original ones.
+    """
     codes = vq.encode(pixels_to_images(pixels))
-    return images_to_pixels(vq.decode(codes)), codes
+    decoded = codes
+    if perturb := perturbation.at(0):
+        image = torch.as_tensor(ids, device=codes.device)[:, None, None]
+        position = torch.arange(codes[0].numel(), device=codes.device).view(codes[0].shape)
+        draw = [torch.full_like(position, number) for number in range(3)]
+        uniform = torch.stack([random_uniform(0, image, position, d) for d in draw])
+        decoded = perturb.codes(vq.quantize, codes, uniform[:2])
+        chosen = random_uniform(0, image, draw[2][:1, :1]) < perturb.image_share
+        decoded = torch.where(chosen, decoded, codes)
+    return images_to_pixels(vq.decode(decoded)), codes
 
 
 def scores(real: torch.Tensor, fake: torch.Tensor, lpips: LPIPS | None) -> dict[str, torch.Tensor]:
@@ -195,7 +218,10 @@ def write(
     if not sum(counts):
         raise InputError(f"{config.data}: no image can be read")
     config.out.mkdir(parents=True, exist_ok=True)
-    found = means | used | distances
+    found = means | distances
+    if config.perturbation.image_share:
+        found = {_perturbed(name): value for name, value in found.items()}
+    found |= used
     result = {
         **found,
         "n": sum(counts),
@@ -207,3 +233,8 @@ def write(
     for name, value in found.items():
         print(f"{name:<26} {value:.4f}")
     print(f"{sum(counts)} images, {len(everywhere)} skipped: {config.out / 'scores.json'}")
+
+
+def _perturbed(name: str) -> str:
+    """The name of a score of reconstructions from perturbed codes."""
+    return "pfid" if name == "rfid" else f"perturbed_{name}"

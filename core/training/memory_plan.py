@@ -40,9 +40,10 @@ class Plan:
     accumulates: bool = False  # whether a step has several micro-batches
     compute_bytes: int = 4  # of a weight during computation: 2 for bf16, 4 for fp32
     step: StepPlan | None = None  # what decides the time of a step; None if it is not planned
+    processes: int | None = None  # that share the batch in `activations`; None: however many
 
     def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
-        """Bytes on each of `size` processes by part; under hsdp, `shared` hold one copy."""
+        """Bytes on each of `size` processes by part; under hsdp, `shared` of them hold one copy."""
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
         own = self.parameters / shards
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
@@ -50,12 +51,14 @@ class Plan:
             parts["EMA weights"] = 4 * own
         # DDP reduces gradients in place (gradient_as_bucket_view).
         if strategy != "ddp":
-            # At the same time: two blocks and all outside the blocks, with their gradients.
+            # At the same time: two blocks and everything outside the blocks, with their gradients.
             gathered = self.largest_block * 2 + self.outside_blocks
             parts["gathered weights and gradients"] = gathered * 2 * self.compute_bytes
             if self.accumulates:  # whole gradients, until the last micro-batch reduces them
                 parts["accumulated gradients"] = 4 * self.parameters
-        return {**parts, "activations": self.activations}
+        # The same batch on more processes is fewer samples on each.
+        share = self.processes / size if self.processes else 1.0
+        return {**parts, "activations": self.activations * share}
 
     def bytes_per_process(self, strategy: Strategy, size: int, shared: int) -> float:
         """Bytes on each of `size` processes; under hsdp, `shared` of them hold one copy."""
@@ -90,8 +93,9 @@ def plan_model(
     accumulates: bool = False,
     compute_bytes: int = 4,
     step: StepPlan | None = None,
+    processes: int | None = None,
 ) -> Plan:
-    """The plan for a model, which may be on the meta device."""
+    """Plan the memory of a model, which may be on the meta device."""
     sizes = [
         sum(p.numel() for p in module.parameters())
         for module in model.modules()
@@ -110,11 +114,12 @@ def plan_model(
         accumulates,
         compute_bytes,
         step,
+        processes,
     )
 
 
 def check_fits(plan: Plan, config: ParallelConfig, world: World) -> None:
-    """Raise InputError where this device cannot hold the run; the message names what would."""
+    """Raise InputError if this device cannot hold the run; the message names what would fit."""
     available = memory_bytes(world.device)
     likely = plan.bytes_per_process(config.strategy, world.size, _shared(config, world))
     needed = likely - plan.activations
@@ -151,7 +156,7 @@ def approve(
 ) -> bool:
     """Check that the run fits; print the plan of a dry run. Returns whether to start training.
 
-    Raises InputError where the device cannot hold the run.
+    Raises InputError if the device cannot hold the run.
     """
     if dry_run:
         print_plan(plan, config, parallel, world)
@@ -215,10 +220,10 @@ def transformer_activations(
 
 
 def _shared(config: ParallelConfig, world: World, size: int = 0) -> int:
-    """Processes that hold one copy of the model under hsdp: shard_size, or those of a node."""
+    """Number of processes that hold one copy of the model under hsdp: shard_size, or a node."""
     return math.gcd(config.shard_size or _node_size(), size or world.size)
 
 
 def _node_size() -> int:
-    """Processes per node; 8 where the launcher does not say."""
+    """Number of processes per node; 8 if the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))

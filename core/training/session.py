@@ -116,7 +116,7 @@ class Session:
     def save_if_due(self, check: Callable[[], object]) -> None:
         """Save a checkpoint when one is due or the scheduler asked the run to stop.
 
-        Call it after every step on all ranks. `check` is called before saving and raises where the
+        Call it after every step on all ranks. `check` is called before saving and raises if the
         weights must not be saved. After a request to stop, this saves and ends the process.
         """
         stopping = self.preemption.requested() and self.step < self.num_steps

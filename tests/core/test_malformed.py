@@ -294,3 +294,12 @@ def test_a_mistake_never_shares_a_line_with_a_progress_bar(monkeypatch, capsys):
         run_command(main)
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert any(line.endswith(": wrong") and "it/s" not in line for line in last), last
+
+
+def test_a_message_about_a_configuration_names_the_file_or_the_flag(tmp_path):
+    path = tmp_path / "half.yaml"
+    path.write_text('out: "\\ud800"\n')  # half of a character: jsonargparse's loader alone refuses
+    with pytest.raises(InputError, match=r"half\.yaml: not YAML"):
+        parse_config(SampleConfig, ["--config", str(path)])
+    with pytest.raises(InputError, match=r"--metrics"):
+        parse_config(SampleConfig, [*SAMPLE, f"--metrics={'1' * 5000}"])

@@ -192,6 +192,12 @@ def test_what_cannot_fit_is_refused_and_a_sharded_one_offered(world):
         check_fits(plan, ParallelConfig(), world)
 
 
+def test_the_same_batch_on_more_processes_needs_less_memory_for_activations():
+    plan = plan_model(nn.Linear(8, 8), nn.Linear, False, 4e9, 100, 10, 50, processes=2)
+    needed = [plan.parts("ddp", size, 1)["activations"] for size in (1, 2, 8)]
+    assert needed == [8e9, 4e9, 1e9]
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_as_eager_ones_do(world):
     results = []

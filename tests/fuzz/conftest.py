@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.codes import write_codes, write_features
-from helpers.fuzz import COUNTS, EXAMPLES, refused
+from helpers.fuzz import COUNTS, STARTED, peak_bytes, refused
 from helpers.images import jpeg, write_tar
 from helpers.models import tiny, write_models
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the attack to `make fuzz`: it takes minutes, and still finds what is to be mended."""
-    if not EXAMPLES:
-        for item in items:
-            if "fuzz" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason="make fuzz runs these"))
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training curves take longer to draw than a tiny model to train, and show no input."""
+    monkeypatch.setattr("core.training.run.draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -62,5 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if total:
         terminalreporter.write_line(
             f"fuzz: {total} examples, {COUNTS['refused']} refused in one line, "
-            f"{COUNTS['accepted']} accepted, no other exception but in the failures above"
+            f"{COUNTS['accepted']} accepted, no other exception but in the failures above; "
+            f"programs started: {', '.join(sorted(STARTED)) or 'none'}; "
+            f"peak memory {peak_bytes() / 1e9:.2f} GB"
         )

@@ -23,7 +23,8 @@ GPT = f"{TRAIN} --model.num_layers 1 --model.num_heads 2 --model.dim 16"
 VQ = (
     f"{TRAIN} --num_workers 0 --image_size [8,8] --model.base_channels 32 "
     "--model.channel_multipliers [1,1] --model.num_res_blocks 1 --model.vocab_size 16 "
-    "--loss.perceptual_weight 0 --model.z_channels 32"
+    "--loss.perceptual_weight 0 --model.z_channels 32 --discriminator.base_channels 8 "
+    "--discriminator.num_layers 1"
 )
 ENCODE = f"--tokenizer vq --image_size [8,8] {CPU} --shard_size 2"
 
@@ -111,7 +112,7 @@ def test_the_inputs_that_are_attacked_are_accepted_before(case, site, tmp_path_f
 
 
 @pytest.mark.parametrize("case", CASES)
-@examples(quick=5)
+@examples(quick=4)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused_in_one_line(case, data, site, tmp_path_factory):
     files = files_of(case, site)

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 import warnings
@@ -22,6 +23,24 @@ from core.config import MISTAKES
 # `make fuzz` sets it: the number of examples of every test.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 COUNTS = {"refused": 0, "accepted": 0}
+MAX_BYTES = 2 << 30  # that a command may take, whatever its input claims to hold
+
+# The programs that commands started while they were attacked. A hostile input must start none.
+STARTED: set[str] = set()
+_watching = False
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching and event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
+        STARTED.add(Path(os.fsdecode(arguments[0])).name)
+
+
+sys.addaudithook(_watch)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def examples(quick: int) -> settings:
@@ -38,12 +57,16 @@ def examples(quick: int) -> settings:
 def refused(module: str, *flags: object) -> str:
     """Run a command in this process -> "" if it succeeds, else the one line of its mistake.
 
-    Anything but success or a mistake, a traceback for the user, is raised.
+    Anything but success or a mistake, a traceback for the user, is raised. So is a program that
+    the input starts, or memory without bounds.
     """
-    quiet = io.StringIO()
+    global _watching
+    quiet, before = io.StringIO(), peak_bytes()
     command = importlib.import_module(module)
     argv = [module, *map(str, flags)]
+    message = ""
     try:
+        _watching = True
         with (
             mock.patch.object(sys, "argv", argv),
             contextlib.redirect_stdout(quiet),
@@ -53,10 +76,13 @@ def refused(module: str, *flags: object) -> str:
             warnings.simplefilter("ignore")
             command.main()
     except MISTAKES as error:
-        COUNTS["refused"] += 1
-        return check_line(str(error))
-    COUNTS["accepted"] += 1
-    return ""
+        message = check_line(str(error))
+    finally:
+        _watching = False
+    COUNTS["refused" if message else "accepted"] += 1
+    assert not STARTED - {"git"}, STARTED  # which commit this is, written beside results
+    assert peak_bytes() <= max(before, MAX_BYTES), f"{peak_bytes():,} bytes"
+    return message
 
 
 def check_line(message: str) -> str:

@@ -12,7 +12,12 @@ from core.data.shards import codes_dtype
 from core.distributed.world import World, choose_device
 from tokenizer import VQConfig, VQModel
 from tokenizer.crops import encode_crops
-from tokenizer.losses import LossConfig, adaptive_weight, discriminator_loss, generator_loss
+from tokenizer.losses.objective import (
+    LossConfig,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
 from tokenizer.models.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
 from tokenizer.quantizers.base import Quantized, Quantizer
 from tokenizer.quantizers.usage import CodebookUsage

@@ -1,6 +1,6 @@
 """The VQGAN tokenizer: images to a grid of codes and back.
 
-The names of modules give the keys of the released files.
+Module names follow the released files, whose keys they must match.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
 from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
+from tokenizer.quantizers.perturbation import LatentPerturbation
 from tokenizer.quantizers.sim_vq import SimVQQuantizer
 from tokenizer.quantizers.vector import VectorQuantizer
 
@@ -24,11 +25,15 @@ PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multiplier
 
 
 class Reconstruction(NamedTuple):
-    """Images (b, 3, H, W), codes (b, h, w) int64, and the quantiser's losses by name."""
+    """Images (b, 3, H, W), codes (b, h, w) int64, and the quantizer's losses by name.
+
+    features: The features of the decoder at its lowest resolution, (b, width, h, w).
+    """
 
     images: torch.Tensor
     codes: torch.Tensor
     losses: dict[str, torch.Tensor]
+    features: torch.Tensor
 
 
 def build_quantizer(config: VQConfig) -> Quantizer:
@@ -51,7 +56,7 @@ def build_quantizer(config: VQConfig) -> Quantizer:
 
 
 class VQModel(nn.Module):
-    """Encoder, quantiser, decoder (LlamaGen, section 2.1)."""
+    """Encoder, quantizer, decoder (LlamaGen, section 2.1)."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -91,7 +96,7 @@ class VQModel(nn.Module):
         return self
 
     def folded(self) -> "VQModel":
-        """This model with a plain codebook, if its quantizer can be written as one (simvq)."""
+        """The same model; a quantizer that equals a plain codebook (simvq) is written as one."""
         codebook = self.quantize.plain_codebook()
         if codebook is None:
             return self
@@ -102,11 +107,21 @@ class VQModel(nn.Module):
             getattr(plain, name).load_state_dict(getattr(self, name).state_dict())
         return plain.train(self.training)
 
-    def forward(self, images: torch.Tensor) -> Reconstruction:
-        """Images (b, 3, H, W) in [-1, 1] -> their reconstruction, codes and losses."""
+    def forward(
+        self, images: torch.Tensor, perturbation: LatentPerturbation | None = None
+    ) -> Reconstruction:
+        """Images (b, 3, H, W) in [-1, 1] -> their reconstruction, codes and losses.
+
+        perturbation: Replaces some codes before the decoder. The codes that are returned are the
+            original ones.
+        """
         quantized = self.quantize(self._project(images))
-        decoded = self.decoder(self.post_quant_conv(quantized.vectors))
-        return Reconstruction(decoded, quantized.codes, quantized.losses)
+        vectors = quantized.vectors
+        if perturbation:
+            vectors = perturbation(self.quantize, quantized)
+        features = self.decoder.middle(self.post_quant_conv(vectors))
+        decoded = self.decoder.upsample(features)
+        return Reconstruction(decoded, quantized.codes, quantized.losses, features)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (b, 3, H, W) in [-1, 1], any dtype -> codes (b, H / f, W / f) int64.

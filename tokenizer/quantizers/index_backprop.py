@@ -61,10 +61,11 @@ class IndexBackpropQuantizer(Quantizer):
 @torch.no_grad()
 def best_entries(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Vectors (n, dim) -> their entries (vocab_size, dim) of largest inner product, (n,) int64."""
-    return torch.cat([(part @ codebook.T).argmax(-1) for part in _chunks(rows, codebook)])
+    return torch.cat([(part @ codebook.T).argmax(-1) for part in row_chunks(rows, codebook)])
 
 
-def _chunks(rows: torch.Tensor, codebook: torch.Tensor) -> Iterator[torch.Tensor]:
+def row_chunks(rows: torch.Tensor, codebook: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Split rows (n, ...) so that scores (rows, vocab_size) of a part stay CHUNK_ELEMENTS."""
     yield from rows.split(max(1, CHUNK_ELEMENTS // len(codebook)))
 
 
@@ -98,7 +99,7 @@ class _StraightThroughIndex(torch.autograd.Function):
         rows, codebook, codes = ctx.saved_tensors
         d_codebook = torch.zeros_like(codebook).index_add_(0, codes, gradient + entries_gradient)
         d_rows = []
-        for part, g in zip(_chunks(rows, codebook), _chunks(gradient, codebook), strict=True):
+        for part, g in zip(row_chunks(rows, codebook), row_chunks(gradient, codebook), strict=True):
             probability = (part @ codebook.T).softmax(-1)
             weighted = probability * (g @ codebook.T)
             d_logits = weighted - probability * weighted.sum(-1, keepdim=True)
@@ -113,7 +114,7 @@ class _AssignmentEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         mean, entropy = torch.zeros_like(codebook[:, 0]), rows.new_zeros(())
-        for part in _chunks(rows, codebook):
+        for part in row_chunks(rows, codebook):
             log_p = (part @ codebook.T / TEMPERATURE).log_softmax(-1)
             probability = log_p.exp()
             mean += probability.sum(0) / len(rows)
@@ -128,7 +129,7 @@ class _AssignmentEntropy(torch.autograd.Function):
         d_mean = (mean + MEAN_EPSILON).log() + mean / (mean + MEAN_EPSILON)
         scale = gradient / (len(rows) * TEMPERATURE)
         d_codebook, d_rows = torch.zeros_like(codebook), []
-        for part in _chunks(rows, codebook):
+        for part in row_chunks(rows, codebook):
             log_p = (part @ codebook.T / TEMPERATURE).log_softmax(-1)
             probability = log_p.exp()
             outer = d_mean - log_p

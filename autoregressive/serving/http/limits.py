@@ -21,4 +21,4 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         if min(self.images, self.queue, self.body_bytes) < 1 or self.seconds <= 0:
-            raise ValueError("every limit must be positive")
+            raise ValueError("every one of limits must be positive")

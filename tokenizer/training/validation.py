@@ -12,6 +12,9 @@ from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from core.data.skip_log import SkipLog
 from core.distributed.world import World
+from core.training.session import Session
+from evaluations.features.extractors import ExtractorConfig, FeatureExtractor
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 from evaluations.metrics.psnr_ssim import psnr
 from tokenizer.models.vq_model import VQModel
 from tokenizer.quantizers.usage import CodebookUsage
@@ -61,11 +64,45 @@ def load_images(source: Path, count: int, image_size: tuple[int, int]) -> torch.
     return batch.pixels
 
 
+class Validation:
+    """Validation images (n, height, width, 3) uint8, and what is measured on them.
+
+    metrics: The network of the Frechet distance of their reconstructions; None for none.
+    Only rank 0 computes.
+    """
+
+    def __init__(self, pixels: torch.Tensor, metrics: ExtractorConfig | None, world: World) -> None:
+        self.pixels, self.world = pixels, world
+        self.extractor = metrics.build_extractor(world) if metrics and world.is_main else None
+        self.batch_size = metrics.batch_size if metrics else 1
+        self.real: Gaussian | None = None
+
+    def evaluate(self, session: Session, vq: VQModel) -> None:
+        """Report the scores of the reconstructions and draw them."""
+        if self.world.is_main:
+            fake = reconstruct(vq, self.pixels, self.world)
+            session.log(self.scores(fake))
+            session.draw(side_by_side(self.pixels[:16], fake[:16], columns=8))
+
+    def scores(self, fake: torch.Tensor) -> dict[str, float]:
+        """PSNR in dB, and the Frechet distance, named for its network, of reconstructions."""
+        scores = {"validation_psnr": float(psnr(self.pixels, fake).mean())}
+        if self.extractor:
+            if self.real is None:
+                self.real = self._statistics(self.pixels, self.extractor)
+            name = "rfid" if self.extractor.metric == "fid" else self.extractor.metric
+            distance = frechet_distance(self._statistics(fake, self.extractor), self.real)
+            scores[f"validation_{name}"] = distance
+        return scores
+
+    def _statistics(self, pixels: torch.Tensor, extractor: FeatureExtractor) -> Gaussian:
+        batches = (part.to(self.world.device) for part in pixels.split(self.batch_size))
+        return Gaussian.of_rows(torch.cat([extractor(batch).pooled.cpu() for batch in batches]))
+
+
 @torch.no_grad()
-def reconstruct(
-    vq: VQModel, images: torch.Tensor, world: World
-) -> tuple[np.ndarray, dict[str, float]]:
-    """A grid of originals over reconstructions (height, width, 3) uint8, and PSNR in dB."""
+def reconstruct(vq: VQModel, images: torch.Tensor, world: World) -> torch.Tensor:
+    """Images (n, height, width, 3) uint8 -> their reconstructions."""
     training = vq.training
     vq.eval()
     rebuilt = []
@@ -73,6 +110,4 @@ def reconstruct(
         batch = pixels_to_images(pixels.to(world.device))
         rebuilt.append(images_to_pixels(vq.decode(vq.encode(batch))).cpu())
     vq.train(training)
-    fake = torch.cat(rebuilt)
-    scores = {"validation_psnr": float(psnr(images, fake).mean())}
-    return side_by_side(images[:16], fake[:16], columns=8), scores
+    return torch.cat(rebuilt)

@@ -1,6 +1,6 @@
 """The tokenizer's objective: reconstruction, perception, and the adversarial game."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from evaluations.metrics.efficientnet_distance import EfficientNetDistance
 from evaluations.metrics.lpips import LPIPS
 from evaluations.metrics.perceptual import PerceptualDistance
+from tokenizer.losses.distillation import DistillationConfig
+from tokenizer.losses.lecam import LeCamConfig
 
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 GeneratorLoss = Literal["hinge", "non_saturating"]
@@ -32,6 +34,8 @@ class LossConfig:
         adversarial: The discriminator's loss.
         generator: The generator's adversarial loss; null to follow `adversarial` (hinge for
             vanilla). The reference's default is hinge whatever the discriminator's loss is.
+        logits: What the adversarial losses see: the logit of every patch, or the mean logit of each
+            image, as SEED's non-saturating loss.
         adversarial_weight: Weight of the generator's adversarial loss.
         scale_discriminator: Also multiply the discriminator's loss by adversarial_weight, as the
             reference does. Adam hardly sees the scale; gradient clipping and the logged loss do.
@@ -39,6 +43,8 @@ class LossConfig:
         discriminator_start: Optimizer step, counted from 0, from which the discriminator exists at
             all. The reference counts from 1, so that its discriminator starts one step earlier.
         codebook_weight: Weight of the quantiser's losses.
+        lecam: LeCam regularisation of the discriminator.
+        distillation: Semantic distillation of the decoder's features.
     """
 
     reconstruction: Literal["l2", "l1"] = "l2"
@@ -48,11 +54,14 @@ class LossConfig:
     vgg_weights: Path | None = None
     adversarial: AdversarialLoss = "hinge"
     generator: GeneratorLoss | None = None
+    logits: Literal["patches", "image_means"] = "patches"
     adversarial_weight: float = 0.5
     scale_discriminator: bool = False
     adaptive_weight: bool = False
     discriminator_start: int = 20000
     codebook_weight: float = 1.0
+    lecam: LeCamConfig = field(default_factory=LeCamConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         for name in ("reconstruction_weight", "perceptual_weight", "adversarial_weight"):
@@ -62,11 +71,21 @@ class LossConfig:
             raise ValueError("loss.discriminator_start and loss.codebook_weight must be >= 0")
         if self.vgg_weights and self.perceptual != "lpips":
             raise ValueError("loss.vgg_weights is for loss.perceptual lpips; leave it null")
+        if self.lecam.weight and not self.adversarial_weight:
+            raise ValueError("loss.lecam needs a discriminator: loss.adversarial_weight > 0")
+        for name in ("lecam", "distillation"):
+            part = getattr(self, name)
+            if not part.weight and part != type(part)():
+                raise ValueError(f"loss.{name}: these options need loss.{name}.weight > 0")
 
     @property
     def generator_kind(self) -> AdversarialLoss:
         """The generator's adversarial loss."""
         return self.generator or self.adversarial
+
+    def seen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (b, ...) of a discriminator -> what the adversarial losses see."""
+        return logits if self.logits == "patches" else logits.flatten(1).mean(1)
 
     def adversarial_at(self, step: int) -> bool:
         """Whether the discriminator takes part in step `step`."""

@@ -1,0 +1,57 @@
+"""What a training run of the transformer needs: memory per process, and the time of a step."""
+
+import torch
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import Block
+from autoregressive.training.config import TrainConfig
+from core.distributed.world import World
+from core.training.memory_plan import Plan, plan_model, transformer_activations
+from core.training.speed_plan import StepPlan
+
+
+def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
+    """The memory and the least time that the run needs, counted on a model on the meta device.
+
+    samples: Number of training samples.
+    """
+    with torch.device("meta"):
+        gpt = GPT(gpt_config)
+    length = gpt_config.num_condition + gpt_config.num_codes - 1
+    rows = config.training.batch_size // (world.size * config.training.gradient_accumulation)
+    kept = transformer_activations(
+        rows * length,
+        gpt_config.dim,
+        gpt_config.ffn_dim,
+        gpt_config.num_layers,
+        config.parallel.activation_checkpointing,
+    )
+    logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
+    training, parameters = config.training, sum(p.numel() for p in gpt.parameters())
+    in_blocks = sum(p.numel() for block in gpt.blocks for p in block.parameters())
+    compute_bytes = 2 if training.precision == "bf16" else 4
+    step = StepPlan(
+        parameters,
+        parameters - in_blocks,
+        gpt_config.training_flops * training.batch_size * gpt_config.num_codes,
+        kept * world.size * training.gradient_accumulation,
+        compute_bytes,
+        training.gradient_accumulation,
+        config.parallel.activation_checkpointing,
+        training.ema_decay is not None,
+    )
+    return plan_model(
+        gpt,
+        Block,
+        training.ema_decay is not None,
+        kept + logits,
+        samples,
+        training.batch_size,
+        training.num_steps,
+        scored=config.evaluation.every is not None,
+        accumulates=training.gradient_accumulation > 1,
+        compute_bytes=compute_bytes,
+        step=step,
+        processes=world.size,
+    )

@@ -1,0 +1,1 @@
+"""The terms of the tokenizer's loss, one file each."""

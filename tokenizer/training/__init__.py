@@ -1,0 +1,1 @@
+"""The parts of tokenizer.train: its configuration, models, step and validation."""
