@@ -14,6 +14,8 @@ RUN := .venv/bin/python
 SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
 EXAMPLES ?= 100
+# Drives the browser that it finds (Debian: apt-get install chromium); brings none.
+PLAYWRIGHT := playwright==1.65.2
 OLDEST := torch==2.11.0 torchvision==0.26.0
 
 .PHONY: demo demo-text test fuzz serve-test check quick gpu-report test-oldest clean
@@ -35,7 +37,9 @@ serve-test: .venv/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
 	$(RUN) -m pip install -qq --disable-pip-version-check \
 		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py
+	$(RUN) -m pip install -qq --disable-pip-version-check $(PLAYWRIGHT)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py \
+		tests/autoregressive/serving/test_page_browser.py
 
 quick: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"

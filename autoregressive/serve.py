@@ -38,8 +38,8 @@ class ServeConfig(PipelineConfig):
         engine: native samples in this process; vllm with vLLM's AsyncLLM, which must be installed
             and takes compute.precision fp32 or bf16 only.
         vllm_options: Further arguments of vLLM's AsyncEngineArgs, e.g. tensor_parallel_size.
-        batch_size: Images that the native engine samples together. Every batch has this size: a
-            short one is filled up, so that an image is the same bit for bit whatever else runs.
+        batch_size: Images that the native engine samples together. Every step has this size, even
+            for one image, so that an image is the same bit for bit whatever else runs.
         text_encoder: The T5 of a text model: a folder or a Hub id.
         class_names: Text file with the name of a class on each line, which prompts may use; null
             for class numbers only.

@@ -42,3 +42,9 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64}
     T5EncoderModel(T5Config(vocab_size=120, **shape)).save_pretrained(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of test_page_browser.py, which makes the README's screenshot of the page."""
+    parser.addoption("--page_models", help="folder with gpt/ and tokenizer/ to serve")
+    parser.addoption("--page_screenshot", help="file to write a screenshot of the page to")

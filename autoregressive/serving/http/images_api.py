@@ -1,8 +1,8 @@
 """The body of POST /v1/images/generations, and the answers, in the shape of OpenAI's API.
 
 Fields of OpenAI: prompt, model, n, size, response_format, output_format, stream, partial_images,
-user. Fields of ours: class_index, seed, cfg_scale, cfg_schedule, temperature, top_k, top_p,
-negative_prompt.
+user. Fields of ours: class_index, seed, cfg_scale, cfg_schedule, guidance, temperature, top_k,
+top_p, negative_prompt.
 """
 
 import base64
@@ -30,6 +30,7 @@ class ImagesRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     cfg_scale: float | None = Field(None, ge=1, le=1000)
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    guidance: float | None = Field(None, gt=0, le=1)  # of a model that takes it as an input
     temperature: float = Field(1.0, ge=0, le=100)
     top_k: int | None = Field(None, ge=0, le=2**31)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -35,7 +35,7 @@ def mount_page(app: FastAPI, service: ImageService, address: str) -> FastAPI:
 def build_page(service: ImageService, address: str) -> gr.Blocks:
     """The page of a service."""
     gpt = service.engine.gpt
-    usual_scale, usual_top_k = USUAL[gpt.condition]
+    _, usual_top_k = USUAL[gpt.condition]
     with gr.Blocks(title=service.name, analytics_enabled=False) as page:
         gr.Markdown(f"## {service.name}")
         with gr.Row():
@@ -45,9 +45,7 @@ def build_page(service: ImageService, address: str) -> gr.Blocks:
                     label="Negative prompt",
                     visible=gpt.condition == "text" and service.engine.negative_prompts,
                 )
-                scale = gr.Slider(
-                    1, 20, usual_scale, step=0.1, label="Guidance scale (1: no guidance)"
-                )
+                guidance_field, strength = _guidance_input(service)
                 top_k = gr.Slider(
                     0, gpt.vocab_size, usual_top_k, step=1, label="Top-k (0: all codes)"
                 )
@@ -63,12 +61,12 @@ def build_page(service: ImageService, address: str) -> gr.Blocks:
                 line = gr.Textbox(label="The same request", lines=3, interactive=False)
 
         async def generate(*values: Any) -> AsyncGenerator[tuple[np.ndarray, str], None]:  # noqa: ANN401
-            body = request_body(*values)
+            body = request_body(guidance_field, *values)
             curl = curl_line(address, body)
             async for pixels in growing_grid(service, body):
                 yield pixels, curl
 
-        inputs = [prompt, negative, scale, top_k, temperature, seed, number]
+        inputs = [prompt, negative, strength, top_k, temperature, seed, number]
         running = start.click(generate, inputs, [grid, line], concurrency_limit=None)
         stop.click(None, cancels=[running])
     return page
@@ -83,10 +81,21 @@ def _prompt_input(service: ImageService) -> gr.Textbox | gr.Dropdown | gr.Number
     return gr.Number(0, label=f"Class (0 to {gpt.num_classes - 1})", precision=0)
 
 
+def _guidance_input(service: ImageService) -> tuple[str, gr.Slider]:
+    """The field of a request that sets the model's guidance, and the slider for it."""
+    gpt = service.engine.gpt
+    if gpt.guidance_input:
+        return "guidance", gr.Slider(0.05, 1, 1, step=0.05, label="Guidance (1: no guidance)")
+    usual, _ = USUAL[gpt.condition]
+    label = "Guidance scale (1: no guidance)"
+    return "cfg_scale", gr.Slider(1, 20, usual, step=0.1, label=label)
+
+
 def request_body(
+    guidance_field: str,
     prompt: str | int,
     negative: str | None,
-    scale: float,
+    strength: float,
     top_k: int,
     temperature: float,
     seed: int,
@@ -94,7 +103,7 @@ def request_body(
 ) -> dict[str, Any]:
     """The inputs of the page as the body of a request."""
     given = {"negative_prompt": negative} if negative else {}
-    sampling = {"cfg_scale": scale, "top_k": int(top_k), "temperature": temperature}
+    sampling = {guidance_field: strength, "top_k": int(top_k), "temperature": temperature}
     return {"prompt": str(prompt), **given, **sampling, "seed": int(seed), "n": int(number)}
 
 

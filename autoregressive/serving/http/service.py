@@ -81,11 +81,14 @@ class ImageService:
         if request.partial_images and not request.stream:
             raise InputError("partial_images needs stream: true")
         if self.engine.gpt.guidance_input and request.cfg_scale is not None:
-            raise InputError("cfg_scale: this model takes guidance as an input and has no scale")
+            raise InputError("cfg_scale: this model takes guidance as an input; use guidance")
+        if not self.engine.gpt.guidance_input and request.guidance is not None:
+            raise InputError("guidance: this model does not take it as an input; use cfg_scale")
         prompt = self._prompt(request)
         sampling = SamplingConfig(
             cfg_scale=request.cfg_scale,
             cfg_schedule=request.cfg_schedule,
+            guidance=request.guidance,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,

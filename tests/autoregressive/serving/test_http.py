@@ -154,6 +154,25 @@ def test_captions_of_any_length_get_the_image_that_they_get_alone(tmp_path, tiny
         assert "needs a class model" in refused.json()["error"]["message"]
 
 
+def test_a_model_with_guidance_as_an_input_takes_its_strength_and_one_row_per_image(tmp_path):
+    gpt = tiny(vocab_size=50, guidance_input=True)
+    torch.nn.init.normal_(gpt.t_embedder.mlp[2].weight)  # zero in a new model
+    paths = write_models(tmp_path, gpt)
+    pipeline = ImagePipeline.from_pretrained(*paths).prepare("fp32", device="cpu", verbose=False)
+    rows = set()
+    pipeline.engine.blocks[0].register_forward_pre_hook(lambda _, inputs: rows.add(len(inputs[0])))
+    with running(native_engine(pipeline)) as found:
+        client = httpx.Client(base_url=found.url, timeout=60)
+        half = client.post(IMAGES, json={"prompt": "3", "seed": 5, "guidance": 0.5}).json()
+        wanted = expected(pipeline, 3, 5, guidance=0.5)
+        assert np.array_equal(pixels_of(half["data"][0]["b64_json"]), wanted)
+        assert rows == {4}  # the batch of four: no second row of an image
+        usual = client.post(IMAGES, json={"prompt": "3", "seed": 5}).json()
+        assert usual["data"] != half["data"]
+        refused(client.post(IMAGES, json={"prompt": "3", "cfg_scale": 2.0}), 400, "use guidance")
+        refused(client.post(IMAGES, json={"prompt": "3", "guidance": 1.5}), 400, "guidance: ")
+
+
 # What is refused
 
 
@@ -176,6 +195,7 @@ def refused(answer, status: int, message: str) -> None:
         ({"prompt": "1", "n": 0}, "n: "),
         ({"prompt": "1", "n": True}, "n: "),
         ({"prompt": "1", "cfg_scale": 0.5}, "cfg_scale: "),
+        ({"prompt": "1", "guidance": 0.5}, "guidance: this model does not take it"),
         ({"prompt": "1", "seed": -1}, "seed: "),
         ({"prompt": "1", "seed": 2**63}, "seed: "),
         ({"prompt": "1", "size": "1024x1024"}, "size must be 8x8"),

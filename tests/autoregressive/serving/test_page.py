@@ -55,6 +55,19 @@ def test_a_refusal_is_told_in_one_line(page):
         client.predict("goldfish", "", 3.0, 20, 0.9, 5, 4, api_name="/generate")
 
 
+def test_the_page_of_a_model_with_guidance_as_an_input_asks_for_its_strength(tmp_path):
+    paths = write_models(tmp_path, tiny(vocab_size=50, guidance_input=True))
+    pipeline = ImagePipeline.from_pretrained(*paths).prepare("fp32", device="cpu", verbose=False)
+
+    def add(app, service):
+        mount_page(app, service, ADDRESS)
+
+    with running(native_engine(pipeline), extend=add) as found:
+        client = Client(found.url, verbose=False, download_files=str(tmp_path))
+        _, line = client.predict(3, "", 0.5, 0, 1.0, 5, 1, api_name="/generate")
+        assert json.loads(shlex.split(line)[3])["guidance"] == 0.5
+
+
 def test_the_page_and_the_api_share_one_address(page):
     assert '"title":"llamagen"' in httpx.get(page.url).text
     assert httpx.get(f"{page.url}/v1/models").json()["data"][0]["id"] == "llamagen"

@@ -148,6 +148,21 @@ def test_the_model_card_says_how_to_start_and_ask(tmp_path, config):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"guidance_input": True}, "does not know guidance_input = True"),
+        ({"adaln": "full"}, "does not know adaln = 'full'"),
+    ],
+)
+def test_a_model_that_vllm_cannot_run_is_refused_by_name_at_export(tmp_path, option, message):
+    gpt = GPT(GPTConfig(**{**TINY, "num_classes": 4, **option}))
+    with pytest.raises(InputError, match=message) as caught:
+        export_vllm(gpt, tmp_path / "out")
+    assert "serve this model with the native engine" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_published_size_has_a_head_that_vllm_knows():
     sizes = {name: padded_head_dim(dim // heads) for name, (_, heads, dim) in PRESETS.items()}
     assert sizes["GPT-3B"] == 112
