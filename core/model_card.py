@@ -18,7 +18,7 @@ from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
 from core.lock import writer_lock
 from core.released import find_released
-from core.weights import Weights, save_tensors
+from core.weights import Weights, save_model
 
 CARD = "README.md"
 TRAINING = "training.yaml"
@@ -111,8 +111,7 @@ def export_model(model: nn.Module, description: ModelDescription, config: Export
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.out or Path(temporary)
         with writer_lock(folder):
-            save_tensors(model.state_dict(), folder / "model.safetensors")
-            write_text(folder / "config.yaml", description.config)
+            save_model(model, description.config, folder)
         if config.push_to:
             print(publish_model(folder, config.push_to, description, config.card))
     if config.out:
