@@ -29,6 +29,7 @@ from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
 from core.files import file_sha256, read_json, write_json, write_text
 from core.hub import cache_folder, download_size, fetch
+from core.lock import writer_lock
 from core.released import (
     PublishedScores,
     ReleasedModel,
@@ -136,7 +137,7 @@ def reproduce(config: ReproduceConfig, world: World) -> None:
 
 
 def find_published(config: ReproduceConfig) -> tuple[ReleasedModel, PublishedScores]:
-    """The model and the published row; raises InputError where there is none."""
+    """The model and the published row; raises InputError if there is none."""
     model = find_released(config.name)
     if model is None:
         raise InputError(f"{config.name}: no released model of this name; see --list true")
@@ -366,7 +367,8 @@ def main() -> None:
     if config.list:
         print_list()
         return
-    with distributed(config.compute.device) as world:
+    folder, needed = config.out or Path(), config.out is not None
+    with distributed(config.compute.device) as world, writer_lock(folder, world, needed):
         reproduce(config, world)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from autoregressive.data.codes import drop_condition
+from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.models.conditioning import Condition
 from autoregressive.models.config import GPTConfig
@@ -54,7 +54,7 @@ def train(config: TrainConfig, world: World) -> None:
     data = open_data(config.data, world, config.out)
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
     validation = open_validation(config, gpt_config, world)
-    resumes = check_resumable(config.out, gpt_config, data.index.get("tokenizer_file_sha256"))
+    resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     plan = plan_training(config, gpt_config, len(data), world)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return

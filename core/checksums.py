@@ -1,19 +1,21 @@
 """Checkpoint folders on disk: which is the newest, and whether their files are what was written.
 
-`checksums.json` has the sha256 of every file of a checkpoint. It also says which files there were,
-so that a deleted one is noticed.
+`checksums.json` has two sums of every file of a checkpoint: sha256, by which others know the
+weights, and XXH3, with which damage is found at the speed of memory. Older checkpoints have only
+the first. It also says which files there were, so that a deleted one is noticed.
 """
 
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from core.errors import InputError
-from core.files import file_sha256, read_json
+from core.files import file_sha256, file_xxh3, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +32,62 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_checksums(folder: Path) -> dict[str, str]:
-    """The sha256 of each file by its name; raises InputError where checksums.json is damaged."""
+class FileSums(NamedTuple):
+    """The sums of a file, in hex; xxh3_128: None in checkpoints of older versions."""
+
+    sha256: str
+    xxh3_128: str | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> "FileSums":
+        """The sums of a file's content."""
+        return cls(file_sha256(path), file_xxh3(path))
+
+
+class Checksums(NamedTuple):
+    """What checksums.json tells: the sums of each file by its name.
+
+    source_sha256: Of the file that a converted folder was made from, if it was recorded.
+    """
+
+    files: dict[str, FileSums]
+    source_sha256: str | None = None
+
+
+def read_checksums(folder: Path) -> Checksums:
+    """The checksums of a folder; raises InputError where checksums.json is damaged."""
     path = Path(folder) / CHECKSUMS
-    sums = read_json(path)
-    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
-        raise InputError(f"{CHECKSUMS} has changed")
-    if path.read_bytes() != canonical(sums).encode():
-        raise InputError(f"{CHECKSUMS} has changed")
+    stored = read_json(path)
+    try:
+        if path.read_bytes() != _canonical(stored):
+            raise ValueError
+        if "files" not in stored:  # an older version's: one sha256 for each file
+            stored = {"files": {name: {"sha256": value} for name, value in stored.items()}}
+        sums = Checksums(
+            {name: FileSums(**sums) for name, sums in stored["files"].items()},
+            stored.get("source_sha256"),
+        )
+        texts = [text for file in sums.files.values() for text in file] + [sums.source_sha256]
+        if not all(isinstance(text, str | None) for text in texts):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{CHECKSUMS} has changed") from error
     return sums
 
 
-def canonical(sums: dict[str, str]) -> str:
+def write_checksums(
+    folder: Path, files: Mapping[str, FileSums], source_sha256: str | None = None
+) -> None:
+    """Write checksums.json; the caller makes the folder, or this file, appear at the end."""
+    stored: dict[str, Any] = {"files": {name: sums._asdict() for name, sums in files.items()}}
+    if source_sha256:
+        stored["source_sha256"] = source_sha256
+    (folder / CHECKSUMS).write_bytes(_canonical(stored))
+
+
+def _canonical(stored: Mapping[str, Any]) -> bytes:
     """One text for one set of sums, so that any changed byte shows."""
-    return json.dumps(sums, indent=1, sort_keys=True) + "\n"
+    return (json.dumps(stored, indent=1, sort_keys=True) + "\n").encode()
 
 
 def find_damage(
@@ -59,7 +103,7 @@ def find_damage(
     progress: show a progress bar where reading takes more than a second.
     """
     try:
-        sums = read_checksums(folder)
+        sums = read_checksums(folder).files
         chosen = sorted(sums if names is None else names)[rank::size]
         total = sum((folder / name).stat().st_size for name in chosen)
         with tqdm(
@@ -74,7 +118,12 @@ def find_damage(
             for name in chosen:
                 if name not in sums:
                     return f"{name} is not in {CHECKSUMS}"
-                if file_sha256(folder / name, bar.update) != sums[name]:
+                expected = sums[name]
+                if expected.xxh3_128:
+                    same = file_xxh3(folder / name, bar.update) == expected.xxh3_128
+                else:
+                    same = file_sha256(folder / name, bar.update) == expected.sha256
+                if not same:
                     return f"{name} has changed"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"

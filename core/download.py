@@ -24,7 +24,7 @@ TIMEOUT = 30  # seconds without an answer
 
 
 class WebFile(NamedTuple):
-    """An address, where the file is kept, and the first digits of its sha256 ("": unknown)."""
+    """An address, the path of the file, and the first digits of its sha256 ("": unknown)."""
 
     url: str
     path: Path

@@ -47,7 +47,7 @@ def fetch(file: HubFile) -> Path:
     """The path of a file in the Hub's cache, downloaded if need be; a broken download resumes.
 
     A fresh download is compared with the sha256 that the Hub publishes for it, and every one with
-    `file.sha256`. Raises NotOnHubError where the repository lacks it, else InputError.
+    `file.sha256`. Raises NotOnHubError if the repository lacks it, InputError for other failures.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils.logging import set_verbosity_error

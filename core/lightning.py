@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch Lightning with averaged weights beside the live ones (SEED-Voken)."""
+"""Checkpoints of PyTorch Lightning that hold EMA weights besides the trained ones (SEED-Voken)."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,9 +20,10 @@ def live_weights(
 ) -> dict[str, torch.Tensor]:
     """The weights of a Lightning state dict under their live names.
 
-    The averaged copy of `a.b.weight` is stored as `model_ema.abweight`. "auto" takes averaged
-    weights where there are any. ignore: prefixes of other modules, e.g. losses, to leave out.
-    Raises InputError, naming the key, for an averaged weight that is missing or has no live one.
+    The EMA of `a.b.weight` is stored as `model_ema.abweight`. "auto" takes
+    EMA weights if there are any. ignore: prefixes of other modules, e.g. losses, to leave out.
+    Raises InputError, which names the key, if the EMA of a weight or the weight of an EMA is
+    missing.
     """
     live = {key: value for key, value in state.items() if not key.startswith((EMA_PREFIX, *ignore))}
     shadows = {

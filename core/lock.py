@@ -30,10 +30,13 @@ STALE_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def writer_lock(folder: Path, world: World | None = None, needed: bool = True) -> Iterator[None]:
+def writer_lock(
+    folder: Path, world: World | None = None, needed: bool = True, file: str | None = None
+) -> Iterator[None]:
     """Hold the right to write to `folder`, which is made if need be; rank 0 holds it for all.
 
-    world: None for a command of one process. needed: False where it will write nothing.
+    world: None for a command of one process. needed: False where it will write nothing. file: the
+    one file or folder in it that will be written, beside those of others; None for all of it.
     Raises InputError, naming the process, where another one writes there.
     """
     if not needed:
@@ -43,7 +46,7 @@ def writer_lock(folder: Path, world: World | None = None, needed: bool = True) -
         world.barrier()
         yield
         return
-    lock = _Lock(Path(folder))
+    lock = _Lock(Path(folder), file)
     lock.acquire()
     try:
         if world:
@@ -54,8 +57,9 @@ def writer_lock(folder: Path, world: World | None = None, needed: bool = True) -
 
 
 class _Lock:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / LOCK
+    def __init__(self, folder: Path, file: str | None) -> None:
+        self.folder, self.path = folder, folder / (f".{file}{LOCK}" if file else LOCK)
+        self.written = folder / file if file else folder
         pid = os.getpid()
         holder = {"host": socket.gethostname(), "pid": pid, "process_start": process_start(pid)}
         started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -89,7 +93,7 @@ class _Lock:
         self._remove_made_folders()
 
     def _create(self) -> bool:
-        """Make the lock file; False where there is one."""
+        """Create the lock file; False if there is one."""
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -99,12 +103,12 @@ class _Lock:
         return True
 
     def _check_stale(self, found: str) -> None:
-        """Return where the lock's holder is dead; raise InputError where it is not."""
+        """Return if the holder of the lock is dead; raise InputError if it is alive."""
         holder = _parse(found)
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
         problem = InputError(
-            f"{self.folder}: {who} has been writing here since {holder.get('started', '?')}; wait "
-            f"for it or choose another folder ({LOCK} there says so)"
+            f"{self.written}: {who} has been writing here since {holder.get('started', '?')}; wait "
+            f"for it or choose another place ({self.path.name} there says so)"
         )
         if holder.get("host") == socket.gethostname():
             pid = holder.get("pid")
@@ -113,7 +117,7 @@ class _Lock:
             return
         before, deadline = self._heartbeat(), time.monotonic() + STALE_SECONDS
         print(
-            f"{self.folder}: locked by {who}; waiting for its next heartbeat, at most "
+            f"{self.written}: locked by {who}; waiting for its next heartbeat, at most "
             f"{STALE_SECONDS:.0f} s",
             file=sys.stderr,
         )
@@ -133,7 +137,7 @@ class _Lock:
 
     def _remove(self, found: str) -> None:
         """Remove the lock `found`, but not one that another process has made since."""
-        temporary = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             os.replace(self.path, temporary)
         except FileNotFoundError:
@@ -145,6 +149,8 @@ class _Lock:
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files of writers that were killed; see core.files.atomic_path."""
+        if self.written != self.folder:  # others may be writing their files beside
+            return
         for pattern in (".?*.tmp", "*/.?*.tmp"):
             for path in self.folder.glob(pattern):
                 if path.is_file() and not path.name.startswith(f"{LOCK}."):

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from torch import nn
 
+from core.checksums import CHECKSUMS, FileSums, write_checksums
 from core.errors import InputError
 from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
@@ -20,6 +21,7 @@ from core.lock import writer_lock
 from core.released import find_released
 from core.weights import Weights, save_model
 
+FILES = ("config.yaml", "model.safetensors")
 CARD = "README.md"
 TRAINING = "training.yaml"
 GRIDS = ("samples.png", "reconstructions.png")  # as sampling and reconstruction write them
@@ -111,7 +113,12 @@ def export_model(model: nn.Module, description: ModelDescription, config: Export
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.out or Path(temporary)
         with writer_lock(folder):
+            (folder / CHECKSUMS).unlink(missing_ok=True)  # of what was here before
             save_model(model, description.config, folder)
+            sums = {name: FileSums.of(folder / name) for name in FILES}
+            # By the default choice of weights alone does a file's sha256 stand for its weights.
+            source = description.sha256 if config.weights == "auto" else None
+            write_checksums(folder, sums, source)
         if config.push_to:
             print(publish_model(folder, config.push_to, description, config.card))
     if config.out:
@@ -123,11 +130,11 @@ def publish_model(
 ) -> str:
     """Write the card into a folder of config.yaml and model.safetensors, and upload it -> the URL.
 
-    push_to: `owner/name[@branch]`. Raises InputError for another form, or where the upload fails.
+    push_to: `owner/name[@branch]`. Raises InputError for another form, or if the upload fails.
     """
     target = check_target(push_to)
     results = check_results(description, card)
-    files = ["config.yaml", "model.safetensors", CARD]
+    files = [*FILES, CHECKSUMS, CARD]
     training = _training_config(Path(description.source))
     if training:
         shutil.copyfile(training, folder / TRAINING)

@@ -138,7 +138,7 @@ def _model(path: Path, name: str, entry: dict[str, Any]) -> ReleasedModel:
 
 @functools.cache
 def released_models() -> Mapping[str, ReleasedModel]:
-    """The project's own table; empty where the package was installed without its configs."""
+    """The project's own table; empty if the package was installed without its configs."""
     return read_released()
 
 

@@ -1,6 +1,7 @@
 """Weights on disk: ours (safetensors), the released pickles (read safely), and the Hub."""
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import pickle
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.checksums import CHECKSUMS, checkpoint_folders, find_damage, read_checksums
+from core.checksums import CHECKSUMS, FileSums, checkpoint_folders, find_damage, read_checksums
 from core.data.arrays import DAMAGE
 from core.errors import InputError
 from core.files import atomic_path, check_regular_file, read_record, write_text
@@ -33,13 +34,13 @@ class Released(NamedTuple):
     arguments: dict[str, Any]  # the training flags stored in the file, if any
 
     def weights(self, part: str, path: Path) -> dict[str, torch.Tensor]:
-        """One part's weights; raises InputError where the file has none."""
+        """One part's weights; raises InputError if the file has none."""
         if part not in self.parts:
             raise InputError(f"{path}: has no {part} weights, only {', '.join(self.parts)}")
         return dict(self.parts[part])
 
 
-# Where the reference's trainers put each part (DDP: model, ema, discriminator; DeepSpeed: module).
+# Keys of each part in files of the reference's trainers; DeepSpeed says module instead of model.
 PART_KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("model", "module", "state_dict"),
     "ema": ("ema",),
@@ -50,7 +51,7 @@ PART_KEYS: Mapping[str, tuple[str, ...]] = {
 def read_file(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) -> Released:
     """Read a safetensors file, or a released `.pt` / `.pth` / `.ckpt`.
 
-    part_keys: under which names a file may keep each part.
+    part_keys: the names under which a file may store each part.
     """
     if path.suffix == ".safetensors":
         beside = path.with_name("config.json")  # the Hub mixin's folders
@@ -60,7 +61,7 @@ def read_file(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) 
 
 
 def read_released(path: Path, part_keys: Mapping[str, tuple[str, ...]] = PART_KEYS) -> Released:
-    """Read a `.pt` / `.pth` of the reference, or a bare state dict, running none of its code.
+    """Read a `.pt` / `.pth` of the reference, or a bare state dict; none of its code runs.
 
     Raises InputError for a damaged file and for a pickle that holds more than tensors and flags.
     """
@@ -101,7 +102,7 @@ def _is_state_dict(value: Any) -> bool:  # noqa: ANN401 - whatever the file hold
     return isinstance(value, Mapping) and any(torch.is_tensor(v) for v in value.values())
 
 
-# What trainers wrap around a model puts these into its keys: DDP, torch.compile, FSDP.
+# Parts of keys that come from wrappers of the model: DDP, torch.compile, FSDP.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -153,7 +154,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:
-    """Write tensors as safetensors; raises OSError where the disk is full."""
+    """Write tensors as safetensors; raises OSError if the disk is full."""
     try:
         with atomic_path(path) as temporary:
             save_file(
@@ -170,7 +171,7 @@ def save_model(module: nn.Module, config: str, folder: Path) -> None:
 
 
 def check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: object) -> None:
-    """Raise InputError, naming what does not fit, unless `shapes` are the module's own."""
+    """Raise InputError, which names what does not fit, if `shapes` are not the module's."""
     own = module.state_dict()
     problems = [f"{key} is missing" for key in own if key not in shapes]
     problems += [f"{key} is not part of the model" for key in shapes if key not in own]
@@ -187,7 +188,7 @@ def check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], sourc
 
 
 def check_finite(tensors: Tensors, source: object) -> None:
-    """Raise InputError, naming the first tensor that has a NaN or an infinite value."""
+    """Raise InputError, which names the first tensor that has a NaN or an infinite value."""
     if name := first_not_finite(tensors):
         raise InputError(f"{source}: {name} has values that are not finite; take other weights")
 
@@ -197,16 +198,17 @@ def first_not_finite(tensors: Tensors) -> str:
     floating = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not floating:
         return ""
-    # The largest magnitude is NaN where any value is.
+    # The largest magnitude is NaN if any value is.
     largest = [torch.linalg.vector_norm(t.float(), torch.inf) for t in floating.values()]
     finite = torch.stack(largest).isfinite().tolist()
     return next((name for name, fine in zip(floating, finite, strict=True) if not fine), "")
 
 
 def load_weights(module: nn.Module, tensors: Tensors, source: object, assign: bool = False) -> None:
-    """load_state_dict(strict=True), with one line that names what does not fit.
+    """load_state_dict(strict=True); raises InputError, one line that names what does not fit.
 
-    assign: make the tensors the module's own instead of copying, for a module on the meta device.
+    assign: let the module use these tensors instead of copying them, for a module on the meta
+        device.
     """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     check_shapes(module, shapes, source)
@@ -218,7 +220,7 @@ def find_weights(source: str | Path, filename: str, revision: str | None = None)
     """The file or folder of a local path, a released name, or `owner/name[/file][@revision]`.
 
     A local path wins. For `owner/name` alone, `filename` and its configuration are fetched and
-    their folder is returned. Raises InputError where there is none of these.
+    their folder is returned. Raises InputError if there is none of these.
     """
     local = Path(source)
     if local.exists():
@@ -236,17 +238,20 @@ def find_weights(source: str | Path, filename: str, revision: str | None = None)
         fetch(file._replace(filename="config.yaml"))
     except NotOnHubError:  # a folder as huggingface_hub's model mixin writes it
         fetch(file._replace(filename="config.json"))
+    else:
+        with contextlib.suppress(InputError):  # older folders have none
+            fetch(file._replace(filename=CHECKSUMS))
     return fetch(file._replace(filename=filename)).parent
 
 
 def hub_file(released: ReleasedModel) -> HubFile:
-    """Where a released model is; raises InputError where the table does not say."""
+    """Where a released model is; raises InputError if the table does not say."""
     if not released.repository or not released.file:
         raise InputError(f"{released.name}: {released.note or 'not on the Hub'}")
     return HubFile(released.repository, released.file, released.revision, released.sha256)
 
 
-Weights = Literal["auto", "model", "ema"]  # auto: the averaged ones where there are any
+Weights = Literal["auto", "model", "ema"]  # auto: EMA weights if there are any
 
 
 def tensors_sha256(tensors: Tensors) -> str:
@@ -260,7 +265,10 @@ def tensors_sha256(tensors: Tensors) -> str:
 
 
 class InferenceFiles(NamedTuple):
-    """What inference reads of a checkpoint; sha256: of the weights, from checksums.json if any."""
+    """The files of a checkpoint that inference reads.
+
+    sha256: of the file of weights, if the checkpoint has a checksums.json.
+    """
 
     config: Path
     weights: Path
@@ -270,9 +278,10 @@ class InferenceFiles(NamedTuple):
 def inference_files(folder: Path, weights: Weights, verify: bool = True) -> InferenceFiles:
     """The files of a checkpoint folder, or of a run's newest intact checkpoint.
 
-    "auto" takes the averaged weights where the checkpoint has any. verify: compare the files with
-    their checksums; a damaged checkpoint of a run is left out with a warning.
-    Raises InputError where there is no checkpoint, or none is intact.
+    weights: "auto" takes EMA weights if the checkpoint has any.
+    verify: compare the files with their checksums; a run's damaged checkpoint is skipped, with a
+        warning.
+    Raises InputError if there is no checkpoint, or none is intact.
     """
     folder = Path(folder)
     steps = list(checkpoint_folders(folder / "checkpoints").values())
@@ -293,19 +302,22 @@ def inference_files(folder: Path, weights: Weights, verify: bool = True) -> Infe
 
 def _checkpoint_files(folder: Path, weights: Weights, verify: bool) -> tuple[InferenceFiles, str]:
     """The files of one checkpoint folder, and what is wrong with them ("" for nothing)."""
-    sums: dict[str, str] = {}
+    sums: dict[str, FileSums] = {}
     damage = ""
     if (folder / CHECKSUMS).exists():
         try:
-            sums = read_checksums(folder)
+            sums = read_checksums(folder).files
         except InputError as error:
             damage = str(error)
-    elif (folder / "training").is_dir():  # a checkpoint of a training, not a converted folder
+    elif (
+        folder / "training"
+    ).is_dir():  # a checkpoint that a training wrote, not a converted folder
         damage = f"{CHECKSUMS} is missing"
     averaged = "ema.safetensors" in sums or (folder / "ema.safetensors").exists()
     name = "ema" if weights == "auto" and averaged else weights
     path = folder / f"{'model' if name == 'auto' else name}.safetensors"
-    files = InferenceFiles(folder / "config.yaml", path, sums.get(path.name))
+    sha256 = sums[path.name].sha256 if path.name in sums else None
+    files = InferenceFiles(folder / "config.yaml", path, sha256)
     if damage and verify:
         return files, damage
     listed = path.name in sums and "config.yaml" in sums
@@ -333,7 +345,7 @@ def find_model(
     """The files of a model: our folder, a folder of the Hub's model mixin, or a released file.
 
     source, revision: see find_weights. weights, verify_weights: see inference_files.
-    Raises InputError where there is no model, or its files are damaged.
+    Raises InputError if there is no model, or its files are damaged.
     """
     path = find_weights(source, "model.safetensors", revision)
     mixin = mixin_file(path)

@@ -13,6 +13,7 @@ from core.config import config_values, parse_config, run_command
 from core.data.npz import save_npz
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json
+from core.lock import writer_lock
 from core.weights import file_sha256
 from evaluations.evaluator import extract_features
 from evaluations.features.extractors import ExtractorConfig, note_of
@@ -90,7 +91,8 @@ def build_reference(config: ReferenceConfig, world: World) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_config(ReferenceConfig)
-    with distributed(config.device) as world:
+    folder, file = config.out.parent, config.out.name
+    with distributed(config.device) as world, writer_lock(folder, world, file=file):
         build_reference(config, world)
 
 

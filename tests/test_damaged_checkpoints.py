@@ -1,5 +1,6 @@
 """Inference and resuming read checkpoints that were damaged after they were written."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,16 +9,20 @@ import torch
 from helpers.models import tiny, write_models
 from safetensors.torch import save_file
 
+from autoregressive.convert import ConvertConfig as ConvertGPT
+from autoregressive.convert import convert as convert_gpt
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.training.validation import check_resumable
-from core.checksums import checkpoint_folders
+from core.checksums import checkpoint_folders, find_damage, read_checksums
 from core.config import InputError
 from core.distributed.world import World
 from core.training.checkpoint import Checkpointer
 from core.weights import check_finite
 from tokenizer import VQConfig
+from tokenizer.convert import ConvertConfig as ConvertTokenizer
+from tokenizer.convert import convert as convert_tokenizer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 
@@ -144,3 +149,48 @@ def test_weights_that_are_not_finite_are_refused_with_the_name_of_the_tensor(tmp
     with pytest.raises(InputError, match=r"layers\.0\.attention\.wo\.weight has values that are"):
         ImagePipeline.from_pretrained(str(gpt_folder), str(vq_folder))
     check_finite({"codes": torch.zeros(2, dtype=torch.int64), "none": torch.empty(0)}, "here")
+
+
+def as_an_older_version_wrote(folder: Path) -> None:
+    """Replace checksums.json by one sha256 for each file."""
+    files = read_checksums(folder).files
+    flat = {name: sums.sha256 for name, sums in files.items()}
+    (folder / "checksums.json").write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "config.yaml", "checksums.json"])
+def test_a_checkpoint_of_an_older_version_is_verified_by_its_sha256(run, file):
+    folder = run / "checkpoints" / "step_0000004"
+    before = load_tokenizer(folder).sha256
+    as_an_older_version_wrote(folder)
+    assert load_tokenizer(folder).sha256 == before
+    assert find_damage(folder) == ""
+    damage_file(folder / file, "flip")
+    with pytest.raises(InputError, match=f"step_0000004: damaged.*{file}"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.yaml"])
+def test_converted_folders_are_verified_and_older_ones_without_checksums_load(
+    tmp_path, capsys, kind, file
+):
+    gpt, vq = write_models(tmp_path, tiny(vocab_size=50))
+    convert_gpt(ConvertGPT(source=str(gpt), out=tmp_path / "g"))
+    convert_tokenizer(ConvertTokenizer(source=str(vq), out=tmp_path / "t"))
+    capsys.readouterr()
+    for folder, load in ((tmp_path / "g", load_gpt), (tmp_path / "t", load_tokenizer)):
+        load(folder)
+        older = Path(shutil.copytree(folder, tmp_path / f"older_{folder.name}"))
+        (older / "checksums.json").unlink()
+        load(older)
+        damage_file(folder / file, kind)
+        with pytest.raises(InputError, match=f"{folder.name}: damaged.*{file}"):
+            load(folder)
+
+
+@pytest.mark.parametrize("stored", ["[]", "3", '{"files": 3}', '{"files": {"a": {"x": 1}}}', "{"])
+def test_a_list_of_checksums_of_another_form_is_refused(tmp_path, stored):
+    (tmp_path / "checksums.json").write_text(stored)
+    with pytest.raises(InputError, match=r"checksums\.json"):
+        read_checksums(tmp_path)

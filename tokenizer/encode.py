@@ -29,14 +29,14 @@ from core.lock import writer_lock
 from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
 from tokenizer.models.config import choose_image_size
-from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
 
 SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Which images, which crops of them, and where the codes go.
+    """Which images and crops to encode, and the folder of the codes.
 
     Args:
         tokenizer: A run or checkpoint folder, a released file, or a Hub id.
@@ -120,12 +120,14 @@ def encode(config: EncodeConfig, world: World) -> None:
         "num_classes": len(images.classes),
         "images": len(images),
     }
+    # Older versions knew the tokenizer by its file, and the images by the time of their files.
+    earlier = {"tokenizer_sha256": [loaded.sha256, loaded.source_sha256]}
     if isinstance(images, ImageTextPairs):
         settings["pairs_fingerprint"] = images.fingerprint
     if world.is_main:
-        settings["images_fingerprint"] = fingerprint_of_files(images.files)
-    # Older versions knew the tokenizer by its file, and did not look at the files of the images.
-    earlier = {"tokenizer_sha256": [loaded.sha256], "images_fingerprint": [None]}
+        fingerprint = fingerprint_of_files(images.files)
+        settings["images_fingerprint"] = fingerprint.content
+        earlier["images_fingerprint"] = [None, fingerprint.times]
     writer = ShardWriter(config.out, len(images), config.shard_size, settings, world, earlier)
     todo = writer.begin()
     if world.is_main:
@@ -144,7 +146,7 @@ def encode(config: EncodeConfig, world: World) -> None:
                     read.append(batch.indices)
                 bar.update(len(batch.indices) + len(batch.skipped))
             write_shard(writer, shard, crops, images.labels, codes, read, skipped)
-    finish(writer, images.fingerprint, loaded.sha256, world)
+    finish(writer, images.fingerprint, loaded, world)
 
 
 def write_shard(
@@ -168,7 +170,7 @@ def write_shard(
     writer.write(shard, arrays, skipped=[list(item) for item in skipped])
 
 
-def finish(writer: ShardWriter, fingerprint: str, file_sha256: str, world: World) -> None:
+def finish(writer: ShardWriter, fingerprint: str, tokenizer: LoadedTokenizer, world: World) -> None:
     """Write index.json and, if images were skipped, skipped.txt; print where they are."""
     world.barrier()
     skipped = [Skipped(*item) for marker in writer.markers(SKIPPED) for item in marker["skipped"]]
@@ -181,8 +183,9 @@ def finish(writer: ShardWriter, fingerprint: str, file_sha256: str, world: World
     facts = {
         "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
         "pairs_fingerprint": fingerprint,
-        "tokenizer_file_sha256": file_sha256,
+        "tokenizer_file_sha256": tokenizer.sha256,
         **tokenizer_path(writer),
+        "tokenizer_source_sha256": tokenizer.source_sha256,
         "skipped": len(skipped),
         "skipped_by_reason": reasons,
     }

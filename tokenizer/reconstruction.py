@@ -92,7 +92,7 @@ class ReconstructionConfig:
 def reconstruct(config: ReconstructionConfig, world: World) -> None:
     """Score every image on one of the ranks and write the results."""
     images = open_images(config.data)
-    vq, sha256 = load_tokenizer(
+    vq, sha256, _ = load_tokenizer(
         config.tokenizer, config.weights, verify_weights=config.verify_weights
     )
     size, remark = choose_image_size(vq.config, config.image_size)

@@ -1,6 +1,6 @@
 """Training data with classes: our shards, or the published layout of one file per image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +110,7 @@ class CodeDataset:
             for value, other, folder in zip(found, indices, folders, strict=True):
                 # Older codes name the tokenizer by its file.
                 same_tokenizer = key == "tokenizer_sha256" and bool(
-                    _tokenizer_names(other) & _tokenizer_names(indices[0])
+                    tokenizer_names(other) & tokenizer_names(indices[0])
                 )
                 if value != found[0] and not same_tokenizer:
                     raise InputError(f"{folder}: {key} differs from that of {folders[0]}")
@@ -231,6 +231,9 @@ def _check_labels(labels: np.ndarray, num_classes: int, folder: Path) -> None:
         )
 
 
-def _tokenizer_names(index: dict[str, Any]) -> set[Any]:
-    """The sha256 of the tokenizer's weights and of its file, as far as an index has them."""
-    return {index[key] for key in ("tokenizer_sha256", "tokenizer_file_sha256") if key in index}
+def tokenizer_names(index: Mapping[str, Any]) -> set[str]:
+    """What an index knows the tokenizer by: the sha256 of its weights, of its file, and of the file
+    that it was converted from. Codes and runs of older versions know it by a file.
+    """
+    keys = ("tokenizer_sha256", "tokenizer_file_sha256", "tokenizer_source_sha256")
+    return {index[key] for key in keys if isinstance(index.get(key), str)}

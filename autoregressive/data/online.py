@@ -41,6 +41,7 @@ class OnlineDataset:
             "tokenizer": online.tokenizer,
             "tokenizer_sha256": self.sha256,
             "tokenizer_file_sha256": loaded.sha256,
+            "tokenizer_source_sha256": loaded.source_sha256,
         }
         chosen_captions(
             np.arange(1), 0, online.pairs.variants, config

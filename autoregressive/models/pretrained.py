@@ -36,7 +36,7 @@ class Stored(NamedTuple):
     tensors: dict[str, torch.Tensor]
     path: Path
     sha256: str | None = None  # of the file, where its checkpoint has recorded it
-    trained_grid: tuple[int, int] | None = None  # where the configuration tells
+    trained_grid: tuple[int, int] | None = None  # if the configuration tells
 
 
 def load_gpt(

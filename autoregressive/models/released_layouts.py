@@ -42,9 +42,9 @@ class TransformerWeights(NamedTuple):
 
 
 def read_transformer(path: Path, weights: Weights) -> TransformerWeights:
-    """Read a released file. "auto" takes `model`, and the averaged copy of a Lightning file.
+    """Read a released file. "auto" takes `model`, or the EMA copy of a Lightning file.
 
-    Raises InputError where the part is not in the file or an averaged weight is missing.
+    Raises InputError if the part is not in the file or an EMA weight is missing.
     """
     stored = read_file(path)
     model = stored.parts.get("model", {})

@@ -313,7 +313,7 @@ def check_compatible(gpt: GPT, tokenizer: LoadedTokenizer, name: str) -> None:
         )
     # Older GPTs know the tokenizer by its file, newer ones by its weights.
     expected = gpt.config.tokenizer_sha256
-    if expected and expected != tokenizer.sha256 and expected != tokenizer.identity():
+    if expected and not tokenizer.is_known_as(expected):
         raise InputError(
             f"{name}: its weights (sha256 {tokenizer.identity()[:12]}) differ from the tokenizer "
             f"that the GPT was trained with ({expected[:12]})"

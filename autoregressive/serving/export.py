@@ -16,6 +16,7 @@ from autoregressive.serving.vllm_plugin import ARCHITECTURES, MODEL_TYPE
 from autoregressive.serving.vllm_requests import prompt_width
 from core.config import InputError, config_values
 from core.files import write_json
+from core.lock import writer_lock
 from core.weights import save_tensors
 
 # Sizes that the attention kernels of vLLM know, on CPU and CUDA; others are padded to the next.
@@ -32,23 +33,23 @@ _SUPPORTED = {
 def export_vllm(gpt: GPT, folder: Path) -> None:
     """Write model.safetensors, config.json, generation_config.json and README.md, or nothing.
 
-    Weights keep their names and dtype. Raises InputError where the folder holds something, or the
+    Weights keep their names and dtype. Raises InputError if the folder holds something, or the
     model has an option that the vLLM model does not know.
     """
     folder = Path(folder)
     config = _serving_config(gpt.config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; choose another folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    dtype = str(next(gpt.parameters()).dtype).removeprefix("torch.")
-    save_tensors(gpt.state_dict(), temporary / "model.safetensors")
-    write_json(temporary / "config.json", vllm_config(config, dtype))
-    write_json(temporary / "generation_config.json", _generation_config(config))
-    (temporary / "README.md").write_text(model_card(config, folder.name))
-    os.replace(temporary, folder)
+    with writer_lock(folder.parent, file=folder.name):
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        dtype = str(next(gpt.parameters()).dtype).removeprefix("torch.")
+        save_tensors(gpt.state_dict(), temporary / "model.safetensors")
+        write_json(temporary / "config.json", vllm_config(config, dtype))
+        write_json(temporary / "generation_config.json", _generation_config(config))
+        (temporary / "README.md").write_text(model_card(config, folder.name))
+        os.replace(temporary, folder)
 
 
 def vllm_config(config: GPTConfig, dtype: str) -> dict[str, Any]:

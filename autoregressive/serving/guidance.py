@@ -34,7 +34,7 @@ def parse_guidance(arguments: Mapping[str, Any] | None) -> SamplingConfig:
 def guidance_scales(
     arguments: Mapping[str, Any] | None, condition: str, num_codes: int
 ) -> list[float]:
-    """The scale of guidance at each code of an image; 1 where there is none.
+    """The scale of guidance at each code of an image; 1 for no guidance.
 
     condition: "class" or "text", which decides the usual scale. Raises ValueError as above.
     """

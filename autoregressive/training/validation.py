@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_from(gpt: GPT, source: str) -> None:
-    """Take over the weights of another training; InputError where they do not fit.
+    """Copy the weights of another training; raises InputError if they do not fit.
 
     `gpt` may be sharded: each process reads only the rows that it holds.
     """
@@ -48,21 +49,21 @@ def start_from(gpt: GPT, source: str) -> None:
 
 
 def check_resumable(
-    out: Path, gpt_config: GPTConfig, tokenizer_file_sha256: str | None = None
+    out: Path, gpt_config: GPTConfig, tokenizer_names: Collection[str] = ()
 ) -> bool:
     """Whether `out` has a run to resume; raises InputError if that run used other codes.
 
-    tokenizer_file_sha256: of the tokenizer's file, by which older runs knew it.
+    tokenizer_names: what older runs may know the tokenizer by, see data.codes.tokenizer_names.
     """
     steps = list(checkpoint_folders(out / "checkpoints").values())
-    # What is wrong with the damaged ones is said where the run is restored.
+    # The code that restores the run reports damaged checkpoints.
     whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
     if not whole:
         return bool(steps)
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
-        older = name == "tokenizer_sha256" and theirs == tokenizer_file_sha256
+        older = name == "tokenizer_sha256" and theirs in tokenizer_names
         if ours != theirs and not older:
             raise InputError(
                 f"{out}: its run has {name} {theirs}, the data has {ours}, so it cannot be "
@@ -171,7 +172,7 @@ def find_tokenizer(data: Dataset, config: DataConfig, world: World) -> tuple[VQM
         loaded = load_tokenizer(found)
     except InputError as error:
         return None, f"their tokenizer cannot be loaded ({error})"
-    if data.index["tokenizer_sha256"] not in (loaded.sha256, loaded.identity()):
+    if not loaded.is_known_as(data.index["tokenizer_sha256"]):
         return None, f"{found} has changed since the codes were made"
     return loaded.vq.for_inference(world.device, torch.float32), found
 
@@ -179,8 +180,8 @@ def find_tokenizer(data: Dataset, config: DataConfig, world: World) -> tuple[VQM
 class SampleGrid:
     """Draws the same conditions under the same noise each time, a row per class or prompt.
 
-    draws: Whether there is anything to draw, the same on all ranks. Rank 0 draws, and it alone has
-    the conditions: a text encoder is loaded there, once, and let go.
+    draws: Whether there is anything to draw, the same on all ranks. Only rank 0 draws and has the
+    conditions. It loads the text encoder, if one is needed, once and frees it again.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class SampleGrid:
             self.condition = self._conditions(data, gpt_config.num_classes)
 
     def _conditions(self, data: Dataset, num_classes: int) -> Condition:
-        """What is asked for, else the first ten classes, or captions of the data."""
+        """The classes or prompts of the config, or the first ten of the data."""
         if isinstance(data, CodeDataset):
             if self.config.sample_classes:
                 return ClassCondition(torch.tensor(self.config.sample_classes))

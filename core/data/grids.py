@@ -14,9 +14,9 @@ CAPTION_WIDTH, CAPTION_LINES, CHARACTER = 160, 3, (6, 11)  # pixels, lines, a le
 def image_grid(
     pixels: np.ndarray, columns: int, captions: Sequence[str] | None = None, padding: int = 2
 ) -> np.ndarray:
-    """(n, height, width, 3) uint8 -> one image with `columns` a row on white, uint8.
+    """Images (n, height, width, 3) uint8 -> one image uint8, `columns` per row on white.
 
-    With captions, each stands under its image; small images are enlarged to give it room.
+    captions: a text below each image; small images are enlarged to make room for it.
     """
     if captions:
         pairs = zip(pixels, captions, strict=True)
@@ -33,7 +33,7 @@ def image_grid(
 
 
 def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
-    """An image (height, width, 3) uint8, at least CAPTION_WIDTH wide, above its caption."""
+    """An image (height, width, 3) uint8, at least CAPTION_WIDTH wide, with its caption below."""
     times = math.ceil(CAPTION_WIDTH / image.shape[1])
     image = image.repeat(times, axis=0).repeat(times, axis=1)
     height, width, _ = image.shape
@@ -47,7 +47,7 @@ def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
 
 
 def side_by_side(real: torch.Tensor, fake: torch.Tensor, columns: int) -> np.ndarray:
-    """Pixels (n, height, width, 3) uint8 twice -> a grid: a row of real, its row of fake, ..."""
+    """Two sets of pixels (n, height, width, 3) uint8 -> a grid of alternating rows: real, fake."""
     columns = min(columns, len(real))
     rows = [part[i : i + columns] for i in range(0, len(real), columns) for part in (real, fake)]
     return image_grid(torch.cat(rows).numpy(), columns)

@@ -1,4 +1,4 @@
-"""Images: the only copies of loading, cropping, range conversion and writing.
+"""Loading, cropping, range conversion and writing of images, for all packages.
 
 *images* are float tensors in [-1, 1], *pixels* are uint8.
 """
@@ -20,12 +20,12 @@ from core.files import atomic_write, check_regular_file
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow only warns there; we refuse
 
 
-# Formats that Pillow decodes by itself. Of the others, PostScript starts a program.
+# Formats that Pillow decodes by itself. PostScript, for example, would start another program.
 Image.init()
 FORMATS = tuple(
     name
     for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-    if name in Image.OPEN  # as Pillow was built here
+    if name in Image.OPEN  # that this build of Pillow supports
 )
 
 # What Pillow's decoders raise on damaged files, besides OSError.
@@ -46,7 +46,7 @@ _DECODE_ERRORS = (
 
 
 class ImageError(InputError):
-    """An image that cannot be read; `reason` is one short phrase to count by."""
+    """An image that cannot be read. reason: a short phrase, by which such images are counted."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -54,10 +54,10 @@ class ImageError(InputError):
 
 
 def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
-    """Read an image as upright 8-bit RGB, whatever it was (grey, CMYK, palette, 16-bit, rotated).
+    """Read an image of any mode (grey, CMYK, palette, 16-bit, rotated) as upright 8-bit RGB.
 
-    `source` is a path or the encoded bytes. Raises ImageError for anything that is not a whole
-    image of at most MAX_PIXELS pixels.
+    `source` is a path or the encoded bytes. Raises ImageError for a file
+    that is no image, is truncated, or has more than MAX_PIXELS pixels.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
@@ -94,7 +94,7 @@ def load_image(source: Path | str | bytes, name: str = "") -> Image.Image:
 def _from_wide_grey(image: Image.Image) -> Image.Image:
     """16-bit grey to 8-bit RGB by scaling; Pillow's own conversion would clip it to white."""
     values = np.asarray(image, dtype=np.float64)
-    # Modes "I" and "F" do not say whether they hold 8-bit or 16-bit values.
+    # The modes "I" and "F" do not tell whether their values have 8 or 16 bits.
     wide = image.mode.startswith("I;16") or values.max() > 255
     scale = 255 / 65535 if wide else 1.0
     grey = np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
@@ -105,7 +105,7 @@ INTERPOLATION = "box halvings, then bicubic"  # of every crop here, as the table
 
 
 def check_image_size(height: int, width: int, name: str = "image_size") -> None:
-    """Raise InputError, a ValueError, for a size of no image or of one above MAX_PIXELS."""
+    """Raise InputError, a ValueError, for a size below 1 or of more than MAX_PIXELS pixels."""
     if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise InputError(
             f"{name} [{height}, {width}]: each side must be >= 1, and at most {MAX_PIXELS:,} pixels"
@@ -113,7 +113,7 @@ def check_image_size(height: int, width: int, name: str = "image_size") -> None:
 
 
 def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize so that (height, width) just fits inside, as ADM: BOX halvings, then BICUBIC."""
+    """Resize to the smallest cover of (height, width), as ADM: BOX halvings, then BICUBIC."""
     while max(height / image.height, width / image.width) <= 0.5:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
@@ -131,9 +131,10 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 def random_crop(
     image: Image.Image, height: int, width: int, random: np.random.Generator, scale: float = 0.8
 ) -> Image.Image:
-    """Cover a random size in [1, 1 / scale] times (height, width), crop at random, flip half.
+    """Resize to a random size, crop (height, width) at a random place, flip half of the images.
 
-    `scale` in (0, 1]: the least share of the resized short side that the crop keeps (ADM: 0.8).
+    scale: in (0, 1], the smallest share of the resized short side that the crop keeps (ADM: 0.8).
+        The size is 1 to 1 / scale times the smallest one that covers (height, width).
     """
     short = min(height, width)
     grown = int(random.integers(short, math.ceil(short / scale) + 1)) / short
@@ -164,6 +165,6 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_png(pixels: np.ndarray, path: Path) -> None:
-    """(height, width, 3) uint8 -> a PNG file, whole or not at all."""
+    """Write pixels (height, width, 3) uint8 as a PNG file, which appears only when complete."""
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format="PNG")

@@ -20,12 +20,14 @@ from core.data.skip_log import Skipped
 logger = logging.getLogger(__name__)
 
 
-MAX_NUM_WORKERS = 1024  # per process; more is a slip of the keyboard
-MAX_LOADER_DEATHS = 5  # in one run; then its machine has a fault that a new process does not mend
+MAX_NUM_WORKERS = 1024  # per process; more is a typing mistake
+MAX_LOADER_DEATHS = (
+    5  # in one run; after that, the machine has a fault that a new process does not repair
+)
 
 
 def check_num_workers(num_workers: int) -> None:
-    """Raise InputError, a ValueError, for a number of loader processes that cannot be meant."""
+    """Raise InputError, a ValueError, for a negative or an absurd number of loader processes."""
     if not 0 <= num_workers <= MAX_NUM_WORKERS:
         raise InputError(f"num_workers is {num_workers}, must be in 0 .. {MAX_NUM_WORKERS}")
 
@@ -33,8 +35,8 @@ def check_num_workers(num_workers: int) -> None:
 class TrainingImages(Dataset):
     """Sample p of the endless order, transformed with randomness from (seed, p).
 
-    An image that cannot be read gives its place to another one, drawn from (seed, p); it is
-    reported, so that the loop counts and names it.
+    An image that cannot be read is replaced by another one, chosen from (seed, p), and reported,
+    so that the training loop counts and names it.
     """
 
     def __init__(
@@ -70,10 +72,10 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, list[Skipped]]]:
     """Batches of `dataset` at the given positions: pixels (n, height, width, 3) uint8, skipped.
 
-    Loader processes that die are replaced, with a warning, and no sample is lost. Raises InputError
-    where hardly any image can be read, OSError where the processes die again and again.
+    A loader process that dies is replaced, with a warning, and no sample is lost.
+    Raises InputError if hardly any image can be read, OSError if processes die again and again.
     """
-    # Positions that were handed to the loader and whose batch has not arrived.
+    # Positions that the loader has received, and whose batch has not arrived yet.
     waiting: deque[np.ndarray] = deque()
 
     def hand_out() -> Iterator[np.ndarray]:
@@ -101,7 +103,7 @@ def training_batches(
                 yield batch
             return
         except InputError as error:
-            # A loader process sends its traceback as the message; its last line is what was said.
+            # The message is the traceback of the loader process; its last line is the error.
             said = str(error).splitlines()[-1]
             raise InputError(said.removeprefix(f"{InputError.__module__}.InputError: ")) from error
         except RuntimeError as error:
@@ -117,7 +119,7 @@ def training_batches(
 
 
 class _Batches(torch.utils.data.Sampler[list[int]]):
-    """Lists of positions, as DataLoader wants them."""
+    """Lists of positions, in the form that DataLoader expects."""
 
     def __init__(self, positions: Iterator[np.ndarray]) -> None:
         self.positions = positions
@@ -144,7 +146,7 @@ class CenterCrop:
 
 
 class OrderedImages(Dataset):
-    """Image i, transformed without randomness, or why it is skipped; for encoding and scoring."""
+    """Image i, transformed without randomness, or why it is skipped; to encode or to score."""
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], np.ndarray]) -> None:
         self.images, self.transform = images, transform
@@ -160,17 +162,17 @@ class OrderedImages(Dataset):
 
 
 class OrderedBatch(NamedTuple):
-    """What could be read of a run of images: their numbers (n,), pixels (n, ...), the rest."""
+    """A batch: numbers (n,) int64 and pixels (n, ...) of readable images, and the skipped ones."""
 
     indices: np.ndarray
-    pixels: torch.Tensor | None  # None where nothing of the batch could be read
+    pixels: torch.Tensor | None  # None if no image of the batch could be read
     skipped: list[Skipped]
 
 
 def ordered_batches(
     dataset: OrderedImages, indices: list[int], batch_size: int, num_workers: int
 ) -> Iterator[OrderedBatch]:
-    """The images `indices` in their order, `batch_size` at a time."""
+    """Read the images `indices` in the given order, `batch_size` at a time."""
     chunks = (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
     return iter(
         DataLoader(

@@ -16,9 +16,10 @@ from core.files import atomic_write, check_regular_file
 
 
 def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
-    """Stream `count` images (n, height, width, 3) uint8 into `arr_0`; then the other arrays.
+    """Write batches of images (n, height, width, 3) uint8, `count` in all, to `arr_0`.
 
-    ADM's layout, readable by its evaluator; never holds more than one batch in memory.
+    arrays: further arrays of the file. The layout is ADM's, which its evaluator reads. Only one
+    batch is in memory at a time.
     """
     with (
         atomic_write(path) as file,
@@ -40,13 +41,13 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
 
 
 def npz_images_shape(path: Path) -> tuple[int, int, int, int]:
-    """(n, height, width, 3) of `arr_0`; raises InputError for anything but such uint8 images."""
+    """The shape (n, height, width, 3) of `arr_0`; raises InputError if it is not uint8 images."""
     with _open_npz_images(path) as (_, shape):
         return shape
 
 
 def read_npz_images(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Batches (n, height, width, 3) uint8 of `arr_0`, streamed: the file may exceed the memory."""
+    """Read `arr_0` in batches (n, height, width, 3) uint8; the file may be larger than memory."""
     with _open_npz_images(path) as (member, shape):
         per_image = math.prod(shape[1:])
         for start in range(0, shape[0], batch_size):
@@ -59,7 +60,7 @@ def read_npz_images(path: Path, batch_size: int = 256) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
-    """`arr_0` after its header, and its shape."""
+    """Open `arr_0` at its first image; returns the file and the shape."""
     check_regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:

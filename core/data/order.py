@@ -1,4 +1,4 @@
-"""The seeded order of training samples: its position is one integer."""
+"""The seeded order of training samples; a position in it is one integer."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from core.distributed.world import World
 
 
 class ShuffledOrder:
-    """The endless training order over `size` samples: a fresh seeded permutation per epoch."""
+    """An endless order over `size` samples: every epoch is another seeded permutation."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -24,7 +24,7 @@ class ShuffledOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            # Two epochs at most: a batch may straddle the border.
+            # A batch may contain the end of one epoch and the start of the next.
             self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}
             random = np.random.default_rng((self.seed, epoch))
             self._epochs[epoch] = random.permutation(self.size)

@@ -1,10 +1,11 @@
-"""Parallelism from outside the model, in one order.
+"""Parallel training, applied to a model from outside, in this order:
 
-1. Activation checkpointing wraps blocks: what is recomputed is decided first.
-2. Each block is compiled, with its recomputation inside the graph. Blocks are alike, so that one
-   graph serves them all, and the collectives between them stay outside.
-3. Weights are spread over the processes: DDP copies them, FSDP2 shards them block by block, HSDP
-   shards within groups of processes and copies between the groups (a 2-D mesh).
+1. Activation checkpointing wraps the blocks. It comes first because it decides what is recomputed.
+2. Each block is compiled, including its recomputation. Equal blocks share one graph, and the
+   collectives between blocks stay outside of it.
+3. Weights are distributed over the processes: DDP replicates them, FSDP2 shards them block by
+   block, HSDP shards them within groups of processes and replicates them between groups (a 2-D
+   mesh).
 """
 
 import contextlib
@@ -72,25 +73,25 @@ def prepare(
     precision: Precision,
     block: type[nn.Module],
 ) -> nn.Module:
-    """Make `model` ready for training; `block` is its repeated layer. Call the result.
+    """Prepare `model` for training -> the module to call in the training loop.
 
-    A model on the meta device gets memory, not values: initialise it afterwards. Under FSDP2 the
-    model's parameters become DTensors, so the optimiser is built afterwards. State dicts keep
-    their keys: the wrappers take part in none.
+    block: the class of its repeated layer. A model on the meta device gets memory but no values;
+    initialize it afterwards. Build the optimizer afterwards too, because under FSDP2 the parameters
+    become DTensors. The keys of state dicts do not change.
     """
     _checkpoint_activations(model, config, block)
     if config.compiles(world):
         compile_blocks([module for module in model.modules() if isinstance(module, block)])
     model = shard(model, config, world, precision, block)
     if config.strategy == "ddp" and world.size > 1:
-        # Its successor since torch 2.14 is not in the oldest torch that this runs on.
+        # The new name of the argument exists since torch 2.14; older releases must work too.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(
             model,
             device_ids=ids,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # those that training reads are computed from all ranks
+            broadcast_buffers=False,  # the buffers that training reads are computed from all ranks
         )
     return model
 
@@ -102,11 +103,11 @@ def shard(
     precision: Precision,
     block: type[nn.Module],
 ) -> nn.Module:
-    """Move `model` to world.device, sharded as the strategy says; for the averaged weights too.
+    """Shard `model` as the strategy says and move it to world.device; also used for EMA weights.
 
-    A model on the meta device gets memory, not values, after it was sharded: no process allocates
-    more than its shard. Master weights, gradients after their reduction and moments are float32;
-    under bf16, what is gathered and computed with is bfloat16.
+    A model on the meta device is sharded before it gets memory (but no values), so that no process
+    allocates more than its shard. Master weights, reduced gradients and optimizer moments are
+    float32; with precision bf16, gathered weights and computation are bfloat16.
     """
     if config.strategy != "ddp":
         _shard_blocks(model, config, world, precision, block)
@@ -116,17 +117,17 @@ def shard(
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each of them, in place; blocks that are alike share their code."""
+    """Compile each block in place; equal blocks share the compiled code."""
     for block in blocks:
         block.compile()
-    # Blocks that differ in a constant (stochastic depth) are compiled one by one.
+    # Blocks that differ in a constant (stochastic depth) are compiled separately.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
 
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Within it, gradients pile up where they are: no communication until the last micro-batch."""
+    """Accumulate gradients without communication, for all micro-batches but the last."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -139,7 +140,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def full_state(model: nn.Module, world: World, everywhere: bool = False) -> dict[str, torch.Tensor]:
-    """The unsharded state dict on rank 0's CPU, or on every rank's; all ranks call it."""
+    """The unsharded state dict, on the CPU of rank 0 or of every rank; all ranks must call it.
+
+    Ranks that do not get it receive an empty dict.
+    """
     state = {}
     for key, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -149,9 +153,9 @@ def full_state(model: nn.Module, world: World, everywhere: bool = False) -> dict
 
 
 def written_here(tensor: torch.Tensor, world: World) -> bool:
-    """Whether this process is the one to write its part of `tensor` to a checkpoint.
+    """Whether this process writes its part of `tensor` to a checkpoint.
 
-    Rank 0 writes unsharded tensors; the first of all processes that hold a shard writes the shard.
+    Rank 0 writes unsharded tensors. The first process that holds a shard writes that shard.
     """
     if not isinstance(tensor, DTensor):
         return world.is_main
@@ -186,12 +190,12 @@ def _shard_blocks(
     mesh = world.mesh(shared)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # One unit per block: its weights are gathered while the block before it computes. What is
+    # One unit per block: its weights are gathered while the previous block computes. What is
     # left (embeddings, the last norm, the head) forms the root's unit.
     for module in list(model.modules()):
         if isinstance(module, block):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    # The root's weights stay gathered until its backward pass; averaged weights have none.
+    # The root's weights stay gathered until its backward pass; EMA weights have none.
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if frozen else None)
 
@@ -212,7 +216,7 @@ def _checkpoint_activations(
 
 
 def _selective_contexts() -> Any:  # noqa: ANN401 - a pair of context managers
-    """Keep attention and every second matrix product: the dear ones; recompute what is cheap."""
+    """Keep attention and every second matrix product, which are costly; recompute the rest."""
     products = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:  # noqa: ANN401

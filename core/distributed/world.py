@@ -1,10 +1,10 @@
-"""One process or many: who am I, on which device, and the few collectives the project needs.
+"""One process or many: rank, device, and the few collectives that the project needs.
 
     with distributed() as world:
         ...
 
 The same code runs as `python -m x` (world of one) and under torchrun (NCCL on GPUs, gloo on CPUs).
-This is the one place that decides a device or an autocast dtype.
+Only this module decides on devices and autocast dtypes.
 """
 
 import contextlib
@@ -30,7 +30,10 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together, and this one's place among them."""
+    """The processes that work together.
+
+    rank: number of this process. size: number of processes. device: of this process.
+    """
 
     rank: int
     size: int
@@ -38,24 +41,24 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes, prints and draws."""
+        """True on rank 0, which writes, prints and draws."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called it."""
         if self.size > 1:
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up `tensor` over all ranks, in place; every rank gets the sum."""
+        """Sum `tensor` over all ranks, in place; every rank gets the sum."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:  # noqa: ANN401
-        """Every rank's `value` (picklable), in the order of the ranks.
+        """Collect the `value` (picklable) of every rank, in the order of the ranks.
 
-        A thread beside the training loop needs a `group` of its own: new_group().
+        A background thread needs its own `group`, made by new_group().
         """
         if self.size == 1:
             return [value]
@@ -64,7 +67,7 @@ class World:
         return values
 
     def new_group(self) -> dist.ProcessGroup | None:
-        """A second channel between all ranks, over the CPU; None in a world of one."""
+        """A second process group of all ranks, over the CPU (gloo); None in a world of one."""
         if self.size == 1:
             return None
         group = dist.new_group(backend="gloo")
@@ -72,7 +75,7 @@ class World:
         return group
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - any picklable value
-        """Rank 0's `value`, on every rank."""
+        """Return the `value` of rank 0 on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -80,13 +83,13 @@ class World:
         return values[0]
 
     def mesh(self, shard_size: int | None) -> DeviceMesh:
-        """The processes in groups of `shard_size` (None: those of a node); 1-D for one group."""
+        """A mesh of groups of `shard_size` processes (None: a node); 1-D for one group."""
         shared = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
         if self.size % shared:
             raise InputError(
                 f"parallel.shard_size {shared} must divide the number of processes, {self.size}"
             )
-        if not dist.is_initialized():  # FSDP2 in one process: its mixed precision on one device
+        if not dist.is_initialized():  # in one process, FSDP2 (mixed precision) needs a group too
             dist.init_process_group(_backend(self.device), rank=0, world_size=1, store=HashStore())
         if shared == self.size:
             return init_device_mesh(self.device.type, (shared,), mesh_dim_names=("shard",))
@@ -94,14 +97,14 @@ class World:
         return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast on this device, or nothing for fp32."""
+        """Autocast to bf16 on this device; for fp32 a context that does nothing."""
         if precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype that a whole model takes at inference."""
+    """The dtype of a model at inference."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -128,7 +131,7 @@ def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.devic
 
 @contextlib.contextmanager
 def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
-    """The world that torchrun (or the Slurm script) describes in the environment, or one of one.
+    """The world that torchrun or the Slurm script describes; a world of one without them.
 
     A collective that takes longer than timeout_minutes ends this process with a message.
     """
@@ -143,7 +146,8 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
     except MISTAKES as error:
         if size == 1:
             raise
-        fail(str(error), code=2)  # at once: the others take the end of the group for a crash
+        # At once, because the other ranks would take the end of the group for a crash.
+        fail(str(error), code=2)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -154,26 +158,26 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
             file=sys.stderr,
         )
         sys.stderr.flush()
-        os._exit(1)  # the group is broken: taking it down in order would wait for the others
+        os._exit(1)  # the group is broken: destroying it in order would wait for the other ranks
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-            # FSDP's modules hold their groups in cycles; left to the end of the interpreter, the
-            # threads of these groups would end the process with an abort.
+            # FSDP's modules refer to their groups in cycles. If they were freed at the end of the
+            # interpreter, the threads of these groups would abort the process.
             gc.collect()
 
 
 def _join(device: torch.device, timeout: datetime.timedelta) -> None:
-    """Make the process group."""
-    # NCCL's flight recorder: when a collective hangs, every rank writes down what it was waiting
-    # for (/tmp/nccl_trace_rank_*). Older releases take the first name, newer ones warn about it.
+    """Create the process group."""
+    # NCCL's flight recorder: if a collective hangs, every rank writes what it waited for to
+    # /tmp/nccl_trace_rank_*. Older releases know only the first name, newer ones warn about it.
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE" if old else "TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store over all restarts, in which the addresses of dead processes
-        # would be read: each restart gets names of its own.
+        # torchrun keeps one store over all restarts. Without a prefix per restart, the addresses of
+        # dead processes would be read from it.
         store = PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(
         _backend(device), store=store, rank=rank, world_size=size, timeout=timeout

@@ -3,7 +3,7 @@
     step_0001000/
       config.yaml  model.safetensors  ema.safetensors     enough for inference
       training/                                           optimizers, discriminator, step
-      checksums.json                                      sha256 of every file
+      checksums.json                                      sums of every file
 
 torch.distributed.checkpoint copies the tensors to the CPU and writes them from a thread while
 training goes on; each process copies and writes its own shards. A checkpoint is written to a
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from core.checksums import CHECKSUMS, canonical, checkpoint_folders, find_damage
+from core.checksums import FileSums, checkpoint_folders, find_damage, write_checksums
 from core.config import InputError, save_config
 from core.distributed.parallel import local, written_here
 from core.distributed.world import World
@@ -40,7 +40,7 @@ from core.training.safetensors_storage import (
     lower_thread_priority,
     read_headers,
 )
-from core.weights import check_shapes, file_sha256, first_not_finite
+from core.weights import check_shapes, first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Checkpointer:
             self._problem, self._saving = self._saving.result(), None
 
     def finish(self) -> None:
-        """Wait for all ranks, and raise OSError where the last checkpoint could not be written."""
+        """Wait for all ranks, and raise OSError if the last checkpoint could not be written."""
         self.wait()
         self.world.barrier()  # a launcher may kill the others as soon as one has ended
         if self._problem:
@@ -170,7 +170,7 @@ class Checkpointer:
     def restore_latest(self) -> dict[str, int]:
         """Load the newest intact checkpoint into the parts -> its state ({"step": 0} for none).
 
-        Raises InputError where there are checkpoints and none is intact.
+        Raises InputError if there are checkpoints and none is intact.
         """
         if self.world.is_main:
             for unfinished in self.folder.glob(".step_*.tmp"):
@@ -218,7 +218,7 @@ class Checkpointer:
                 save_config(self.config, mine[-2])
                 unused = [name for name in self.parts if name not in parts]
                 write_json(mine[-1], {"step": step, **state, "unused": unused})
-            sums = {str(path.relative_to(temporary)): file_sha256(path) for path in mine}
+            sums = {str(path.relative_to(temporary)): FileSums.of(path) for path in mine}
         except CheckpointException as error:
             problem = str(next(iter(error.failures.values()))[0])
         except OSError as error:
@@ -230,7 +230,7 @@ class Checkpointer:
         try:
             if not problem:
                 sums = {name: value for _, part in reports for name, value in part.items()}
-                (temporary / CHECKSUMS).write_text(canonical(sums))
+                write_checksums(temporary, sums)
                 self._publish(temporary, self.folder / f"step_{step:07d}")
                 return ""
         except OSError as error:

@@ -43,7 +43,7 @@ class Plan:
     processes: int | None = None  # that share the batch in `activations`; None: however many
 
     def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
-        """Bytes on each of `size` processes by part; under hsdp, `shared` hold one copy."""
+        """Bytes on each of `size` processes by part; under hsdp, `shared` of them hold one copy."""
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
         own = self.parameters / shards
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
@@ -51,7 +51,7 @@ class Plan:
             parts["EMA weights"] = 4 * own
         # DDP reduces gradients in place (gradient_as_bucket_view).
         if strategy != "ddp":
-            # At the same time: two blocks and all outside the blocks, with their gradients.
+            # At the same time: two blocks and everything outside the blocks, with their gradients.
             gathered = self.largest_block * 2 + self.outside_blocks
             parts["gathered weights and gradients"] = gathered * 2 * self.compute_bytes
             if self.accumulates:  # whole gradients, until the last micro-batch reduces them
@@ -95,7 +95,7 @@ def plan_model(
     step: StepPlan | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """The plan for a model, which may be on the meta device."""
+    """Plan the memory of a model, which may be on the meta device."""
     sizes = [
         sum(p.numel() for p in module.parameters())
         for module in model.modules()
@@ -119,7 +119,7 @@ def plan_model(
 
 
 def check_fits(plan: Plan, config: ParallelConfig, world: World) -> None:
-    """Raise InputError where this device cannot hold the run; the message names what would."""
+    """Raise InputError if this device cannot hold the run; the message names what would fit."""
     available = memory_bytes(world.device)
     likely = plan.bytes_per_process(config.strategy, world.size, _shared(config, world))
     needed = likely - plan.activations
@@ -156,7 +156,7 @@ def approve(
 ) -> bool:
     """Check that the run fits; print the plan of a dry run. Returns whether to start training.
 
-    Raises InputError where the device cannot hold the run.
+    Raises InputError if the device cannot hold the run.
     """
     if dry_run:
         print_plan(plan, config, parallel, world)
@@ -220,10 +220,10 @@ def transformer_activations(
 
 
 def _shared(config: ParallelConfig, world: World, size: int = 0) -> int:
-    """Processes that hold one copy of the model under hsdp: shard_size, or those of a node."""
+    """Number of processes that hold one copy of the model under hsdp: shard_size, or a node."""
     return math.gcd(config.shard_size or _node_size(), size or world.size)
 
 
 def _node_size() -> int:
-    """Processes per node; 8 where the launcher does not say."""
+    """Number of processes per node; 8 if the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))

@@ -133,7 +133,7 @@ class Stepper:
     def check(self) -> int:
         """The number of steps skipped so far.
 
-        Raises InputError where the configuration does not allow them. This waits for the device
+        Raises InputError if the configuration does not allow them. This waits for the device
         (a host sync): call it only when reporting and before saving.
         """
         skipped = int(self.skipped.item())

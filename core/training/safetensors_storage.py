@@ -1,12 +1,13 @@
-"""Where torch.distributed.checkpoint (DCP) keeps tensors: one whole safetensors file per part.
+"""The storage of torch.distributed.checkpoint (DCP): one complete safetensors file per part.
 
-DCP plans who writes and reads which piece of which tensor; this is its storage. Not DCP's own:
-its file storage keeps an index as a pickle, which runs code when read, and its safetensors storage
-leaves one file per process, which inference cannot read before they are merged. Here every process
-writes its pieces straight to their places in the file, so a checkpoint's bytes are the same for
-any strategy and any number of processes, and `model.safetensors` is at once checkpoint and release.
+DCP plans which process writes and reads which piece of which tensor; this module stores them. DCP's
+own storages do not fit: its file storage keeps an index as a pickle, which runs code when it is
+read, and its safetensors storage writes one file per process, which inference cannot read before
+they are merged. Here every process writes its pieces directly to their positions in the file.
+Therefore the bytes of a checkpoint are the same for every strategy and number of processes, and
+`model.safetensors` is both the checkpoint and the file to release.
 
-Tensors are named "part/name". Pieces are ranges of rows: that is how FSDP2 shards.
+Tensors are named "part/name". Pieces are ranges of rows, because FSDP2 shards rows.
 """
 
 import json
@@ -49,13 +50,13 @@ Shape = tuple[int, ...]
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes every part to its file; `files` maps parts to paths."""
+    """Writes every part to its file. files: the path of each part."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.files = files
 
     def reset(self, checkpoint_id: Any = None) -> None:  # noqa: ANN401
-        """Part of DCP's interface; there is nothing to forget."""
+        """Part of DCP's interface; does nothing, because there is no state."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Part of DCP's interface."""
@@ -65,7 +66,7 @@ class SafetensorsWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator, which knows all pieces: make the files, tell all where to write."""
+        """On the coordinator, which knows all pieces: create the files and assign positions."""
         tensors: dict[str, tuple[torch.dtype, Shape]] = {}
         for item in (item for plan in plans for item in plan.items):
             assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
@@ -76,8 +77,8 @@ class SafetensorsWriter(StorageWriter):
             prefix = f"{part}/"
             mine = {key: value for key, value in tensors.items() if key.startswith(prefix)}
             starts |= _create_file(path, mine, prefix)
-        # Network file systems write back whole pages, the neighbour's bytes included, unless a
-        # file is opened for synchronous writes.
+        # Network file systems write whole pages, and so overwrite bytes of other processes, unless
+        # a file is opened for synchronous writes.
         flags = os.O_DSYNC if sum(bool(plan.items) for plan in plans) > 1 else 0
         return [replace(plan, storage_data=(starts, flags)) for plan in plans]
 
@@ -109,7 +110,7 @@ class SafetensorsWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Part of DCP's interface: the files' own headers say everything."""
+        """Part of DCP's interface; does nothing, because the headers of the files tell all."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ANN401
@@ -118,16 +119,16 @@ class SafetensorsWriter(StorageWriter):
 
 
 class SafetensorsReader(StorageReader):
-    """Reads pieces of the parts' files, which may have come from any number of processes."""
+    """Reads pieces of the files, which any number of processes may have written."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.files = files
 
     def reset(self, checkpoint_id: Any = None) -> None:  # noqa: ANN401
-        """Part of DCP's interface; there is nothing to forget."""
+        """Part of DCP's interface; does nothing, because there is no state."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401
-        """Each tensor as one piece, from the files' headers."""
+        """Describe each tensor as one piece, from the headers of the files."""
         tensors = {}
         for name, (dtype, shape) in read_headers(self.files).items():
             whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
@@ -189,7 +190,7 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[torch.dtype, Shap
 
 
 def lower_thread_priority() -> None:
-    """Let training have the processor first: this thread is a little less urgent from now on."""
+    """Lower the priority of this thread, so that training gets the processor first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
@@ -197,10 +198,10 @@ def lower_thread_priority() -> None:
 def _create_file(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], prefix: str
 ) -> dict[str, int]:
-    """A safetensors file of the right size, its data to be written -> where each tensor starts."""
+    """Create a safetensors file without its data -> the byte where each tensor starts."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, position = {}, 0
-    # The widest dtypes first, as safetensors does: every tensor is then aligned.
+    # The widest dtypes come first, as in safetensors, so that every tensor is aligned.
     for key in sorted(tensors, key=lambda key: (-tensors[key][0].itemsize, key)):
         dtype, shape = tensors[key]
         end = position + math.prod(shape) * dtype.itemsize
@@ -220,8 +221,8 @@ def _create_file(
 
 
 def _write_at(descriptor: int, data: memoryview, position: int) -> None:
-    """Write everything; the system may take less than it is given."""
+    """Write all of `data`; one call of the system may write only a part."""
     while data:
-        # Parts of 64 MiB: so that other threads of this process get their turn at the disk.
+        # In parts of 64 MiB, so that other threads of this process can use the disk in between.
         written = os.pwrite(descriptor, data[: 1 << 26], position)
         data, position = data[written:], position + written

@@ -124,7 +124,7 @@ class Session:
     def save_if_due(self, check: Callable[[], object], unused: Collection[str] = ()) -> None:
         """Save a checkpoint when one is due or the scheduler asked the run to stop.
 
-        Call it after every step on all ranks. `check` is called before saving and raises where the
+        Call it after every step on all ranks. `check` is called before saving and raises if the
         weights must not be saved. `unused`: see Checkpointer.save. After a request to stop, this
         saves and ends the process.
         """

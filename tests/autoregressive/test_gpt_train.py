@@ -1,21 +1,32 @@
 import json
+import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.codes import write_codes
 from helpers.commands import has_lines, kill_when, run_module
+from helpers.models import tiny, write_models
 from helpers.training import STEPS, flags, losses, weights
 
+from autoregressive import GPT
 from autoregressive.data.open import open_data
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.config import GPTConfig
+from autoregressive.sample import SampleConfig
+from autoregressive.sampling.run import sample
 from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.validation import validation_loss
 from core.config import InputError, parse_config
+from core.data.shards import ShardReader
 from core.distributed.world import World
+from core.files import read_json
+from tokenizer.models.pretrained import load_tokenizer
 
 DROPOUT = (
     "--model.token_dropout",
@@ -207,3 +218,38 @@ def test_the_first_losses_stay_what_they_were(tmp_path, world):
         [3.46574, 3.46355, 3.4617, 3.45683, 3.45009, 3.44098, 3.44005, 3.43511, 3.42726, 3.41815],
         abs=2e-4,
     )
+
+
+@pytest.mark.slow
+def test_a_run_with_qk_norm_resumes_bit_for_bit_and_is_sampled_from(tmp_path, world):
+    _, vq = write_models(tmp_path, tiny())
+    sha256 = load_tokenizer(vq).identity()
+    codes = write_codes(tmp_path / "codes", vocab_size=50, tokenizer_sha256=sha256)
+    short = ("--model.qk_norm", "true", "--training.num_steps", 4)
+    train_here(flags(codes, tmp_path / "whole", *short), world)
+    stopped = tmp_path / "stopped"
+    train_here(flags(codes, stopped, *short), world)
+    shutil.rmtree(stopped / "checkpoints" / "step_0000004")
+    train_here(flags(codes, stopped, *short), world)
+    whole, resumed = (weights(tmp_path / name, 4) for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], value) for key, value in resumed.items())
+    norm = whole["layers.0.attention.q_norm.weight"]
+    assert norm.shape == (16,)
+    assert not torch.equal(norm, torch.ones(16)), "the norm was not trained"
+    plain = flags(codes, tmp_path / "plain", "--training.num_steps", 4)
+    train_here(plain, world)
+    assert "layers.0.attention.q_norm.weight" not in weights(tmp_path / "plain", 4)
+    config = SampleConfig(
+        gpt=str(tmp_path / "whole"),
+        tokenizer=str(vq),
+        out=tmp_path / "samples",
+        num_images=4,
+        compute=ComputeConfig(precision="fp32", device="cpu"),
+        sampling=SamplingConfig(cfg_scale=1.0, greedy=True),
+    )
+    sample(config, world)
+    sampled = ShardReader(config.out, "codes")[np.arange(4)].astype(np.int64)
+    sampled = torch.from_numpy(sampled).flatten(1)
+    labels = torch.tensor(read_json(config.out / "index.json")["image_labels"])
+    logits = GPT.from_pretrained(tmp_path / "whole")(sampled, labels)
+    assert torch.equal(logits.argmax(-1), sampled)

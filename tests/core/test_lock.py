@@ -8,6 +8,10 @@ import threading
 import time
 
 import pytest
+import yaml
+from helpers.command_lines import MINIMAL
+from helpers.fuzz import refused
+from helpers.models import tiny, write_models
 from helpers.paths import ROOT
 
 from core import lock as lock_module
@@ -161,3 +165,43 @@ def test_temporary_files_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     (tmp_path / "notes.tmp").touch()
     with writer_lock(tmp_path):
         assert {path.name for path in tmp_path.rglob("*")} == {LOCK, "png", "notes.tmp"}
+
+
+# autoregressive.serve writes nothing. Both convert commands load a model first: see below.
+WRITING = sorted(set(MINIMAL) - {"autoregressive.serve"} - {c for c in MINIMAL if "convert" in c})
+
+
+@pytest.mark.parametrize("module", WRITING)
+def test_every_command_that_writes_is_refused_where_another_one_writes(tmp_path, module):
+    is_file = MINIMAL[module]["out"] == "x.npz" if "out" in MINIMAL[module] else False
+    out = tmp_path / ("x.npz" if is_file else "out")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(MINIMAL[module]))
+    with writer_lock(tmp_path, file=out.name) if is_file else writer_lock(out):
+        message = refused(module, "--config", tmp_path / "base.yaml", "--out", out)
+    assert message.startswith(f"{out}: process {os.getpid()} on"), message
+    assert not out.exists()
+
+
+def test_both_convert_commands_are_refused_where_another_one_writes(tmp_path):
+    gpt, vq = write_models(tmp_path, tiny())
+    out = tmp_path / "out"
+    for module, source in (("autoregressive.convert", gpt), ("tokenizer.convert", vq)):
+        with writer_lock(out):
+            assert "has been writing here" in refused(module, "--source", source, "--out", out)
+    with writer_lock(tmp_path, file="out"):
+        flags = ("--source", gpt, "--format", "vllm", "--out", out)
+        assert "has been writing here" in refused("autoregressive.convert", *flags)
+    assert not out.exists()
+
+
+def test_two_files_of_one_folder_are_written_at_the_same_time(tmp_path):
+    (tmp_path / ".other.npz.77.ab12cd34.tmp").write_text("half")
+    with writer_lock(tmp_path, file="a.npz"), writer_lock(tmp_path, file="b.npz"):
+        with (
+            pytest.raises(InputError, match=r"a\.npz: process"),
+            writer_lock(tmp_path, file="a.npz"),
+        ):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *(".a.npz.lock", ".b.npz.lock", ".other.npz.77.ab12cd34.tmp")
+        }

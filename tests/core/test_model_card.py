@@ -13,9 +13,8 @@ from PIL import Image
 from autoregressive import GPT
 from autoregressive.convert import ConvertConfig, convert
 from autoregressive.models.pretrained import load_gpt
-from core.checksums import canonical
+from core.checksums import FileSums, write_checksums
 from core.config import InputError
-from core.files import file_sha256
 from core.model_card import CardConfig
 from tokenizer import VQModel
 from tokenizer.convert import ConvertConfig as TokenizerConfig
@@ -41,8 +40,7 @@ def write_run(folder: Path) -> Path:
     checkpoint = folder / "run" / "checkpoints" / "step_0000040"
     checkpoint.parent.mkdir(parents=True)
     (folder / "gpt").rename(checkpoint)
-    sums = {path.name: file_sha256(path) for path in sorted(checkpoint.iterdir())}
-    (checkpoint / "checksums.json").write_text(canonical(sums))
+    write_checksums(checkpoint, {path.name: FileSums.of(path) for path in checkpoint.iterdir()})
     (folder / "run" / "config.yaml").write_text(
         "data: {codes: [codes/digits]}\ntraining: {num_steps: 40, batch_size: 8}\nout: run\n"
     )
@@ -73,6 +71,7 @@ def test_a_run_goes_to_the_hub_with_its_card_and_comes_back_with_equal_weights(
     assert set(files) == {
         "config.yaml",
         "model.safetensors",
+        "checksums.json",
         "README.md",
         "training.yaml",
         "0_samples.png",

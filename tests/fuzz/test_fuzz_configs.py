@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.command_lines import COMMANDS as ALL_COMMANDS
-from helpers.command_lines import config_class
+from helpers.command_lines import MINIMAL, config_class
 from helpers.fuzz import COUNTS, WRONG_VALUES, check_line, examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,33 +14,12 @@ from hypothesis import strategies as st
 from core.config import InputError, config_values, parse_config
 from core.config_checks import check_values, field_names
 
-# The fewest values with which each command's configuration can be built.
-MODELS = {"gpt": "x", "tokenizer": "x", "out": "x"}
-BASE: dict[str, dict[str, object]] = {
-    "autoregressive.convert": {},
-    "autoregressive.inpaint": {**MODELS, "images": "x", "keep_rows": 1},
-    "autoregressive.reproduce": {},
-    "autoregressive.sample": MODELS,
-    "autoregressive.serve": {"gpt": "x", "tokenizer": "x"},
-    "autoregressive.train": {"data": {"codes": ["x"]}, "out": "x"},
-    "autoregressive.tune_guidance": MODELS,
-    "evaluations.clip_score": {"samples": "x", "clip_weights": "x", "out": "x"},
-    "evaluations.reference": {"images": "x", "out": "x.npz"},
-    "evaluations.score": {"samples": "x", "out": "x"},
-    "evaluations.sweep": {"runs": ["x"], "out": "x"},
-    "evaluations.verify_adm": {"samples": "x", "out": "x"},
-    "language.encode": {"out": "x"},
-    "tokenizer.convert": {"source": "x", "out": "x"},
-    "tokenizer.encode": {"tokenizer": "x", "data": "x", "out": "x"},
-    "tokenizer.reconstruct": {"tokenizer": "x", "data": "x", "out": "x"},
-    "tokenizer.train": {"data": "x", "out": "x"},
-}
 COMMANDS = [name for name in ALL_COMMANDS if not name.startswith("benchmarks.")]
 
 
 def write_base(module: str, folder: Path) -> Path:
-    """Write a command's base configuration; a new command needs a line in BASE."""
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE[module]))
+    """Write a command's base configuration; a new command needs a line in MINIMAL."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(MINIMAL[module]))
     return folder / "base.yaml"
 
 

@@ -25,6 +25,29 @@ MODULE = re.compile(
 START = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|make|sbatch|scripts/\S+)(?: |$)")
 
 
+# The fewest values with which each command's configuration can be built.
+MODELS = {"gpt": "x", "tokenizer": "x", "out": "x"}
+MINIMAL: dict[str, dict[str, object]] = {
+    "autoregressive.convert": {},
+    "autoregressive.inpaint": {**MODELS, "images": "x", "keep_rows": 1},
+    "autoregressive.reproduce": {},
+    "autoregressive.sample": MODELS,
+    "autoregressive.serve": {"gpt": "x", "tokenizer": "x"},
+    "autoregressive.train": {"data": {"codes": ["x"]}, "out": "x"},
+    "autoregressive.tune_guidance": MODELS,
+    "evaluations.clip_score": {"samples": "x", "clip_weights": "x", "out": "x"},
+    "evaluations.reference": {"images": "x", "out": "x.npz"},
+    "evaluations.score": {"samples": "x", "out": "x"},
+    "evaluations.sweep": {"runs": ["x"], "out": "x"},
+    "evaluations.verify_adm": {"samples": "x", "out": "x"},
+    "language.encode": {"out": "x"},
+    "tokenizer.convert": {"source": "x", "out": "x"},
+    "tokenizer.encode": {"tokenizer": "x", "data": "x", "out": "x"},
+    "tokenizer.reconstruct": {"tokenizer": "x", "data": "x", "out": "x"},
+    "tokenizer.train": {"data": "x", "out": "x"},
+}
+
+
 def config_class(module: str) -> type[Any]:
     """The dataclass that a command's main() parses."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())

@@ -11,11 +11,13 @@ from helpers.models import small, tiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from autoregressive.data.codes import CodeDataset
+from autoregressive.data.codes import CodeDataset, tokenizer_names
 from autoregressive.data.config import DataConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.sampling.pipeline import check_compatible
 from core.config import InputError, save_config
+from core.files import file_sha256, fingerprint_of_files
+from tokenizer.convert import ConvertConfig, convert
 from tokenizer.encode import EncodeConfig, encode
 from tokenizer.models.pretrained import load_tokenizer
 
@@ -75,10 +77,23 @@ def test_images_replaced_between_a_kill_and_its_continuation_are_noticed(
     assert not (run.out / "index.json").exists()
 
 
-def test_an_image_that_was_only_touched_is_noticed(tmp_path, world, tokenizer, images):
+def test_images_that_were_only_touched_or_copied_are_the_same(tmp_path, world, tokenizer, images):
     run = config(tokenizer, images, tmp_path / "out")
     encode(run, world)
+    kill_before_the_end(run.out)
     os.utime(images / "a" / "0.png", ns=(1, 1))
+    encode(run, world)
+    assert (run.out / "index.json").exists()
+
+
+def test_an_image_of_the_same_name_and_size_but_other_content_is_noticed(
+    tmp_path, world, tokenizer, images
+):
+    run = config(tokenizer, images, tmp_path / "out")
+    encode(run, world)
+    path = images / "a" / "2.png"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match="images_fingerprint"):
         encode(run, world)
 
@@ -90,8 +105,12 @@ def test_a_folder_of_an_older_version_continues(tmp_path, world, tokenizer, imag
     path = run.out / "settings.json"
     settings = json.loads(path.read_text())
     identity = settings["tokenizer_sha256"]
-    del settings["images_fingerprint"]
+    times = fingerprint_of_files(sorted((images / "a").iterdir())).times
+    settings["images_fingerprint"] = times
     settings["tokenizer_sha256"] = load_tokenizer(tokenizer).sha256  # of the file
+    path.write_text(json.dumps(settings))
+    encode(run, world)
+    del settings["images_fingerprint"]  # before, the images were not looked at
     path.write_text(json.dumps(settings))
     encode(run, world)
     index = json.loads((run.out / "index.json").read_text())
@@ -131,3 +150,30 @@ def test_codes_of_an_older_version_fit_those_of_the_same_tokenizer(
     path.write_text(json.dumps(index))
     with pytest.raises(InputError, match="tokenizer_sha256 differs"):
         CodeDataset(DataConfig(codes=(tmp_path / "new", tmp_path / "old")))
+
+
+def test_what_knows_a_released_tokenizer_by_its_file_takes_the_converted_one(
+    tmp_path, world, images, capsys
+):
+    released = tmp_path / "vq.pt"
+    torch.save({"model": small().state_dict()}, released)
+    out = tmp_path / "folder"
+    convert(ConvertConfig(source=str(released), out=out))
+    known = file_sha256(released)
+    same = load_tokenizer(out)
+    assert same.sha256 != known
+    check_compatible(tiny(vocab_size=40, tokenizer_sha256=known), same, "converted")
+    encode(config(released, images, tmp_path / "old"), world)
+    encode(config(out, images, tmp_path / "new"), world)
+    path = tmp_path / "old" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "tokenizer_sha256": known}))
+    assert len(CodeDataset(DataConfig(codes=(tmp_path / "new", tmp_path / "old")))) == 4
+    new = json.loads((tmp_path / "new" / "index.json").read_text())
+    assert known in tokenizer_names(new)
+    # Other weights of the same file are not the weights that the file is known for.
+    both = {"model": small().state_dict(), "ema": small().state_dict()}
+    torch.save(both, released)
+    convert(ConvertConfig(source=str(released), out=tmp_path / "live", weights="model"))
+    assert load_tokenizer(tmp_path / "live").source_sha256 is None
+    capsys.readouterr()

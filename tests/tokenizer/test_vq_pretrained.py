@@ -29,7 +29,7 @@ def test_every_released_layout_loads_strictly(tmp_path, layout):
         },
     }[layout]
     torch.save(stored, path)
-    loaded, sha256 = load_tokenizer(path)
+    loaded, sha256, _ = load_tokenizer(path)
     assert loaded.config == vq.config
     assert len(sha256) == 64
     images = torch.rand(1, 3, 16, 16)

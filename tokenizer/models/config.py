@@ -12,12 +12,12 @@ from tokenizer.quantizers.vector import VectorOptions
 
 @dataclass(frozen=True)
 class VQConfig:
-    """The tokenizer's shape and its quantiser's losses.
+    """Shape of the tokenizer, and losses of its quantizer.
 
     Args:
         base_channels: Width at full resolution.
-        channel_multipliers: Width of each level over base_channels; each level but the last halves
-            the resolution.
+        channel_multipliers: Width of each level, in multiples of base_channels; each level but the
+            last halves the resolution.
         num_res_blocks: Residual blocks per encoder level; the decoder has one more.
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
@@ -31,14 +31,14 @@ class VQConfig:
             fsq: every channel rounded to a few levels (FSQ, iFSQ).
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
-        commitment_weight: Weight of the loss that pulls the encoder to its codes; of the one that
-            pulls the codes to the encoder for ibq, as published.
-        entropy_weight: Weight of the loss that spreads the codes; not computed at 0.
+        commitment_weight: Weight of the loss that pulls encoder outputs towards codebook entries;
+            for ibq, as published, of the loss that pulls entries towards encoder outputs.
+        entropy_weight: Weight of the entropy loss, which makes all codes be used; 0 for none.
         image_size: Height and width of the images that it was trained on, which tokenizer.train
             writes; null if unknown. It is the default size of tokenizer.encode and reconstruct.
-        vq: Options of the quantizer vq alone.
-        fsq: Options of the quantizer fsq alone.
-        bsq: Options of the quantizer bsq alone.
+        vq: Options of the quantizer vq.
+        fsq: Options of the quantizer fsq.
+        bsq: Options of the quantizer bsq.
     """
 
     base_channels: int = 128

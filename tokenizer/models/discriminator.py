@@ -17,8 +17,8 @@ class DiscriminatorConfig:
     """Which discriminator.
 
     Args:
-        kind: patchgan (Isola et al. 2017, of 70 x 70 patches at 3 layers); stylegan (the residual
-            network of StyleGAN2, for square images with a power of two as side); or
+        kind: patchgan (Isola et al. 2017; with 3 layers it sees 70 x 70 patches), stylegan (the
+            residual network of StyleGAN2, for square images whose side is a power of two) or
             stylegan_reference (LlamaGen's variant of it, with its shapes and keys).
         base_channels: Width at full resolution, for patchgan.
         num_layers: Strided layers, for patchgan.
@@ -111,7 +111,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class _ResidualDown(nn.Module):
-    """Two convolutions and a blurred halving, beside a blurred 1 x 1 shortcut."""
+    """Two convolutions and a blurred halving, plus a blurred 1 x 1 shortcut."""
 
     blur: torch.Tensor
 
@@ -137,8 +137,9 @@ class _ResidualDown(nn.Module):
 class ReferenceStyleGANDiscriminator(nn.Module):
     """LlamaGen's StyleGAN discriminator (its discriminator_stylegan.py), with its keys.
 
-    Against StyleGANDiscriminator: the stem is 3 x 3, a block widens in its first convolution,
-    halves after its second by a blurred strided one, and has an unblurred shortcut.
+    It differs from StyleGANDiscriminator: the stem is 3 x 3; a block widens in its first
+    convolution and halves the resolution after the second, with a blur and a strided convolution;
+    its shortcut is not blurred.
     """
 
     def __init__(self, side: int, max_channels: int = 512) -> None:
@@ -183,7 +184,7 @@ class _ReferenceDown(nn.Module):
 
 
 class _ReflectedBlur(nn.Module):
-    """Blurs by the taps 1 2 1 along both axes, the border reflected; the taps are stored."""
+    """Blur with the taps 1 2 1 along both axes and reflected borders; the taps are a buffer."""
 
     f: torch.Tensor
 

@@ -13,17 +13,17 @@ from tokenizer.models.config import NORM_GROUPS, VQConfig
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The only norm of the model."""
+    """The norm that all layers of the model use."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A convolution that keeps the size."""
+    """A 3 x 3 convolution that keeps height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
-    """Norm, swish, convolution, twice, around a shortcut."""
+    """Twice norm, swish and convolution, plus a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, an attention after each where asked, then a change of size."""
+    """The blocks at one resolution, optionally each with an attention, then a change of size."""
 
     def __init__(
         self,

@@ -1,7 +1,4 @@
-"""Load a tokenizer: a released file, a folder of ours, or a Hub repository; convert it to a folder.
-
-python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
-"""
+"""Loads a tokenizer: a released file, a run or checkpoint folder of ours, or a Hub repository."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.checksums import CHECKSUMS, read_checksums
 from core.config import InputError, load_config
 from core.released import released_architecture
 from core.weights import (
@@ -26,15 +24,25 @@ from tokenizer.models.vq_model import VQModel
 
 
 class LoadedTokenizer(NamedTuple):
-    """A tokenizer in eval mode, and the sha256 of the file that its weights came from."""
+    """A tokenizer in eval mode, and the sha256 of the file that its weights came from.
+
+    source_sha256: of the file that a converted folder was made from, if it was recorded.
+    """
 
     vq: VQModel
     sha256: str
+    source_sha256: str | None = None
+
+    def is_known_as(self, sha256: object) -> bool:
+        """Whether this is the tokenizer's identity, or what older versions took for it: the sha256
+        of its file, or of the file that it was converted from.
+        """
+        return sha256 in (self.sha256, self.source_sha256) or sha256 == self.identity()
 
     def identity(self) -> str:
-        """The sha256 of its weights in float32, the same for a released file and its conversion.
+        """The sha256 of the weights in float32; equal for a released file and its conversion.
 
-        Call it before the weights take another precision.
+        Call it before the weights are converted to another precision.
         """
         return tensors_sha256(self.vq.state_dict())
 
@@ -46,7 +54,7 @@ def load_tokenizer(
     verify_weights: bool = True,
     **overrides: Any,  # noqa: ANN401 - any config field
 ) -> LoadedTokenizer:
-    """Load a tokenizer, strictly.
+    """Load a tokenizer; every tensor of the file must fit, and none may be missing.
 
     source, weights, revision, verify_weights: as for autoregressive.models.pretrained.load_gpt;
         "auto" takes the EMA weights if there are any.
@@ -63,11 +71,13 @@ def load_tokenizer(
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
-    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path))
+    recorded = path.with_name(CHECKSUMS).exists() and config_path
+    source_sha256 = read_checksums(path.parent).source_sha256 if recorded else None
+    return LoadedTokenizer(vq.eval(), sha256 or file_sha256(path), source_sha256)
 
 
 def _infer_shape(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """The fields of VQConfig that the shapes tell."""
+    """The fields of VQConfig that follow from the shapes."""
     try:
         vocab_size, codebook_dim = tensors["quantize.embedding.weight"].shape
         base_channels = tensors["encoder.conv_in.weight"].shape[0]

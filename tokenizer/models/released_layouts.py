@@ -5,7 +5,7 @@
 | LlamaGen | keys of ours, under model, ema, module, state_dict or bare | may lack `codebook_used` |
 | Hub mixin | a folder with config.json and model.safetensors | the same |
 | GEAR, Warmup | the parts vq and vq_ema | nothing, or SEED's names |
-| SEED-Voken (IBQ) | `encoder.down.*`, in a Lightning file | names, averaged copies, losses |
+| SEED-Voken (IBQ) | `encoder.down.*`, in a Lightning file | names, EMA copies, losses |
 """
 
 import re
@@ -47,9 +47,9 @@ class TokenizerWeights(NamedTuple):
 
 
 def read_tokenizer(path: Path, weights: Weights) -> TokenizerWeights:
-    """Read a released file. "auto" takes averaged weights where there are any.
+    """Read a released file. "auto" takes EMA weights if there are any.
 
-    Raises InputError where the part is not in the file or an averaged weight is missing.
+    Raises InputError if the part is not in the file or an EMA weight is missing.
     """
     stored = read_file(path, TOKENIZER_PARTS)
     if any(key.startswith((EMA_PREFIX, *LOSSES)) for key in stored.parts.get("model", ())):
@@ -64,7 +64,7 @@ def read_tokenizer(path: Path, weights: Weights) -> TokenizerWeights:
 
 
 def seed_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the keys of SEED-Voken to ours; keys of neither stay, to be refused by name."""
+    """Rename the keys of SEED-Voken to ours; unknown keys stay, and are refused by name later."""
     levels = 1 + max((int(m[1]) for key in state if (m := SEED_LEVEL.match(key))), default=0)
 
     def ours(key: str) -> str:
@@ -79,7 +79,7 @@ def seed_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_discriminator(path: Path) -> dict[str, torch.Tensor]:
-    """The discriminator's weights of a released file, or of `training/discriminator.safetensors`.
+    """The weights of a discriminator: a released file, or `training/discriminator.safetensors`.
 
     Raises InputError for a file that has none.
     """

@@ -1,6 +1,6 @@
 """The VQGAN tokenizer: images to a grid of codes and back.
 
-The names of modules give the keys of the released files.
+Module names follow the released files, whose keys they must match.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multiplier
 
 
 class Reconstruction(NamedTuple):
-    """Images (b, 3, H, W), codes (b, h, w) int64, and the quantiser's losses by name.
+    """Images (b, 3, H, W), codes (b, h, w) int64, and the quantizer's losses by name.
 
-    features: The decoder's at its lowest resolution, (b, width, h, w).
+    features: The features of the decoder at its lowest resolution, (b, width, h, w).
     """
 
     images: torch.Tensor
@@ -58,7 +58,7 @@ def build_quantizer(config: VQConfig) -> Quantizer:
 
 
 class VQModel(nn.Module):
-    """Encoder, quantiser, decoder (LlamaGen, section 2.1)."""
+    """Encoder, quantizer, decoder (LlamaGen, section 2.1)."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class VQModel(nn.Module):
         return self
 
     def folded(self) -> "VQModel":
-        """This model with a plain codebook, if its quantizer can be written as one (simvq)."""
+        """The same model; a quantizer that equals a plain codebook (simvq) is written as one."""
         codebook = self.quantize.plain_codebook()
         if codebook is None:
             return self
