@@ -166,6 +166,7 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
 
 def save_model(module: nn.Module, config: str, folder: Path) -> None:
     """Write a folder of model.safetensors and config.yaml, whose text is `config`."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(module.state_dict(), folder / "model.safetensors")
     write_text(folder / "config.yaml", config)
 

@@ -184,7 +184,8 @@ class Checkpointer:
                     logger.warning("%s is damaged (%s); trying the one before", folder, damage)
                 continue
             state = read_json(folder / "training" / "state.json")
-            self._load(folder, [n for n in self.parts if n not in state.pop("unused", ())])
+            unused = state.pop("unused", ())  # older checkpoints hold every part
+            self._load(folder, [name for name in self.parts if name not in unused])
             return state
         if steps:
             raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start again")

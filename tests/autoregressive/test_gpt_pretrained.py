@@ -138,7 +138,8 @@ def test_the_command_converts_a_released_file(tmp_path):
     torch.save({"model": gpt.state_dict()}, tmp_path / "released.pt")
     flags = ("--source", tmp_path / "released.pt", "--grid", "[4,4]", "--out", tmp_path / "ours")
     run_module("autoregressive.convert", *flags)
-    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.yaml", "model.safetensors"}
+    written = {"config.yaml", "model.safetensors", "checksums.json"}
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == written
     loaded = GPT.from_pretrained(tmp_path / "ours")
     assert loaded.config == gpt.config
     codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 3])
