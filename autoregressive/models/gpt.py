@@ -99,11 +99,11 @@ class GPT(nn.Module):
 
             codes = gpt.generate(torch.tensor([207]), cfg_scale=4.0, seed=0)
 
-        options: those of autoregressive.generate, which this calls in torch.inference_mode().
+        options: those of autoregressive.generate, which this calls without gradients.
         """
         from autoregressive.inference.generate import generate
 
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: the engine keeps its buffers for later calls
             return generate(self, condition, **options)
 
     @property

@@ -71,7 +71,6 @@ def test_models_are_saved_and_loaded_on_a_device_in_a_dtype(tmp_path):
     assert torch.equal(again.quant_conv.weight, vq.quant_conv.weight)
     codes = gpt.generate(torch.tensor([1, 2]), seed=3)
     assert torch.equal(codes, generate(gpt, torch.tensor([1, 2]), seed=3))
-    assert codes.is_inference()
 
 
 def test_qk_norm_is_recognised_in_a_file_and_kept_in_a_folder(tmp_path):
