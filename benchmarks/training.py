@@ -22,6 +22,7 @@ from autoregressive.data.codes import CodeDataset, ReferenceCodes
 from autoregressive.data.config import DataConfig
 from autoregressive.models.gpt import GPT, Block
 from autoregressive.objectives.next_token import NextTokenLoss
+from core.checksums import FileSums, find_damage, write_checksums
 from core.config import config_values, parse_config, run_command
 from core.data.shards import ShardWriter
 from core.distributed.hardware import peak_flops, peak_memory_bytes
@@ -32,6 +33,7 @@ from core.training.checkpoint import Checkpointer
 from core.training.ema import EMA
 from core.training.linear_cross_entropy import linear_cross_entropy
 from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.weights import save_tensors
 
 Results = dict[str, float]
 
@@ -42,7 +44,8 @@ class BenchmarkConfig:
 
     Args:
         out: The JSON to write.
-        measure: Steps per size and strategy; the loss's memory; reading codes; saving meanwhile.
+        measure: Steps per size and strategy; the loss's memory; reading codes; saving meanwhile;
+            verifying the saved weights.
         sizes: Presets of the decoder.
         strategies: Each is measured for every size.
         parallel: Its compile and activation_checkpointing are taken; strategies are the above.
@@ -56,11 +59,12 @@ class BenchmarkConfig:
     """
 
     out: Path
-    measure: tuple[Literal["steps", "loss", "codes", "saving"], ...] = (
+    measure: tuple[Literal["steps", "loss", "codes", "saving", "verifying"], ...] = (
         "steps",
         "loss",
         "codes",
         "saving",
+        "verifying",
     )
     sizes: tuple[str, ...] = ("GPT-B",)
     strategies: tuple[Strategy, ...] = ("ddp",)
@@ -283,6 +287,32 @@ def measure_saving(config: BenchmarkConfig, world: World, folder: Path) -> Resul
     }
 
 
+def measure_verifying(config: BenchmarkConfig, folder: Path) -> Results:
+    """Seconds to compare float32 weights with their checksums, by XXH3 and by sha256 as before."""
+    with torch.device("meta"):
+        gpt = GPT.from_preset(config.save_size, grid=config.grid)
+    state = {name: torch.rand(value.shape) for name, value in gpt.state_dict().items()}
+    path = folder / "model.safetensors"
+    save_tensors(state, path)
+    both = FileSums.of(path)
+    times: dict[str, list[float]] = {"xxh3": [], "sha256": []}
+    for _ in range(3):  # turn about: a change of the machine's load hits both alike
+        for name, sums in (("xxh3", both), ("sha256", FileSums(both.sha256))):
+            write_checksums(folder, {path.name: sums})
+            started = time.perf_counter()
+            assert find_damage(folder) == ""
+            times[name].append(time.perf_counter() - started)
+    ours, before = min(times["xxh3"]), min(times["sha256"])
+    size = path.stat().st_size
+    path.unlink()
+    return {
+        "bytes": size,
+        "seconds": ours,
+        "sha256_seconds": before,
+        "times_faster": before / ours,
+    }
+
+
 def measure(config: BenchmarkConfig, world: World) -> None:
     """Print a table and write JSON."""
     results: dict[str, Results] = {}
@@ -296,6 +326,8 @@ def measure(config: BenchmarkConfig, world: World) -> None:
             results["codes"] = measure_codes(Path(folder))
         if "saving" in config.measure:
             results["saving"] = measure_saving(config, world, Path(folder, "checkpoints"))
+        if "verifying" in config.measure and world.is_main:
+            results["verifying"] = measure_verifying(config, Path(folder))
     if not world.is_main:
         return
     for name, numbers in results.items():
