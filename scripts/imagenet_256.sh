@@ -1,5 +1,5 @@
 #!/bin/sh
-# The published class-to-image recipe at 256 px: GPT-B on ImageNet, from pictures to FID.
+# The published class-to-image recipe at 256 px: GPT-B on ImageNet, from images to FID.
 #
 #   sh scripts/imagenet_256.sh imagenet/train VIRTUAL_imagenet256_labeled.npz out
 #
