@@ -61,12 +61,11 @@ def read_checksums(folder: Path) -> Checksums:
     try:
         if path.read_bytes() != _canonical(stored):
             raise ValueError
-        if "files" not in stored:  # an older version's: one sha256 for each file
-            stored = {"files": {name: {"sha256": value} for name, value in stored.items()}}
-        sums = Checksums(
-            {name: FileSums(**sums) for name, sums in stored["files"].items()},
-            stored.get("source_sha256"),
-        )
+        if "files" in stored:
+            files = {name: FileSums(**sums) for name, sums in stored["files"].items()}
+        else:  # an older version's: one sha256 for each file
+            files = {name: FileSums(sha256) for name, sha256 in stored.items()}
+        sums = Checksums(files, stored.get("source_sha256") if "files" in stored else None)
         texts = [text for file in sums.files.values() for text in file] + [sums.source_sha256]
         if not all(isinstance(text, str | None) for text in texts):
             raise ValueError

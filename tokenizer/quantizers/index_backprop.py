@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tokenizer.quantizers.base import Quantized, Quantizer
 
-CHUNK_ELEMENTS = 1 << 25  # scores held at once: 128 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # of a chunk's scores, of which about three exist: 32 MiB each in float32
 TEMPERATURE = 0.01  # of the assignments whose entropy is rewarded
 MEAN_EPSILON = 1e-5  # added to the mean assignment inside its logarithm, as published
 
@@ -41,14 +41,15 @@ class IndexBackpropQuantizer(Quantizer):
             z = z.float().movedim(1, -1)
             rows, codebook = z.flatten(0, -2), self.embedding.weight.float()
             codes = best_entries(rows, codebook)
-            vectors, entries = _StraightThroughIndex.apply(rows, codebook, codes)
+            vectors, entries, entropy = _IndexBackprop.apply(
+                rows, codebook, codes, self.entropy_weight > 0
+            )
             losses = {
                 "index": F.mse_loss(vectors, rows),
                 "commitment": F.mse_loss(rows, entries.detach()),
                 "codebook": self.codebook_weight * F.mse_loss(entries, rows.detach()),
             }
             if self.entropy_weight:
-                entropy = _AssignmentEntropy.apply(rows, codebook)
                 losses["entropy"] = self.entropy_weight * entropy
         shape = z.shape[:-1]
         return Quantized(codes.view(shape), vectors.view(*shape, -1).movedim(-1, 1), losses)
@@ -69,13 +70,20 @@ def row_chunks(rows: torch.Tensor, codebook: torch.Tensor) -> Iterator[torch.Ten
     yield from rows.split(max(1, CHUNK_ELEMENTS // len(codebook)))
 
 
-class _StraightThroughIndex(torch.autograd.Function):
-    """(onehot - stop_gradient(p) + p) @ codebook with p = softmax(rows @ codebook.T); the entries.
+def _through_softmax(gradient: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+    """Turn the gradient of softmax's output p into that of its input, in place: p (g - <p, g>)."""
+    gradient.mul_(probability)
+    return gradient.addcmul_(probability, gradient.sum(-1, keepdim=True), value=-1)
 
-    In value both are codebook[codes]. With g the gradient of the first: a = g codebook^T,
-    dl = p * (a - <p, a>), d rows = dl codebook, d codebook = scatter(codes, g) + dl^T rows. The
-    entries add their gradient to the scatter here, so that no second (vocab_size, dim) tensor is
-    made for them.
+
+class _IndexBackprop(torch.autograd.Function):
+    """The straight-through vectors, the entries, and the entropy of the assignments (or 0).
+
+    Vectors: (onehot - stop_gradient(p) + p) @ codebook with p = softmax(rows @ codebook.T); in
+    value, vectors and entries both are codebook[codes]. With g the gradient of the vectors:
+    a = g codebook^T, dl = p * (a - <p, a>), d rows = dl codebook,
+    d codebook = scatter(codes, g) + dl^T rows. All three share one gradient of the codebook and one
+    pass over the chunks, so that no second (vocab_size, dim) tensor is made.
     """
 
     @staticmethod
@@ -84,10 +92,15 @@ class _StraightThroughIndex(torch.autograd.Function):
         rows: torch.Tensor,
         codebook: torch.Tensor,
         codes: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(rows, codebook, codes)
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.with_entropy = with_entropy
+        mean, entropy = codebook.new_zeros(0), codebook.new_zeros(())
+        if with_entropy:
+            mean, entropy = _assignment_entropy(rows, codebook)
+        ctx.save_for_backward(rows, codebook, codes, mean)
         entries = codebook[codes]
-        return entries, entries.clone()
+        return entries, entries.clone(), entropy
 
     @staticmethod
     @once_differentiable
@@ -95,45 +108,40 @@ class _StraightThroughIndex(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         gradient: torch.Tensor,
         entries_gradient: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, codebook, codes = ctx.saved_tensors
+        entropy_gradient: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, codebook, codes, mean = ctx.saved_tensors
         d_codebook = torch.zeros_like(codebook).index_add_(0, codes, gradient + entries_gradient)
+        d_mean = (mean + MEAN_EPSILON).log() + mean / (mean + MEAN_EPSILON)
+        scale = entropy_gradient / (len(rows) * TEMPERATURE)
         d_rows = []
         for part, g in zip(row_chunks(rows, codebook), row_chunks(gradient, codebook), strict=True):
-            probability = (part @ codebook.T).softmax(-1)
-            weighted = probability * (g @ codebook.T)
-            d_logits = weighted - probability * weighted.sum(-1, keepdim=True)
+            logits = part @ codebook.T
+            d_logits = _through_softmax(g @ codebook.T, logits.softmax(-1))
+            if ctx.with_entropy:
+                log_p = logits.div_(TEMPERATURE).log_softmax(-1)
+                del logits
+                probability = log_p.exp()
+                d_logits += _through_softmax(log_p.neg_().add_(d_mean), probability).mul_(scale)
+                del log_p, probability
             d_rows.append(d_logits @ codebook)
             d_codebook.addmm_(d_logits.T, part)
-        return torch.cat(d_rows), d_codebook, None
+            del d_logits  # before the next chunk's are made
+        return torch.cat(d_rows), d_codebook, None, None
 
 
-class _AssignmentEntropy(torch.autograd.Function):
-    """Mean entropy of p = softmax(rows @ codebook.T / 0.01) minus the entropy of the mean of p."""
+def _assignment_entropy(
+    rows: torch.Tensor, codebook: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean (vocab_size,) of p = softmax(rows @ codebook.T / 0.01), and the loss.
 
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-        mean, entropy = torch.zeros_like(codebook[:, 0]), rows.new_zeros(())
-        for part in row_chunks(rows, codebook):
-            log_p = (part @ codebook.T / TEMPERATURE).log_softmax(-1)
-            probability = log_p.exp()
-            mean += probability.sum(0) / len(rows)
-            entropy -= (probability * log_p).sum() / len(rows)
-        ctx.save_for_backward(rows, codebook, mean)
-        return entropy + (mean * (mean + MEAN_EPSILON).log()).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-        rows, codebook, mean = ctx.saved_tensors
-        d_mean = (mean + MEAN_EPSILON).log() + mean / (mean + MEAN_EPSILON)
-        scale = gradient / (len(rows) * TEMPERATURE)
-        d_codebook, d_rows = torch.zeros_like(codebook), []
-        for part in row_chunks(rows, codebook):
-            log_p = (part @ codebook.T / TEMPERATURE).log_softmax(-1)
-            probability = log_p.exp()
-            outer = d_mean - log_p
-            d_logits = probability * (outer - (probability * outer).sum(-1, keepdim=True)) * scale
-            d_rows.append(d_logits @ codebook)
-            d_codebook.addmm_(d_logits.T, part)
-        return torch.cat(d_rows), d_codebook
+    The loss is the mean entropy of p minus the entropy of the mean.
+    """
+    mean, entropy = torch.zeros_like(codebook[:, 0]), rows.new_zeros(())
+    for part in row_chunks(rows, codebook):
+        log_p = (part @ codebook.T).div_(TEMPERATURE).log_softmax(-1)
+        probability = log_p.exp()
+        mean += probability.sum(0) / len(rows)
+        entropy -= log_p.mul_(probability).sum() / len(rows)
+        del log_p, probability
+    return mean, entropy + (mean * (mean + MEAN_EPSILON).log()).sum()
