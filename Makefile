@@ -13,6 +13,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 SERVE := .venv-vllm/bin/python
 WORKERS ?= 2
+# TORCH=cpu: torch's wheels for machines without CUDA, from PyTorch's own index.
+PIP_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 EXAMPLES ?= 100
 # Drives the browser that it finds (Debian: apt-get install chromium); brings none.
 PLAYWRIGHT := playwright==1.65.2
@@ -56,8 +58,13 @@ gpu-report: .venv/ready
 .venv/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| (echo "$(PYTHON) is older than 3.10; give a newer one: make PYTHON=python3.12 ..." && exit 1)
+	@echo "Installing into .venv: about 6 GB with CUDA, some minutes (measured: 3 min 25 s). torch's"
+	@echo "default wheel needs a recent NVIDIA driver; without a GPU: make $(or $(MAKECMDGOALS),demo) TORCH=cpu"
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --progress-bar on $(PIP_INDEX) \
+		-r requirements.txt -r requirements-dev.txt
+	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@echo "Ready. To use it in this shell: source .venv/bin/activate"
 	touch $@
 
 test-oldest: .venv-oldest/ready

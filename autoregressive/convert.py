@@ -53,13 +53,14 @@ def convert(config: ConvertConfig) -> None:
     gpt, sha256 = loaded.gpt, loaded.sha256
     count = sum(parameter.numel() for parameter in gpt.parameters())
     print(f"{config.source}: {count:,} parameters, grid {gpt.config.grid}")
+    if config.format == "vllm" and gpt.config.condition == "none":
+        raise InputError(f"{config.source}: unconditional; format vllm is for classes and captions")
     if config.format == "vllm" and config.out:
         export_vllm(gpt, config.out)
         print(config.out)
         return
-    task = "text-to-image"
-    if gpt.config.condition == "class":
-        task = "unconditional-image-generation"
+    captioned = gpt.config.condition == "text"
+    task = "text-to-image" if captioned else "unconditional-image-generation"
     text, loader = config_text(gpt.config), "autoregressive.GPT"
     facts = ModelDescription("gpt", config.source, sha256, count, text, loader, task)
     export_model(gpt, facts, config)

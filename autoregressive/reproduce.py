@@ -11,15 +11,11 @@ Run it again to continue after a stop, whatever it was doing.
 
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from autoregressive.inference.compute import ComputeConfig
 from autoregressive.inference.sampling_config import SamplingConfig
@@ -28,6 +24,7 @@ from core.config import InputError, config_values, parse_config, run_command, sa
 from core.data.images import INTERPOLATION
 from core.data.shards import codes_dtype
 from core.distributed.hardware import device_name
+from core.distributed.provenance import versions
 from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
 from core.files import file_sha256, read_json, write_json, write_text
@@ -305,7 +302,6 @@ def write_report(
     rows = compare(numbers, target.published.metrics, config.sigmas, not reasons)
     launcher = "python" if world.size == 1 else f"torchrun --nproc-per-node {world.size}"
     again = f"autoregressive.reproduce --config {out / 'config.yaml'}"
-    packages = ("torch", "torchvision", "numpy", "pillow", "huggingface_hub")
     report = {
         "name": target.model.name,
         "verdict": overall(rows),
@@ -319,9 +315,7 @@ def write_report(
         "seconds": progress.seconds,
         "hardware": f"{world.size} x {device_name(world.device)}",
         "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-            "cuda": torch.version.cuda,
+            **versions(),
             "commit": scores.get("commit", ""),
         },
         "files": {what: file_sha256(path) for what, path in paths.items()},

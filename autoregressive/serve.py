@@ -88,6 +88,8 @@ def serve(config: ServeConfig) -> None:
 
     names = read_class_names(config.class_names)
     pipeline = config.load_pipeline()
+    if pipeline.gpt.config.condition == "none":
+        raise InputError(f"{config.gpt}: unconditional; the server draws classes or prompts")
     if names and len(names) != pipeline.gpt.config.num_classes:
         count = pipeline.gpt.config.num_classes
         raise InputError(f"{config.class_names}: {len(names)} names, the model has {count} classes")

@@ -108,7 +108,7 @@ def train(config: TrainConfig, world: World) -> None:
             evaluate(session, models.ema_objective, validation, grid)
         if scorer.due(session.step):
             ema_gpt = unsharded_copy(models.ema_objective.gpt, world, everywhere=True)
-            session.log(scorer.score(ema_gpt))
+            session.log_evaluation(scorer.score(ema_gpt))
         session.save_if_due(check=models.stepper.check)
     session.finish()
 
@@ -161,7 +161,7 @@ def evaluate(
     """Report the validation loss and draw the sample grid; all ranks call it."""
     if validation:
         loss = validation_loss(objective, validation, grid.config, session.world)
-        session.log({"validation_loss": loss})
+        session.log_evaluation({"validation_loss": loss})
     if grid.draws:
         gpt = unsharded_copy(objective.gpt, session.world)
         if session.world.is_main:

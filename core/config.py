@@ -2,6 +2,7 @@
 
     config = parse_config(TrainConfig)      # --config a.yaml --config b.yaml --optimizer.lr 3e-4
 
+A list is written `--data.codes a b`, `--data.codes a --data.codes b` or `--data.codes '[a,b]'`.
 Order: defaults, then each `--config` in turn, then flags. `--print_config` shows the result and
 stops. This is the only file that knows jsonargparse.
 """
@@ -22,10 +23,12 @@ import jsonargparse
 import yaml
 from tqdm import tqdm
 
+from core import __version__
 from core.config_checks import (
     check_config_file,
     check_nulls,
     check_values,
+    join_lists,
     name_flags,
     nearest_name,
 )
@@ -69,6 +72,8 @@ def _parser(config_class: type) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,  # a flag that a later version adds must not change what `--ou` means
         formatter_class=_Help,
+        version=__version__,
+        usage="%(prog)s [--config FILE ...] [--FIELD VALUE ...]",
     )
     parser.add_argument(
         "--config", action="config", help="A YAML file; may be given several times, later ones win."
@@ -101,7 +106,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None = N
         check_config_file(path)
     parser = _parser(config_class)
     try:
-        return _build(parser, config_class, parser.parse_args(given))
+        return _build(parser, config_class, parser.parse_args(join_lists(config_class, given)))
     except InputError:
         raise
     except _PARSE_ERRORS as error:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -117,6 +118,50 @@ def name_flags(config_class: type, arguments: Sequence[str], message: str) -> st
         return message
     given = [argument.partition("=")[0] for argument in arguments]
     return f"{' '.join(given)[:200]}: {message}" if given else message
+
+
+def join_lists(config_class: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments with lists in brackets: `--x a b` and `--x a --x b` become `--x ["a", "b"]`.
+
+    Brackets need quotes in zsh. A list that is already in brackets stays as it is.
+    """
+    lists = {f"--{name}": kind for name, kind in _fields(config_class) if _is_list(kind)}
+    joined: list[str] = []
+    places: dict[str, int] = {}  # of each flag's list in `joined`
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        joined.append(flag)
+        if flag not in lists:
+            continue
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if len(values) == 1 and (values[0].startswith("[") or values[0] == "null"):
+            joined.append(values[0])
+        elif flag in places:
+            joined.pop()
+            start = joined[places[flag]].removesuffix("]")
+            joined[places[flag]] = f"{start}, {_list_text(values, lists[flag])}]"
+        elif values:
+            places[flag] = len(joined)
+            joined.append(f"[{_list_text(values, lists[flag])}]")
+    return joined
+
+
+def _is_list(kind: Any) -> bool:  # noqa: ANN401 - any annotation
+    return get_origin(kind) is tuple or any(get_origin(part) is tuple for part in get_args(kind))
+
+
+def _list_text(values: Sequence[str], kind: Any) -> str:  # noqa: ANN401 - any annotation
+    """Values as the inside of a list in YAML: numbers as they are, text in quotes."""
+    numbers = not {int, float, bool}.isdisjoint((*get_args(kind), *_parts(kind)))
+    return ", ".join(value if numbers else json.dumps(value) for value in values)
+
+
+def _parts(kind: Any) -> list[Any]:  # noqa: ANN401 - any annotation
+    """The arguments of the arguments of a type: int for tuple[int, int] | None."""
+    return [part for outer in get_args(kind) for part in get_args(outer)]
 
 
 def nearest_name(config_class: type, arguments: Sequence[str], message: str) -> str:

@@ -19,7 +19,7 @@ from core.files import read_json, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
 from core.lock import writer_lock
 from core.released import find_released
-from core.weights import Weights, save_tensors
+from core.weights import Weights, save_model
 
 FILES = ("config.yaml", "model.safetensors")
 CARD = "README.md"
@@ -114,8 +114,7 @@ def export_model(model: nn.Module, description: ModelDescription, config: Export
         folder = config.out or Path(temporary)
         with writer_lock(folder):
             (folder / CHECKSUMS).unlink(missing_ok=True)  # of what was here before
-            save_tensors(model.state_dict(), folder / "model.safetensors")
-            write_text(folder / "config.yaml", description.config)
+            save_model(model, description.config, folder)
             sums = {name: FileSums.of(folder / name) for name in FILES}
             # By the default choice of weights alone does a file's sha256 stand for its weights.
             source = description.sha256 if config.weights == "auto" else None

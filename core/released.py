@@ -148,8 +148,14 @@ def find_released(name: object) -> ReleasedModel | None:
 
 
 def released_architecture(source: object) -> dict[str, Any]:
-    """The fields that the table tells of a released model; {} for a local path or a Hub id."""
-    model = None if Path(str(source)).exists() else find_released(source)
+    """The fields that the table tells of a released model, by its name or its place on the Hub.
+
+    {} for a local path, or for what the table does not know.
+    """
+    if Path(str(source)).exists():
+        return {}
+    by_place = (m for m in released_models().values() if m.file and m.location == str(source))
+    model = find_released(source) or next(by_place, None)
     return dict(model.architecture) if model else {}
 
 

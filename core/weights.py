@@ -17,7 +17,7 @@ from torch import nn
 from core.checksums import CHECKSUMS, FileSums, checkpoint_folders, find_damage, read_checksums
 from core.data.arrays import DAMAGE
 from core.errors import InputError
-from core.files import atomic_path, check_regular_file, read_record
+from core.files import atomic_path, check_regular_file, read_record, write_text
 from core.files import file_sha256 as file_sha256  # also imported from here
 from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
 from core.released import ReleasedModel, find_released
@@ -162,6 +162,13 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
             )
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def save_model(module: nn.Module, config: str, folder: Path) -> None:
+    """Write a folder of model.safetensors and config.yaml, whose text is `config`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(module.state_dict(), folder / "model.safetensors")
+    write_text(folder / "config.yaml", config)
 
 
 def check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: object) -> None:

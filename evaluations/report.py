@@ -2,8 +2,6 @@
 
 import csv
 import logging
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.data.skip_log import Skipped
+from core.distributed.provenance import commit
 from core.distributed.world import World
 from core.files import atomic_write, write_json
 from evaluations.evaluator import FeatureStatistics, extract_features
@@ -108,18 +107,8 @@ def _facts(scorer: Scorer, scored: Scored) -> dict[str, Any]:
         f"fidelity: {FIDELITY_SPLITS} splits, shuffled",
         "inception_score_seed": SEED,
         "class_balance": balance,
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _commit() -> str:
-    """The commit of this code, or "" outside a git checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    here = Path(__file__).parent
-    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def write_class_report(

@@ -5,7 +5,9 @@ python -m tokenizer.encode --tokenizer runs/vq16 --data imagenet/train --out cod
 torchrun --nproc-per-node 8 -m tokenizer.encode ...
 """
 
+import dataclasses
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,8 @@ from core.files import fingerprint_of_files
 from core.lock import writer_lock
 from core.weights import Weights
 from tokenizer.crops import Crops, encode_crops
+from tokenizer.models.config import choose_image_size
 from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
-from tokenizer.models.vq_model import VQModel
 
 SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
 
@@ -43,7 +45,8 @@ class EncodeConfig:
         pairs: Filters for tars and jsonl folders. pairs.source replaces `data` for a folder of
             images with captions, as in language.encode.
         out: The folder for codes_*.npy, labels_*.npy and index.json.
-        image_size: Height and width of a crop, divisible by the tokenizer's downsampling.
+        image_size: Height and width of a crop, divisible by the tokenizer's downsampling; null for
+            the size that the tokenizer was trained at.
         crop: center (one crop), or ten (corners and centre, and the five flipped).
         crop_ranges: For crop ten: the image is resized to cover image_size times each range, and
             ten crops are taken at each (the published recipe: [1.1, 1.05]).
@@ -61,7 +64,7 @@ class EncodeConfig:
     out: Path
     data: Path | None = None
     pairs: ImageTextConfig = field(default_factory=ImageTextConfig)
-    image_size: tuple[int, int] = (256, 256)
+    image_size: tuple[int, int] | None = None
     crop: Literal["center", "ten"] = "center"
     crop_ranges: tuple[float, ...] = (1.1,)
     flip: bool = False
@@ -76,7 +79,8 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.pairs.source is None):
             raise ValueError("give either data or pairs.source")
-        check_image_size(*self.image_size)
+        if self.image_size:
+            check_image_size(*self.image_size)
         check_num_workers(self.num_workers)
         if min(self.batch_size, self.shard_size) < 1:
             raise ValueError("batch_size and shard_size must be >= 1")
@@ -91,18 +95,21 @@ def encode(config: EncodeConfig, world: World) -> None:
     images = open_images(config.data, config.pairs)
     loaded = load_tokenizer(config.tokenizer, config.weights, verify_weights=config.verify_weights)
     vq, identity = loaded.vq, loaded.identity()
-    check_sizes(config, vq)
+    size, remark = choose_image_size(vq.config, config.image_size)
+    config = dataclasses.replace(config, image_size=size)
+    if remark and world.is_main:
+        print(f"{config.tokenizer}: {remark}")
     vq = vq.for_inference(world.device, dtype_of(config.precision))
     ranges = config.crop_ranges if config.crop == "ten" else ()
-    crops = Crops(*config.image_size, ranges, config.flip)
+    crops = Crops(*size, ranges, config.flip)
     downsample = vq.config.downsample
     settings = {
         "tokenizer": config.tokenizer,
         "tokenizer_sha256": identity,
         "vocab_size": vq.quantize.vocab_size,
         "downsample": downsample,
-        "image_size": list(config.image_size),
-        "grid": [side // downsample for side in config.image_size],
+        "image_size": list(size),
+        "grid": [side // downsample for side in size],
         "crop": config.crop,
         "crops": crops.count,
         "crop_ranges": list(crops.ranges),
@@ -142,13 +149,6 @@ def encode(config: EncodeConfig, world: World) -> None:
     finish(writer, images.fingerprint, loaded, world)
 
 
-def check_sizes(config: EncodeConfig, vq: VQModel) -> None:
-    """Raise InputError if the tokenizer cannot encode crops of this size."""
-    downsample = vq.config.downsample
-    if any(side < 1 or side % downsample for side in config.image_size):
-        raise InputError(f"image_size {config.image_size} must be divisible by {downsample}")
-
-
 def write_shard(
     writer: ShardWriter,
     shard: int,
@@ -184,6 +184,7 @@ def finish(writer: ShardWriter, fingerprint: str, tokenizer: LoadedTokenizer, wo
         "codes_dtype": codes_dtype(writer.settings["vocab_size"]).name,
         "pairs_fingerprint": fingerprint,
         "tokenizer_file_sha256": tokenizer.sha256,
+        **tokenizer_path(writer),
         "tokenizer_source_sha256": tokenizer.source_sha256,
         "skipped": len(skipped),
         "skipped_by_reason": reasons,
@@ -195,6 +196,14 @@ def finish(writer: ShardWriter, fingerprint: str, tokenizer: LoadedTokenizer, wo
     print(f"{writer.folder}: {writer.count - len(skipped)} images, {classes} classes, index.json")
     if skipped:
         print(write_skipped(writer.folder / "skipped.txt", skipped))
+
+
+def tokenizer_path(writer: ShardWriter) -> dict[str, str]:
+    """Where the tokenizer is from the folder of the codes, so that both may move together."""
+    tokenizer = Path(writer.settings["tokenizer"])
+    if not tokenizer.exists():
+        return {}  # a name, or an id on the Hub
+    return {"tokenizer_path": os.path.relpath(tokenizer.resolve(), writer.folder.resolve())}
 
 
 def main() -> None:

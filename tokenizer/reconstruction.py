@@ -3,6 +3,7 @@
 tokenizer.reconstruct and autoregressive.reproduce call it.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from core.config import InputError, config_values
 from core.data.grids import side_by_side
-from core.data.images import images_to_pixels, pixels_to_images, save_png
-from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.images import check_image_size, images_to_pixels, pixels_to_images, save_png
+from core.data.loader import CenterCrop, OrderedImages, check_num_workers, ordered_batches
 from core.data.open import open_images
 from core.data.skip_log import Skipped
 from core.distributed.world import DeviceName, Precision, World, dtype_of
@@ -21,10 +22,10 @@ from core.files import write_json
 from core.rng import random_uniform
 from core.weights import Weights
 from evaluations.evaluator import Evaluator
-from evaluations.image_source import check_reading
 from evaluations.metrics.lpips import LPIPS
 from evaluations.metrics.psnr_ssim import SSIM_WINDOW, psnr, ssim, ssim_reference_inflated
 from evaluations.scorer import MetricsConfig, check_size, open_scorer, score, scorer_from_originals
+from tokenizer.models.config import choose_image_size
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
 from tokenizer.quantizers.perturbation import PerturbationConfig
@@ -40,7 +41,8 @@ class ReconstructionConfig:
         data: Images: a folder of class folders, a flat folder, a list file, tars, or a folder of
             jsonl files.
         out: The folder for scores.json and reconstructions.png.
-        image_size: Height and width of the centre crop.
+        image_size: Height and width of the centre crop; null for the size that the tokenizer was
+            trained at.
         rfid: Also compute rFID and the other scores of evaluations.score, which need the weights
             of the feature extractor.
         metrics: For rfid: the feature extractor, and the reference; without a reference, the
@@ -64,7 +66,7 @@ class ReconstructionConfig:
     tokenizer: str
     data: Path
     out: Path
-    image_size: tuple[int, int] = (256, 256)
+    image_size: tuple[int, int] | None = None
     rfid: bool = False
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
@@ -81,9 +83,9 @@ class ReconstructionConfig:
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
-        check_reading(self.image_size, self.num_workers)
-        if min(self.image_size) < SSIM_WINDOW:
-            raise ValueError(f"image_size {self.image_size}: SSIM needs {SSIM_WINDOW} pixels")
+        check_num_workers(self.num_workers)
+        if self.image_size:
+            check_image_size(*self.image_size)
         if min(self.grid_images, self.grid_columns, self.batch_size) < 1:
             raise ValueError("grid_images, grid_columns and batch_size must be >= 1")
         if self.perturbation.anneal_steps:
@@ -96,15 +98,17 @@ def reconstruct(config: ReconstructionConfig, world: World) -> None:
     vq, sha256, _ = load_tokenizer(
         config.tokenizer, config.weights, verify_weights=config.verify_weights
     )
-    if any(side < 1 or side % vq.config.downsample for side in config.image_size):
-        raise InputError(
-            f"image_size {config.image_size} must be divisible by {vq.config.downsample}"
-        )
+    size, remark = choose_image_size(vq.config, config.image_size)
+    if min(size) < SSIM_WINDOW:
+        raise InputError(f"image_size {size}: SSIM needs {SSIM_WINDOW} pixels")
+    config = dataclasses.replace(config, image_size=size)
+    if remark and world.is_main:
+        print(f"{config.tokenizer}: {remark}")
     config.perturbation.check(vq.config.vocab_size)
     lpips = LPIPS(config.vgg_weights).to(world.device) if config.lpips else None
     vq = vq.for_inference(world.device, dtype_of(config.precision))
-    rfid = RFID(config, world) if config.rfid else None
-    dataset = OrderedImages(images, CenterCrop(*config.image_size))
+    rfid = RFID(config, size, world) if config.rfid else None
+    dataset = OrderedImages(images, CenterCrop(*size))
     mine = list(range(world.rank, len(images), world.size))
     usage = CodebookUsage(vq.quantize.vocab_size, world.device)
     sums: dict[str, torch.Tensor] = {}
@@ -140,12 +144,12 @@ def reconstruct(config: ReconstructionConfig, world: World) -> None:
 class RFID:
     """Compares reconstructions with a reference file, or with the original images."""
 
-    def __init__(self, config: ReconstructionConfig, world: World) -> None:
+    def __init__(self, config: ReconstructionConfig, size: tuple[int, int], world: World) -> None:
         self.config, self.world = config, world
         metrics, self.scorer = config.metrics, None
         if metrics.reference:
             self.scorer = open_scorer(metrics, "reconstruction", world)
-            check_size(config.image_size, config.data, self.scorer.reference)
+            check_size(size, config.data, self.scorer.reference)
         extractor = self.scorer.extractor if self.scorer else metrics.build_extractor(world)
         self.real = Evaluator(extractor, world.device, metrics.batch_size)
         self.fake = Evaluator(extractor, world.device, metrics.batch_size)

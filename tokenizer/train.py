@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 -m tokenizer.train ...
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,7 +64,8 @@ def train(config: TrainConfig, world: World) -> None:
         return
     validation = Validation(pixels, config.metrics if config.rfid else None, world)
     models = build_models(config, world)
-    session = Session(config, config.model, world, models.checkpointed, unit="image")
+    trained = dataclasses.replace(config.model, image_size=config.image_size)
+    session = Session(config, trained, world, models.checkpointed, unit="image")
     batches = open_batches(config, images_on_disk, world, session.samples)
     skips = SkipLog(config.out / f"skipped_rank{world.rank}.txt")
     totals = Totals(config.model.vocab_size, world)
@@ -111,10 +113,17 @@ def train(config: TrainConfig, world: World) -> None:
             session.log(metrics)
         if session.evaluation_due:
             validation.evaluate(session, models.ema_vq)
-        session.save_if_due(check=models.check)
+        session.save_if_due(check=models.check, unused=unused_parts(config, session.step))
     session.finish()
     if world.is_main and skips:
         print(f"{skips.summary()}: {skips.path}")
+
+
+def unused_parts(config: TrainConfig, steps: int) -> tuple[str, ...]:
+    """Parts of a checkpoint after `steps` steps that still are as the configuration builds them."""
+    if config.init_discriminator or (steps and config.loss.adversarial_at(steps - 1)):
+        return ()
+    return ("discriminator", "discriminator_optimizer")
 
 
 def plan_training(config: TrainConfig, num_images: int) -> Plan:

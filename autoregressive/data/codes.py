@@ -87,6 +87,9 @@ class CodeDataset:
             self._open_reference(config)
         else:
             self._open_ours(config.codes)
+        self.unconditional = config.condition == "none"
+        if self.unconditional:
+            self.num_classes, self.labels = 0, np.zeros_like(self.labels)
         sizes = {len(source) for source in self.sources}
         if sizes != {len(self.labels)}:
             raise InputError(f"data.codes: folders with different numbers of images ({sizes})")
@@ -141,10 +144,12 @@ class CodeDataset:
 
         Raises InputError if the images have no classes.
         """
+        if self.unconditional:
+            return {"condition": "none", "num_classes": 0, **self.code_fields()}
         if not self.num_classes:
             raise InputError(
-                "data.codes: the images had no classes; encode a folder of class folders, or give "
-                "the features of their captions"
+                "data.codes: the images had no classes; give --data.condition none to train an "
+                "unconditional model, or data.features (their captions), or encode class folders"
             )
         return {"condition": "class", "num_classes": self.num_classes, **self.code_fields()}
 
@@ -162,7 +167,7 @@ class CodeDataset:
 
     def conditions(self, ids: np.ndarray) -> ClassCondition:
         """The classes of sampled images number ids (n,): all classes in turn."""
-        return ClassCondition(torch.from_numpy(ids % self.num_classes))
+        return ClassCondition(torch.from_numpy(ids % max(1, self.num_classes)))
 
     def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
         """Rows (n,) of the data set -> codes (n, tokens) int64.

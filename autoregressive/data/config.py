@@ -56,6 +56,8 @@ class DataConfig:
         num_classes: Number of classes, for the layout of the published code.
         features: A folder of language.encode for the same images, to train on captions; null to
             train on classes.
+        condition: none: train an unconditional model, whether the images have classes or not; null:
+            on classes, or on captions where features are given.
         caption: The caption variant to use.
         short_caption: The variant to use instead at short_caption_rate; null for none.
         short_caption_rate: Share of samples that use the short caption (paper: 0.3).
@@ -67,6 +69,7 @@ class DataConfig:
     vocab_size: int = 16384
     num_classes: int = 1000
     features: Path | None = None
+    condition: Literal["none"] | None = None
     caption: str = "long"
     short_caption: str | None = None
     short_caption_rate: float = 0.3
@@ -79,5 +82,7 @@ class DataConfig:
             raise ValueError("data.labels: give one label folder per code folder")
         if self.labels and self.features:
             raise ValueError("data: give labels or features, not both")
+        if self.condition and (self.features or self.online.pairs.source):
+            raise ValueError("data.condition none trains on codes: leave out features and online")
         if not 0 <= self.short_caption_rate <= 1:
             raise ValueError("data.short_caption_rate must be in [0, 1]")

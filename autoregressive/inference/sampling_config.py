@@ -4,8 +4,10 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from core.errors import InputError
+
 # The usual (cfg_scale, top_k) of a model, by what it is conditioned on.
-USUAL = {"class": (2.0, 0), "text": (7.5, 1000)}
+USUAL = {"class": (2.0, 0), "text": (7.5, 1000), "none": (1.0, 0)}
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,15 @@ class SamplingConfig:
     def resolved(self, condition: str, guidance_input: bool = False) -> "SamplingConfig":
         """A copy whose cfg_scale, top_k and guidance are set.
 
-        condition is the model's, class or text; guidance_input: it takes guidance as an input.
+        condition is the model's: class, text or none. guidance_input: it takes guidance as an
+        input.
+        Raises InputError for guidance of an unconditional model.
         """
+        if condition == "none" and self.cfg_scale not in (None, 1):
+            raise InputError(
+                f"cfg_scale is {self.cfg_scale}, but guidance needs a condition, and this model is "
+                "unconditional: leave cfg_scale out"
+            )
         cfg_scale, top_k = USUAL[condition]
         guidance = self.guidance
         if guidance_input:

@@ -130,7 +130,10 @@ def class_labels(value: Any) -> torch.Tensor:  # noqa: ANN401 - as for as_condit
 
 
 class ClassEmbedding(nn.Module):
-    """One prefix token per image, looked up by class; index `num_classes` is the null class."""
+    """One prefix token per image, looked up by class; index `num_classes` is the null class.
+
+    An unconditional model has no classes: its label 0 is the null class.
+    """
 
     condition_type = ClassCondition
 
@@ -149,15 +152,16 @@ class ClassEmbedding(nn.Module):
 
     def examples(self, count: int) -> ClassCondition:
         """The first classes in turn, for `count` images: to compare engines with."""
-        return ClassCondition(torch.arange(count) % self.num_classes)
+        return ClassCondition(torch.arange(count) % max(1, self.num_classes))
 
     def check(self, condition: Any) -> None:  # noqa: ANN401 - any Condition
         """Raise InputError for labels that this model does not have (a host sync)."""
         labels = condition.labels if type(condition) is self.condition_type else None
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
             raise InputError("this model is conditioned on classes: give labels (batch,) int64")
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
-            raise InputError(f"labels must be in 0 .. {self.num_classes - 1}")
+        last = max(0, self.num_classes - 1)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
+            raise InputError(f"labels must be in 0 .. {last}")
 
 
 class CaptionProjection(nn.Module):

@@ -13,8 +13,9 @@ class GPTConfig(TransformerConfig):
     """The whole model: the transformer, and what the codes and captions decide.
 
     Args:
-        condition: What an image is conditioned on: a class label, or a caption.
-        num_classes: Number of classes, for condition class.
+        condition: What an image is conditioned on: a class label, a caption, or nothing (the null
+            class alone).
+        num_classes: Number of classes, for condition class; 0 for condition none.
         vocab_size: Number of entries of the tokenizer's codebook.
         grid: Rows and columns of codes.
         tokenizer_sha256: sha256 of the weights (in older models: of the file) of the tokenizer
@@ -29,7 +30,7 @@ class GPTConfig(TransformerConfig):
             models trained in random order (RAR); zero at the start.
     """
 
-    condition: Literal["class", "text"] = "class"
+    condition: Literal["class", "text", "none"] = "class"
     num_classes: int = 1000
     vocab_size: int = 16384
     grid: tuple[int, int] = (16, 16)
@@ -42,14 +43,18 @@ class GPTConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.num_classes, self.vocab_size, *self.grid) < 1:
-            raise ValueError("model: num_classes, vocab_size and grid must be >= 1")
+        if self.condition == "none":
+            object.__setattr__(self, "num_classes", 0)
+        elif self.num_classes < 1:
+            raise ValueError("model.num_classes must be >= 1")
+        if min(self.vocab_size, *self.grid) < 1:
+            raise ValueError("model: vocab_size and grid must be >= 1")
         if self.num_codes > MAX_CODES:
             raise ValueError(f"model.grid {self.grid}: at most {MAX_CODES} codes per image")
         if min(self.text_dim, self.max_text_tokens) < 1:
             raise ValueError("model: text_dim and max_text_tokens must be >= 1")
-        if self.adaln != "none" and self.condition != "class":
-            raise ValueError("model.adaln needs a condition of one token: condition class")
+        if self.adaln != "none" and self.condition == "text":
+            raise ValueError("model.adaln needs a condition of one token: condition class or none")
 
     @property
     def num_codes(self) -> int:
@@ -59,7 +64,7 @@ class GPTConfig(TransformerConfig):
     @property
     def num_condition(self) -> int:
         """Largest number of condition tokens."""
-        return 1 if self.condition == "class" else self.max_text_tokens
+        return self.max_text_tokens if self.condition == "text" else 1
 
     @property
     def training_flops(self) -> float:

@@ -5,6 +5,7 @@ position.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from autoregressive.models.transformer import (
     Block,
     RMSNorm,
 )
-from core.config import InputError
+from core.config import InputError, config_text
 from core.training.initialization import Constant, Normal, initialize
+from core.weights import save_model
 
 
 class GPT(nn.Module):
@@ -39,10 +41,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        if config.condition == "class":
-            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
-        else:
+        if config.condition == "text":
             self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
+        else:
+            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
         self.t_embedder = GuidanceEmbedding(config.dim) if config.guidance_input else None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.target_position = (
@@ -70,11 +72,52 @@ class GPT(nn.Module):
         return cls(GPTConfig(**{**shape, **overrides}))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: Any, **options: Any) -> "GPT":  # noqa: ANN401
-        """Load a released file, a folder of ours or a Hub repository; see pretrained.load_gpt."""
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> "GPT":
+        """Load a released file, a folder of ours or a Hub repository, in eval mode.
+
+            gpt = GPT.from_pretrained("llamagen_l_384", device="cuda", dtype=torch.bfloat16)
+
+        device, dtype: default CPU and float32. Other options and what is raised: see
+        models.pretrained.load_gpt.
+        """
         from autoregressive.models.pretrained import load_gpt
 
-        return load_gpt(path_or_hub_id, **options).gpt
+        return load_gpt(path_or_hub_id, **options).gpt.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.yaml and model.safetensors to a folder, for from_pretrained.
+
+        gpt.save_pretrained("weights/gpt_b")
+        """
+        save_model(self, config_text(self.config), Path(folder))
+
+    def generate(self, condition: ConditionLike, **options: Any) -> torch.Tensor:  # noqa: ANN401
+        """Sample the codes of one image per condition -> (batch, height, width) int64.
+
+            codes = gpt.generate(torch.tensor([207]), cfg_scale=4.0, seed=0)
+
+        options: those of autoregressive.generate, which this calls without gradients.
+        """
+        from autoregressive.inference.generate import generate
+
+        with torch.no_grad():  # not inference_mode: the engine keeps its buffers for later calls
+            return generate(self, condition, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.norm.weight.dtype
 
     @property
     def blocks(self) -> list[Block]:

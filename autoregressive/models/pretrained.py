@@ -1,7 +1,6 @@
 """Loads a GPT: a released file, a run or checkpoint folder of ours, or a Hub repository."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +94,7 @@ def read_gpt(
 def _infer_config(
     stored: TransformerWeights, path: Path, overrides: Mapping[str, Any]
 ) -> GPTConfig:
-    """The configuration that keys and shapes tell; grid from the file if it can, else 16 x 16."""
+    """The configuration that keys and shapes tell, and the grid, if the file carries it."""
     tensors = stored.tensors
     try:
         fields = infer_transformer_fields(tensors, overrides.get("num_heads"))
@@ -107,8 +106,8 @@ def _infer_config(
     except (ValueError, IndexError, ZeroDivisionError, TypeError) as error:
         raise InputError(f"{path}: weights of another shape than a GPT's ({error})") from error
     if "cls_embedding.embedding_table.weight" in tensors:
-        fields["condition"] = "class"
         fields["num_classes"] = tensors["cls_embedding.embedding_table.weight"].shape[0] - 1
+        fields["condition"] = "class" if fields["num_classes"] else "none"
         num_condition = 1
     else:
         fields["condition"] = "text"
@@ -138,6 +137,9 @@ def _infer_grid(stored: TransformerWeights, num_condition: int, path: Path) -> t
     elif "block_size" in flags:  # the number of codes
         side = round(int(flags["block_size"]) ** 0.5)
     else:
-        side = 16
-        warnings.warn(f"{path} does not tell its grid; taking 16 x 16 (pass grid=)", stacklevel=5)
+        raise InputError(
+            f"{path}: does not tell its grid of codes; give --grid '[16,16]' for 256 px, '[24,24]' "
+            "for 384 px or '[32,32]' for 512 px at 16 pixels per code (grid=(24, 24) in Python), "
+            "or load it by its name in autoregressive.convert --list true"
+        )
     return side, side

@@ -91,6 +91,27 @@ class ClassConditions:
         return image_grid_ids(self.labels, rows, columns), None
 
 
+class NoConditions:
+    """Images of an unconditional model. The attributes are those of ClassConditions."""
+
+    labels = prompts = negative = None
+
+    def __init__(self, config: ConditionConfig, num_images: int | None) -> None:
+        if config.classes or config.prompts or config.prompt or config.negative_prompt:
+            raise InputError("this model is unconditional: leave classes and prompts out")
+        self.count = num_images or CLASS_IMAGES
+        self.settings: dict[str, Any] = {"condition": "none"}
+        self.index: dict[str, Any] = {}
+
+    def __getitem__(self, ids: torch.Tensor) -> ClassCondition:
+        """The condition of images ids (n,) int64: the null class."""
+        return ClassCondition(torch.zeros_like(ids))
+
+    def grid(self, rows: int, columns: int) -> tuple[np.ndarray, None]:
+        """Image numbers of an image grid, which are the first ones."""
+        return np.arange(min(self.count, rows * columns)), None
+
+
 def image_grid_ids(labels: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Image numbers of samples.png: a row per class if there are enough images, else the first."""
     classes = np.unique(labels)[:rows].tolist()
@@ -188,7 +209,7 @@ class PromptConditions:
         return [self.prompts.of_image(i).text for i in images]
 
 
-Conditions = ClassConditions | PromptConditions
+Conditions = ClassConditions | PromptConditions | NoConditions
 
 
 def open_conditions(
@@ -196,9 +217,11 @@ def open_conditions(
 ) -> Conditions:
     """The conditions of images 0 .. num_images - 1.
 
-    num_images: None for 50,000 images of a class model, or for all prompts of a text model.
+    num_images: None for 50,000 images, or for all prompts of a text model.
     Raises InputError for a class or prompt that the model cannot read.
     """
+    if gpt.condition == "none":
+        return NoConditions(config, num_images)
     if gpt.condition == "class":
         return ClassConditions(config, num_images, gpt, seed)
     return PromptConditions(config, num_images, gpt, world)

@@ -9,6 +9,7 @@ Commands, in-training samples and benchmarks use the same object, with `sample` 
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,10 +77,16 @@ class ImagePipeline:
         tokenizer_weights: Weights = "auto",
         grid: tuple[int, int] | None = None,
         verify_weights: bool = True,
+        device: torch.device | DeviceName | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "ImagePipeline":
         """Load both models from run folders, checkpoint folders, released files or Hub ids.
 
+            pipeline = ImagePipeline.from_pretrained("runs/gpt", "runs/vq16", device="cuda")
+
         grid: rows and columns of codes, for a released file that does not tell.
+        device, dtype: with either, the models are prepared at once; dtype is that of the GPT,
+            torch.bfloat16 (the default) or torch.float32. See `prepare` for more.
         verify_weights: compare the files of our checkpoints with their checksums.
         Raises InputError if a model is missing or the two do not fit each other.
         """
@@ -94,7 +101,31 @@ class ImagePipeline:
             "tokenizer_sha256": found.sha256,
             "grid": list(loaded.config.grid),
         }
-        return cls(loaded, found.vq, settings)
+        pipeline = cls(loaded, found.vq, settings)
+        if device is None and dtype is None:
+            return pipeline
+        precision: DecodePrecision = "fp32" if dtype == torch.float32 else "bf16"
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise InputError(f"dtype is {dtype}: give torch.bfloat16 or torch.float32")
+        return pipeline.prepare(precision, device=device, verbose=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write folder/gpt and folder/tokenizer, for from_pretrained.
+
+        Call it before `prepare`, which rounds weights to the precision of sampling.
+        """
+        self.gpt.save_pretrained(Path(folder) / "gpt")
+        self.vq.save_pretrained(Path(folder) / "tokenizer")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are: that of the engine, once they are prepared."""
+        return self._engine.device if self._engine else self.gpt.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the GPT's weights as loaded; `prepare` chooses that of sampling."""
+        return self.gpt.dtype
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -192,7 +223,7 @@ class ImagePipeline:
     @torch.inference_mode()
     def __call__(
         self,
-        prompts_or_classes: str | int | Sequence[str] | Sequence[int],
+        prompts_or_classes: str | int | Sequence[str] | Sequence[int] | None,
         *,
         cfg_scale: float | None = None,
         seed: int | None = None,
@@ -205,12 +236,16 @@ class ImagePipeline:
     ) -> ImagePipelineOutput:
         """Generate images of prompts (text model) or of class numbers (class model).
 
+            images = pipeline([207, 360], cfg_scale=4.0, seed=0).images  # PIL images
+
+        An unconditional model takes None, and draws num_images_per_prompt images. Runs in
+        torch.inference_mode().
         cfg_scale, seed: replace these two fields of `sampling`; None keeps what it says (seed 0
         by default). Image i depends on (seed, i), not on batch_size.
         text_encoder: folder or Hub id of the T5; loaded on the first call with prompts.
         """
         values = prompts_or_classes
-        values = [values] if isinstance(values, str | int) else list(values)
+        values = [values] if isinstance(values, str | int | None) else list(values)
         given = {"cfg_scale": cfg_scale, "seed": seed}
         given = {name: value for name, value in given.items() if value is not None}
         chosen = replace(sampling or SamplingConfig(), **given)
@@ -227,11 +262,20 @@ class ImagePipeline:
         return ImagePipelineOutput(images, torch.cat(codes))
 
     def _encode(
-        self, values: Sequence[str | int], negative_prompt: str | None, text_encoder: str | None
+        self,
+        values: Sequence[str | int | None],
+        negative_prompt: str | None,
+        text_encoder: str | None,
     ) -> tuple[Condition, Condition | None]:
         """The condition of each value, and the negative one (a single row) if there is one."""
         if not values:
             raise InputError("give at least one prompt or class")
+        if self.gpt.config.condition == "none":
+            if negative_prompt or any(value is not None for value in values):
+                raise InputError("this model is unconditional: give None, and no negative_prompt")
+            return ClassCondition(torch.zeros(len(values), dtype=torch.int64)), None
+        if None in values:
+            raise InputError("None is for unconditional models: give prompts or classes")
         if self.gpt.config.condition == "text":
             encode = self._text_encoder(text_encoder).encode
             away = TextCondition(*encode([negative_prompt])) if negative_prompt else None
@@ -239,7 +283,7 @@ class ImagePipeline:
         if negative_prompt:
             raise InputError("negative_prompt needs a text model; this model is class-conditional")
         try:
-            return ClassCondition(torch.tensor([int(value) for value in values])), None
+            return ClassCondition(torch.tensor([int(str(value)) for value in values])), None
         except ValueError as error:
             last = self.gpt.config.num_classes - 1
             raise InputError(f"a class is a number in 0 .. {last} ({error})") from error

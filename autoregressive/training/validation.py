@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from autoregressive.data.codes import CodeDataset
-from autoregressive.data.config import OnlineConfig
+from autoregressive.data.config import DataConfig, OnlineConfig
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.inference.engine import InferenceEngine
 from autoregressive.models.conditioning import ClassCondition, Condition
@@ -170,14 +171,18 @@ class SampleScorer:
 
     def __init__(self, config: TrainConfig, data: Dataset, world: World) -> None:
         self.config, self.data, self.world = config, data, world
-        self.vq = find_tokenizer(data, world)
+        self.vq, found = find_tokenizer(data, config.data, world)
+        wanted = config.report.sample_every is not None
+        if wanted and world.is_main:
+            if self.vq is None:
+                logger.warning("%s: no sample grids, because %s", config.out, found)
+            else:
+                print(f"{config.out}: sample grids are decoded by {found}")
         self.scorer = None
         if config.evaluation.every:
             self.scorer = open_scorer(config.metrics, "generation", world)
             if self.vq is None:
-                raise InputError(
-                    f"evaluation: tokenizer {data.index.get('tokenizer')} is missing or has changed"
-                )
+                raise InputError(f"evaluation.every needs the tokenizer of the codes: {found}")
 
     def due(self, step: int) -> bool:
         """Whether to score after `step` steps."""
@@ -198,17 +203,26 @@ def training_pipeline(gpt: GPT, vq: VQModel, precision: Precision) -> ImagePipel
     return ImagePipeline(gpt, vq, engine=InferenceEngine(gpt, precision))
 
 
-def find_tokenizer(data: Dataset, world: World) -> VQModel | None:
-    """The tokenizer that made the codes, to decode samples; None if missing or changed."""
-    path = data.index.get("tokenizer", "")
-    if not path or not Path(path).exists():
-        return None
-    loaded = load_tokenizer(path)
-    vq = loaded.vq
+def find_tokenizer(data: Dataset, config: DataConfig, world: World) -> tuple[VQModel | None, str]:
+    """The tokenizer that made the codes, and where it is; None and the reason if it is not found.
+
+    Looked for beside the codes, under the path or name that was given to tokenizer.encode, and, if
+    that is no path, on the Hub.
+    """
+    source = data.index.get("tokenizer", "")
+    if not source:
+        return None, "the codes do not say which tokenizer made them"
+    beside = data.index.get("tokenizer_path")
+    places = [config.codes[0] / beside] if beside and config.codes else []
+    existing = [path for path in (*places, Path(source)) if path.exists()]
+    found = os.path.normpath(existing[0]) if existing else str(source)
+    try:
+        loaded = load_tokenizer(found)
+    except InputError as error:
+        return None, f"their tokenizer cannot be loaded ({error})"
     if not loaded.is_known_as(data.index["tokenizer_sha256"]):
-        logger.warning("%s has changed since the codes were made: no sample grids", path)
-        return None
-    return vq.for_inference(world.device, torch.float32)
+        return None, f"{found} has changed since the codes were made"
+    return loaded.vq.for_inference(world.device, torch.float32), found
 
 
 class SampleGrid:
@@ -232,6 +246,8 @@ class SampleGrid:
         )
         if isinstance(data, CodeDataset):
             wrong = [c for c in config.sample_classes if not 0 <= c < gpt_config.num_classes]
+            if wrong and gpt_config.condition == "none":
+                raise InputError("sample_classes: the model is unconditional (data.condition none)")
             if wrong:
                 raise InputError(
                     f"sample_classes: {wrong[0]} is not in 0 .. {gpt_config.num_classes - 1}"
@@ -246,7 +262,7 @@ class SampleGrid:
                 return ClassCondition(torch.tensor(self.config.sample_classes))
         elif self.config.sample_prompts:
             return data.encode(list(self.config.sample_prompts))
-        return data.conditions(np.arange(min(10, num_classes)))
+        return data.conditions(np.arange(min(10, max(1, num_classes))))
 
     def draw(self, gpt: GPT) -> np.ndarray:
         """An image grid (height, width, 3) uint8."""

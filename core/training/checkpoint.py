@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ class Checkpointer:
         self._saving: Future[str] | None = None
         self._problem = ""
 
-    def save(self, step: int, **state: int) -> None:
+    def save(self, step: int, unused: Collection[str] = (), **state: int) -> None:
         """Begin to write `step_{step}`, with `state`; all ranks call it and go on training.
 
+        unused: Parts to leave out, because they still are as they were built. A run that continues
+        from the checkpoint keeps those that it has built.
         Do not modify any parameter until wait_for_copy() has returned. If a checkpoint cannot be
         written, a warning is logged and the checkpoint before stays as it is.
         Raises InputError where a weight is not finite.
@@ -92,7 +95,9 @@ class Checkpointer:
             self._stager.close()
             self._stager = _new_stager(self.world)
         tensors, buffers = {}, False
-        for part, value in self.parts.items():
+        parts = [name for name in self.parts if name not in unused]
+        for part in parts:
+            value = self.parts[part]
             own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
             tensors |= {f"{part}/{n}": t for n, t in own.items() if written_here(t, self.world)}
             if isinstance(value, nn.Module):
@@ -101,7 +106,7 @@ class Checkpointer:
             torch.cuda.current_stream().synchronize()
         response = async_save(
             tensors,
-            storage_writer=SafetensorsWriter(self._files(temporary)),
+            storage_writer=SafetensorsWriter(self._files(temporary, parts)),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=self._group,
             async_stager=self._stager,
@@ -110,7 +115,7 @@ class Checkpointer:
         assert isinstance(response, AsyncSaveResponse)
         self._copied = response.staging_completion
         written = response.upload_completion
-        self._saving = self._thread.submit(self._commit, written, step, temporary, state)
+        self._saving = self._thread.submit(self._commit, written, step, temporary, parts, state)
         if buffers:  # a forward pass changes them: BatchNorm's statistics
             self.wait_for_copy()
 
@@ -174,34 +179,42 @@ class Checkpointer:
                 if self.world.is_main:
                     logger.warning("%s is damaged (%s); trying the one before", folder, damage)
                 continue
-            self._load(folder)
-            return read_json(folder / "training" / "state.json")
+            state = read_json(folder / "training" / "state.json")
+            unused = state.pop("unused", ())  # older checkpoints hold every part
+            self._load(folder, [name for name in self.parts if name not in unused])
+            return state
         if steps:
             raise InputError(f"{self.folder}: no checkpoint is intact; remove them to start again")
         return {"step": 0}
 
-    def _files(self, folder: Path) -> dict[str, Path]:
-        """Where each part lies."""
+    def _files(self, folder: Path, parts: Collection[str]) -> dict[str, Path]:
+        """Where each of `parts` lies."""
         inference = ("model", "ema")
         return {
             part: (folder if part in inference else folder / "training") / f"{part}.safetensors"
-            for part in self.parts
+            for part in parts
         }
 
     def _commit(
-        self, written: Future[Any], step: int, temporary: Path, state: dict[str, int]
+        self,
+        written: Future[Any],
+        step: int,
+        temporary: Path,
+        parts: list[str],
+        state: dict[str, int],
     ) -> str:
         """In the thread of every rank: checksums, then the rename -> what went wrong, or ""."""
         lower_thread_priority()
         problem, sums = "", {}
         try:
             written.result()
-            mine = list(self._files(temporary).values())[self.world.rank :: self.world.size]
+            mine = list(self._files(temporary, parts).values())[self.world.rank :: self.world.size]
             if self.world.is_main:
                 (temporary / "training").mkdir(exist_ok=True)
                 mine += [temporary / "config.yaml", temporary / "training" / "state.json"]
                 save_config(self.config, mine[-2])
-                write_json(mine[-1], {"step": step, **state})
+                unused = [name for name in self.parts if name not in parts]
+                write_json(mine[-1], {"step": step, **state, "unused": unused})
             sums = {str(path.relative_to(temporary)): FileSums.of(path) for path in mine}
         except CheckpointException as error:
             problem = str(next(iter(error.failures.values()))[0])
@@ -245,11 +258,12 @@ class Checkpointer:
             if self.keep_every is None or old % self.keep_every:
                 shutil.rmtree(self.folder / f"step_{old:07d}")
 
-    def _load(self, folder: Path) -> None:
-        files = self._files(folder)
+    def _load(self, folder: Path, parts: list[str]) -> None:
+        files = self._files(folder, parts)
         stored = {name: shape for name, (_, shape) in read_headers(files).items()}
         tensors = {}
-        for part, value in self.parts.items():
+        for part in parts:
+            value = self.parts[part]
             prefix = f"{part}/"
             shapes = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             if isinstance(value, nn.Module):

@@ -1,4 +1,7 @@
-"""The reports of a training run: config.yaml, metrics.jsonl, curves, sample grids, trackers."""
+"""The reports of a training run in its folder.
+
+config.yaml, run.json (what ran where), metrics.jsonl, curves.png, sample grids; and trackers.
+"""
 
 import contextlib
 import json
@@ -17,8 +20,10 @@ from tqdm import tqdm
 from core.config import InputError, config_text, save_config
 from core.data.images import save_png
 from core.distributed.hardware import peak_flops, peak_memory_bytes
+from core.distributed.provenance import describe_start, now
 from core.distributed.world import World
-from core.files import atomic_write, fingerprint, write_text
+from core.files import atomic_write, read_json, write_json, write_text
+from core.training.trackers import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +78,8 @@ class ReportConfig:
         return step % self.save_every == 0 or step == num_steps
 
 
+STARTS = "run.json"  # one entry per start: commit, versions, command, host, devices, times
+
 # Metrics that are written, but not shown on the progress bar, which has little room.
 _NOT_ON_PROGRESS_BAR = ("lr", "data_wait_share", "memory_gib", "communication_share")
 
@@ -82,7 +89,7 @@ class Run:
 
     def __init__(self, folder: Path, config: Any, report: ReportConfig, world: World) -> None:  # noqa: ANN401
         self.folder, self.config, self.report, self.world = Path(folder), config, report, world
-        self.trackers: list[Any] = []
+        self.trackers: list[Tracker] = []
 
     def start(self, first_step: int, num_steps: int, unit: str, flops: float | None = None) -> None:
         """Begin at step 0, or continue at `first_step`.
@@ -108,7 +115,9 @@ class Run:
         self._save_config(resuming=first_step > 0)
         self._drop_metrics_after(first_step)
         for tracker in self.report.trackers:
-            self.trackers.append(_open_tracker(tracker, self.folder, self.config, self.report))
+            opened = open_tracker(tracker, self.folder, self.config, self.report.project)
+            self.trackers.append(opened)
+        self._record_start()
         if first_step:
             logger.warning("%s: continuing at step %d of %d", self.folder, first_step, num_steps)
 
@@ -162,12 +171,14 @@ class Run:
         except OSError as error:  # e.g. a full disk: do not stop the training for it
             logger.warning("the metrics of step %d could not be written: %s", step, error)
         for tracker in self.trackers:
-            tracker(step, numbers)
+            tracker.log(step, numbers)
 
     def draw(self, step: int, pixels: np.ndarray) -> None:
         """Save a grid (height, width, 3) uint8 as `samples/step_0001000.png`, and the curves."""
         if not self.world.is_main:
             return
+        for tracker in self.trackers:
+            tracker.draw(step, pixels)
         folder = self.folder / "samples"
         try:
             folder.mkdir(exist_ok=True)
@@ -180,8 +191,23 @@ class Run:
         """Close the progress bar and print where the results are."""
         self.bar.close()
         if self.world.is_main:
+            starts = read_json(self.folder / STARTS)
+            starts[-1]["ended"] = now()
+            write_json(self.folder / STARTS, starts)
             draw_curves(self._metrics, self.folder / "curves.png")
-            print(f"{self.folder}: checkpoints/, metrics.jsonl, curves.png, samples/")
+            names = ("checkpoints", "metrics.jsonl", "curves.png", "samples")
+            print(f"{self.folder}: {', '.join(n for n in names if (self.folder / n).exists())}")
+
+    def say(self, line: str) -> None:
+        """Print one line above the progress bar, for the log."""
+        if self.world.is_main:
+            tqdm.write(f"{self.folder}: {line}")
+
+    def _record_start(self) -> None:
+        """Add this start to run.json; one that was killed has no time of its end."""
+        path = self.folder / STARTS
+        starts = read_json(path) if path.exists() else []
+        write_json(path, [*starts, describe_start(self.world)])
 
     @property
     def _metrics(self) -> Path:
@@ -295,29 +321,3 @@ def draw_curves(metrics: Path, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
-
-
-def _open_tracker(name: str, folder: Path, config: Any, report: ReportConfig) -> Any:  # noqa: ANN401
-    """A function (step, numbers) that sends metrics to the tracker."""
-    if name == "wandb":
-        import wandb
-
-        run = wandb.init(
-            project=report.project,
-            name=folder.name,
-            dir=folder,
-            id=fingerprint(str(folder.resolve())),  # the same folder continues the same run
-            resume="allow",
-            config={"yaml": config_text(config)},
-        )
-        return lambda step, numbers: run.log(numbers, step=step)
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def send(step: int, numbers: dict[str, float]) -> None:
-        for key, value in numbers.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return send

@@ -12,7 +12,7 @@ session.finish()
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,20 +109,30 @@ class Session:
         """Write metrics for the current step. Tensors are read from the device (a host sync)."""
         self.run.log(self.step, metrics)
 
+    def log_evaluation(self, metrics: Mapping[str, float | torch.Tensor]) -> None:
+        """Write the metrics of an evaluation of the current step, and one line for the log."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self.run.log(self.step, numbers)
+        if numbers:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            self.run.say(f"step {self.step}: {shown}")
+
     def draw(self, pixels: np.ndarray) -> None:
         """Save the current step's sample grid (height, width, 3) uint8, and the curves."""
         self.run.draw(self.step, pixels)
 
-    def save_if_due(self, check: Callable[[], object]) -> None:
+    def save_if_due(self, check: Callable[[], object], unused: Collection[str] = ()) -> None:
         """Save a checkpoint when one is due or the scheduler asked the run to stop.
 
         Call it after every step on all ranks. `check` is called before saving and raises if the
-        weights must not be saved. After a request to stop, this saves and ends the process.
+        weights must not be saved. `unused`: see Checkpointer.save. After a request to stop, this
+        saves and ends the process.
         """
         stopping = self.preemption.requested() and self.step < self.num_steps
         if stopping or self.config.report.saves(self.step, self.num_steps):
             check()
-            self.checkpoints.save(self.step, samples=self.samples)
+            self.checkpoints.save(self.step, unused, samples=self.samples)
+            self.run.say(f"step {self.step}: saving a checkpoint")
         if stopping:
             self.checkpoints.finish()
             self.preemption.leave(self.step)

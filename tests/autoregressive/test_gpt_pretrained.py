@@ -4,12 +4,14 @@ import os
 import pytest
 import torch
 from helpers.commands import run_module
-from helpers.models import tiny
+from helpers.models import small, tiny
 from safetensors.torch import save_file
 
-from autoregressive import GPT
+from autoregressive import GPT, generate
 from autoregressive.models.pretrained import load_gpt
 from core.config import InputError, save_config
+from core.released import released_architecture
+from tokenizer import VQModel
 
 
 def stored_layouts(state: dict, flags: argparse.Namespace) -> dict[str, object]:
@@ -47,8 +49,28 @@ def test_the_grid_comes_from_the_file_where_it_tells(tmp_path):
     torch.save(layouts["with a rotary table"], path)
     assert GPT.from_pretrained(path).config.grid == (4, 4)
     torch.save(layouts["FSDP"], path)
-    with pytest.warns(UserWarning, match="16 x 16"):
-        assert GPT.from_pretrained(path).config.grid == (16, 16)
+    with pytest.raises(InputError, match="--grid"):
+        GPT.from_pretrained(path)
+
+
+def test_a_registered_model_brings_its_grid_by_name_or_by_its_place_on_the_hub():
+    for source in ("llamagen_l_384", "FoundationVision/LlamaGen/c2i_L_384.pt"):
+        assert released_architecture(source)["grid"] == (24, 24)
+
+
+def test_models_are_saved_and_loaded_on_a_device_in_a_dtype(tmp_path):
+    gpt = tiny()
+    gpt.save_pretrained(tmp_path / "gpt")
+    loaded = GPT.from_pretrained(tmp_path / "gpt", device="cpu", dtype=torch.bfloat16)
+    assert (loaded.device, loaded.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert loaded.config == gpt.config
+    vq = small()
+    vq.save_pretrained(tmp_path / "vq")
+    again = VQModel.from_pretrained(tmp_path / "vq")
+    assert again.dtype == torch.float32
+    assert torch.equal(again.quant_conv.weight, vq.quant_conv.weight)
+    codes = gpt.generate(torch.tensor([1, 2]), seed=3)
+    assert torch.equal(codes, generate(gpt, torch.tensor([1, 2]), seed=3))
 
 
 def test_qk_norm_is_recognised_in_a_file_and_kept_in_a_folder(tmp_path):

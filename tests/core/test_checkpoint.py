@@ -64,6 +64,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, world):
         assert torch.equal(a, b)
 
 
+def test_a_part_that_is_unused_is_left_out_and_kept_as_it_was_built(tmp_path, world):
+    net, other = network(), network()
+    keeper = Checkpointer(tmp_path, VQConfig(), world, 2, None, model=net, other=other)
+    keeper.save(1, unused=("other",), samples=4)
+    keeper.finish()
+    assert not (tmp_path / "step_0000001" / "training" / "other.safetensors").exists()
+    before = [parameter.clone() for parameter in other.parameters()]
+    assert keeper.restore_latest() == {"step": 1, "samples": 4}
+    keeper.save(2)
+    keeper.finish()
+    assert (tmp_path / "step_0000002" / "training" / "other.safetensors").exists()
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    assert keeper.restore_latest() == {"step": 2}
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
 def test_a_folder_beside_the_checkpoints_is_no_checkpoint(tmp_path, world):
     keeper, _ = checkpointer(tmp_path / "checkpoints", world, network())
     for step in (9, 10):

@@ -9,6 +9,7 @@ import pytest
 from helpers.config import Inner
 from helpers.paths import ROOT
 
+from core import __version__
 from core.config import InputError, load_config, parse_config, run_command, save_config
 
 
@@ -29,6 +30,19 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Lists.
+
+    Args:
+        files: Paths.
+        grid: Two numbers.
+    """
+
+    files: tuple[Path, ...] = ()
+    grid: tuple[int, int] | None = None
+
+
 def test_later_files_win_and_flags_win_over_files(tmp_path):
     (tmp_path / "a.yaml").write_text("out: x\ninner:\n  lr: 1e-3\n  kind: b\n")
     (tmp_path / "b.yaml").write_text("inner:\n  lr: 2.0e-3\n")
@@ -36,6 +50,27 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
     assert parse_config(Outer, files) == Outer(Path("x"), inner=Inner(2e-3, "b"))
     config = parse_config(Outer, [*files, "--inner.lr", "5", "--grid", "[3,4]"])
     assert config == Outer(Path("x"), (3, 4), inner=Inner(5.0, "b"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--files", "a", "b c"],
+        ["--files", "a", "--files", "b c"],
+        ["--files", "[a, b c]"],
+        ['--files=["a","b c"]'],
+    ],
+)
+def test_a_list_needs_no_brackets(flags):
+    config = parse_config(Lists, [*flags, "--grid", "3", "4"])
+    assert config == Lists((Path("a"), Path("b c")), (3, 4))
+
+
+def test_every_command_tells_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(Lists, ["--version"])
+    assert end.value.code == 0
+    assert __version__ in capsys.readouterr().out
 
 
 def test_a_saved_config_loads_to_the_same(tmp_path):

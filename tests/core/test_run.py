@@ -3,10 +3,12 @@ import json
 import numpy as np
 import pytest
 from helpers.config import Inner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.config import InputError
 from core.distributed.world import World
 from core.training.run import ReportConfig, Run, make_run_folder
+from core.training.trackers import open_tracker
 
 
 def report(folder, world, first_step: int, steps: range, config: Inner) -> Run:
@@ -32,8 +34,33 @@ def test_metrics_of_steps_that_are_computed_again_are_dropped(tmp_path, world):
     run.draw(8, np.zeros((4, 4, 3), np.uint8))
     run.finish()
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    expected = {"config.yaml", "metrics.jsonl", "curves.png", "samples/step_0000008.png"}
+    expected = {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "curves.png",
+        "samples/step_0000008.png",
+    }
     assert files == expected
+
+
+def test_a_folder_records_every_start_and_when_it_ended(tmp_path, world):
+    report(tmp_path, world, 0, range(1, 3), Inner())  # killed
+    report(tmp_path, world, 2, range(3, 5), Inner()).finish()
+    killed, finished = json.loads((tmp_path / "run.json").read_text())
+    assert killed["ended"] is None
+    assert finished["ended"] >= finished["started"] >= killed["started"]
+    assert {"command", "commit", "dirty", "version", "host", "device"} <= finished.keys()
+    assert finished["versions"]["numpy"] == np.__version__
+
+
+def test_trackers_get_nested_settings_and_the_sample_grids(tmp_path):
+    tracker = open_tracker("tensorboard", tmp_path, Inner(), "project")
+    tracker.log(1, {"loss": 0.5})
+    tracker.draw(1, np.zeros((4, 4, 3), np.uint8))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    assert found["images"] == ["samples"]
+    assert found["scalars"] == ["loss"]
 
 
 def test_a_value_that_is_not_finite_is_null_in_the_file(tmp_path, world):

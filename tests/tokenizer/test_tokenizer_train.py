@@ -66,6 +66,10 @@ def test_the_loss_falls_and_nothing_adversarial_happens_before_its_start(tmp_pat
     assert history[-1]["reconstruction"] < history[0]["reconstruction"]
     for name in ("discriminator", "generator", "adaptive_weight"):
         assert [line["step"] for line in history if name in line] == [4, 5, 6, 7, 8]
+    # The discriminator is not in the checkpoints of the steps before it is trained.
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(kept) == 2
+    assert all((step / "training" / "discriminator.safetensors").exists() for step in kept)
     assert all(0 < line["codebook_usage"] <= 1 for line in history)
     measured = [m["step"] for m in metrics(tmp_path / "run") if "validation_psnr" in m]
     assert measured == [0, 4, 8]

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from core.errors import InputError
 from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
 from tokenizer.quantizers.vector import VectorOptions
@@ -33,6 +34,8 @@ class VQConfig:
         commitment_weight: Weight of the loss that pulls encoder outputs towards codebook entries;
             for ibq, as published, of the loss that pulls entries towards encoder outputs.
         entropy_weight: Weight of the entropy loss, which makes all codes be used; 0 for none.
+        image_size: Height and width of the images that it was trained on, which tokenizer.train
+            writes; null if unknown. It is the default size of tokenizer.encode and reconstruct.
         vq: Options of the quantizer vq.
         fsq: Options of the quantizer fsq.
         bsq: Options of the quantizer bsq.
@@ -56,6 +59,7 @@ class VQConfig:
         "bsq",
         "simvq",
     ] = "vq"
+    image_size: tuple[int, int] | None = None
     vq: VectorOptions = field(default_factory=VectorOptions)
     fsq: FiniteScalarOptions = field(default_factory=FiniteScalarOptions)
     bsq: BinarySphericalOptions = field(default_factory=BinarySphericalOptions)
@@ -95,3 +99,27 @@ class VQConfig:
 
 
 NORM_GROUPS = 32
+USUAL_SIZE = (256, 256)  # of the published tokenizers, whose files do not tell it
+
+
+def choose_image_size(
+    config: VQConfig, asked: tuple[int, int] | None
+) -> tuple[tuple[int, int], str]:
+    """The size (height, width) to use a tokenizer at, and what a user should know of it, or "".
+
+    asked: The size that the user wants; None for the one that the tokenizer was trained at.
+    Raises InputError for a size that the tokenizer's downsampling does not divide.
+    """
+    trained = config.image_size
+    size = asked or trained or USUAL_SIZE
+    if any(side < 1 or side % config.downsample for side in size):
+        raise InputError(f"image_size {size} must be divisible by {config.downsample}")
+    if trained is None:
+        unknown = "the tokenizer does not tell its training size (--image_size '[height,width]')"
+        return size, "" if asked else f"images of {size[0]} x {size[1]} pixels; {unknown}"
+    if size == trained:
+        return size, ""
+    return size, (
+        f"images of {size[0]} x {size[1]} pixels; the tokenizer was trained at "
+        f"{trained[0]} x {trained[1]}"
+    )

@@ -4,12 +4,14 @@ Module names follow the released files, whose keys they must match.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from core.config import InputError
+from core.config import InputError, config_text
+from core.weights import save_model
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
 from tokenizer.quantizers.base import Quantizer
@@ -74,11 +76,42 @@ class VQModel(nn.Module):
         return cls(VQConfig(**{"channel_multipliers": PRESETS[name], **overrides}))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: Any, **options: Any) -> "VQModel":  # noqa: ANN401
-        """Load a released file, a folder of ours or a Hub repository."""
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> "VQModel":
+        """Load a released file, a folder of ours or a Hub repository, in eval mode.
+
+            vq = VQModel.from_pretrained("llamagen_vq16", device="cuda")
+            with torch.inference_mode():  # without it, decode keeps activations for gradients
+                images = vq.decode(codes)
+
+        device, dtype: default CPU and float32. Other options and what is raised: see
+        models.pretrained.load_tokenizer.
+        """
         from tokenizer.models.pretrained import load_tokenizer
 
-        return load_tokenizer(path_or_hub_id, **options).vq
+        return load_tokenizer(path_or_hub_id, **options).vq.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.yaml and model.safetensors to a folder, for from_pretrained.
+
+        vq.save_pretrained("weights/vq16")
+        """
+        save_model(self, config_text(self.config), Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.quant_conv.weight.dtype
 
     def for_inference(
         self, device: torch.device, dtype: torch.dtype, compile: bool = False

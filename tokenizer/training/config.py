@@ -75,6 +75,8 @@ class TrainConfig:
         if self.parallel.strategy != "ddp":
             raise ValueError("parallel.strategy: the tokenizer trains only under ddp")
         check_image_size(*self.image_size)
+        if self.model.image_size not in (None, self.image_size):
+            raise ValueError("model.image_size is that of the training images: leave it out")
         check_num_workers(self.num_workers)
         if self.validation_images < 1:
             raise ValueError("validation_images must be >= 1")

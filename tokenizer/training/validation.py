@@ -81,7 +81,7 @@ class Validation:
         """Report the scores of the reconstructions and draw them."""
         if self.world.is_main:
             fake = reconstruct(vq, self.pixels, self.world)
-            session.log(self.scores(fake))
+            session.log_evaluation(self.scores(fake))
             session.draw(side_by_side(self.pixels[:16], fake[:16], columns=8))
 
     def scores(self, fake: torch.Tensor) -> dict[str, float]:
