@@ -181,7 +181,9 @@ def build_models(
     data: The training data; only the default objective does without.
     """
     seed, chunk = config.training.seed, config.loss_chunk
-    codebook = read_codebook(data, world) if data and config.objective.loss.needs_codebook else None
+    codebook = None
+    if data and config.objective.loss.needs_codebook:
+        codebook = read_codebook(data, config.data, world)
     with torch.device("meta"):
         objective = build_objective(
             config.objective, GPT(gpt_config), chunk, seed, codebook, len(data or ())

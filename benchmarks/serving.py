@@ -41,7 +41,7 @@ from tokenizer.models.vq_model import VQModel
 
 ROOT = Path(__file__).resolve().parents[1]
 EngineName = Literal["reference", "native", "vllm"]
-SMALL_GPT = {"num_layers": 6, "num_heads": 6, "dim": 384, "vocab_size": 4096, "num_classes": 100}
+SMALL_GPT = GPTConfig(num_layers=6, num_heads=6, dim=384, vocab_size=4096, num_classes=100)
 SMALL_VQ = {"base_channels": 32, "channel_multipliers": (1, 1, 2), "num_res_blocks": 1}
 READY_SECONDS = 300  # for a server to load its model; vLLM takes most of a minute
 
@@ -89,7 +89,7 @@ def write_models(config: ServingConfig, folder: Path) -> tuple[Path, Path]:
     """A GPT and a tokenizer with random weights, as folders -> their paths."""
     torch.manual_seed(0)
     if config.quick:
-        gpt = GPT(GPTConfig(**SMALL_GPT, grid=(16, 16)))
+        gpt = GPT(SMALL_GPT)
         vq = VQModel(VQConfig(**SMALL_VQ, vocab_size=gpt.config.vocab_size))
     else:
         gpt, vq = GPT.from_preset(config.size), VQModel.from_preset("VQ-16")
@@ -258,7 +258,7 @@ def measure(config: ServingConfig) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = write_models(config, folder)
-        classes = SMALL_GPT["num_classes"] if config.quick else GPTConfig.num_classes
+        classes = SMALL_GPT.num_classes if config.quick else GPTConfig.num_classes
         for engine in config.engines:
             if f"{engine} offline" not in rows:
                 keep(f"{engine} offline", offline(config, engine, models))

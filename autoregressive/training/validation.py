@@ -76,17 +76,14 @@ def unsharded_copy(gpt: GPT, world: World, everywhere: bool = False) -> GPT:
     return whole.to(world.device).eval()
 
 
-def read_codebook(data: Dataset, world: World) -> torch.Tensor:
+def read_codebook(data: Dataset, config: DataConfig, world: World) -> torch.Tensor:
     """The vector of every code, (vocab, dim) float32, of the tokenizer that made the codes.
 
     Raises InputError where the tokenizer is missing or has changed.
     """
-    vq = find_tokenizer(data, world)
+    vq, found = find_tokenizer(data, config, world)
     if vq is None:
-        raise InputError(
-            f"objective: it needs the tokenizer {data.index.get('tokenizer')!r} of the codes, "
-            "which is missing or has changed"
-        )
+        raise InputError(f"objective: it needs the tokenizer of the codes: {found}")
     codes = torch.arange(vq.config.vocab_size, device=world.device).view(1, -1, 1)
     return vq.quantize.lookup(codes)[0, :, :, 0].T.float().contiguous()
 
