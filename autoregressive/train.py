@@ -12,18 +12,19 @@ Run the same command again to continue: the result is the same bit for bit.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
-from autoregressive.models.conditioning import Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block
-from autoregressive.objectives.next_token import NextTokenLoss, unsharded_copy
+from autoregressive.objectives.base import Objective
+from autoregressive.objectives.config import build_objective
+from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.plan import plan_training
 from autoregressive.training.validation import (
@@ -31,7 +32,9 @@ from autoregressive.training.validation import (
     SampleScorer,
     check_resumable,
     open_validation,
+    read_codebook,
     start_from,
+    unsharded_copy,
     validation_loss,
 )
 from core.config import parse_config, run_command
@@ -52,16 +55,19 @@ def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
-    gpt_config = GPTConfig(**asdict(config.model), **data.model_fields())
+    added = config.objective.loss.model_fields
+    gpt_config = GPTConfig(**asdict(config.model), **data.model_fields(), **added)
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     plan = plan_training(config, gpt_config, len(data), world)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
-    models = build_models(config, gpt_config, world, initialized=not resumes)
+    models = build_models(config, gpt_config, world, not resumes, data)
     flops = gpt_config.training_flops
     session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
-    batches = prefetch(training_batches(config, data, world, session.samples), world.device)
+    batches = prefetch(
+        training_batches(config, data, world, session.samples, models.objective), world.device
+    )
     scorer = SampleScorer(config, data, world)
     grid = SampleGrid(config, data, gpt_config, scorer.vq, world)
     losses = MeanLoss(world)
@@ -71,13 +77,14 @@ def train(config: TrainConfig, world: World) -> None:
     for step in session.steps():
         # One optimizer step.
         seed_step(config.training.seed, step, world.rank)
+        models.objective.begin_step(step / config.training.num_steps)
         for i in range(config.training.gradient_accumulation):
             with session.waiting_for_data():
-                codes, condition, dropped = next(batches)
+                batch = next(batches)
             accumulating = i + 1 < config.training.gradient_accumulation
             with no_sync(models.parallel) if accumulating else contextlib.nullcontext():
                 with world.autocast(config.training.precision):
-                    loss = models.parallel(codes, condition, dropped)
+                    loss = models.parallel(*batch)
                     loss = loss / config.training.gradient_accumulation
                 loss.backward()
             losses.add(loss)
@@ -109,10 +116,10 @@ def train(config: TrainConfig, world: World) -> None:
 class TrainingModels(NamedTuple):
     """The transformer with its loss, its EMA and its optimizer."""
 
-    objective: NextTokenLoss
+    objective: Objective
     parallel: nn.Module  # the objective, wrapped for training on several processes
     ema: EMA[GPT] | None
-    ema_objective: NextTokenLoss  # the loss of the EMA model; the objective itself without EMA
+    ema_objective: Objective  # the loss of the EMA model; the objective itself without EMA
     stepper: Stepper
 
     @property
@@ -123,6 +130,7 @@ class TrainingModels(NamedTuple):
             "model": self.objective.gpt,
             "ema": ema_model,
             "optimizer": self.stepper.optimizer,
+            "objective": self.objective.heads,
         }
 
 
@@ -148,7 +156,7 @@ class MeanLoss:
 
 
 def evaluate(
-    session: Session, objective: NextTokenLoss, validation: Dataset | None, grid: SampleGrid
+    session: Session, objective: Objective, validation: Dataset | None, grid: SampleGrid
 ) -> None:
     """Report the validation loss and draw the sample grid; all ranks call it."""
     if validation:
@@ -161,46 +169,63 @@ def evaluate(
 
 
 def build_models(
-    config: TrainConfig, gpt_config: GPTConfig, world: World, initialized: bool
+    config: TrainConfig,
+    gpt_config: GPTConfig,
+    world: World,
+    initialized: bool,
+    data: Dataset | None = None,
 ) -> TrainingModels:
     """Build the transformer, its EMA and its optimizer, sharded over the processes.
 
     initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
+    data: The training data; only the default objective does without.
     """
+    seed, chunk = config.training.seed, config.loss_chunk
+    codebook = read_codebook(data, world) if data and config.objective.loss.needs_codebook else None
     with torch.device("meta"):
-        objective = NextTokenLoss(GPT(gpt_config), config.loss_chunk)
+        objective = build_objective(
+            config.objective, GPT(gpt_config), chunk, seed, codebook, len(data or ())
+        )
     parallel = prepare(objective, config.parallel, world, config.training.precision, Block)
     gpt = objective.gpt
     gpt.build_rotary()
     if initialized and config.init_from:
-        start_from(gpt, config.init_from)
+        start_from(gpt, config.init_from, seed)
     elif initialized:
-        initialize(gpt, config.training.seed)
+        initialize(gpt, seed)
+    objective.prepare(seed, codebook)
+    if objective.reference is not None and config.init_from:
+        start_from(objective.reference, config.init_from, seed)
     ema, ema_objective = None, objective
     if config.training.ema_decay is not None:
         with torch.device("meta"):
-            ema_objective = NextTokenLoss(GPT(gpt_config), config.loss_chunk)
+            ema_objective = NextTokenLoss(GPT(gpt_config), chunk)
         ema_objective.requires_grad_(False).eval()
         shard(ema_objective, config.parallel, world, config.training.precision, Block)
         ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
-    optimizer = build_adamw(gpt, config.optimizer)
+    optimizer = build_adamw(gpt, config.optimizer, objective.heads)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)
 
 
 def training_batches(
-    config: TrainConfig, data: Dataset, world: World, samples: int
-) -> Iterator[tuple[torch.Tensor, Condition, torch.Tensor]]:
-    """This rank's micro-batches after `samples` samples: codes, condition, drop_condition."""
-    order = ShuffledOrder(len(data), config.training.seed)
+    config: TrainConfig, data: Dataset, world: World, samples: int, objective: Objective
+) -> Iterator[tuple[Any, ...]]:
+    """This rank's micro-batches after `samples` samples: the arguments of Objective.forward."""
+    seed, size = config.training.seed, config.training.batch_size
+    order = ShuffledOrder(len(data), seed)
     while True:
         for positions in local_positions(
-            samples, config.training.batch_size, config.training.gradient_accumulation, world
+            samples, size, config.training.gradient_accumulation, world
         ):
-            codes, condition = data.batch(order[positions], positions, config.training.seed)
-            dropped = drop_condition(positions, config.condition_dropout, config.training.seed)
-            yield codes, condition, dropped
-        samples += config.training.batch_size
+            rows = order[positions]
+            codes, condition = data.batch(rows, positions, seed)
+            dropped = drop_condition(positions, config.condition_dropout, seed)
+            # The places after them in the global batch, whatever this process has of it.
+            after = samples + (positions - samples + 1) % size
+            extra = objective.extra(rows, lambda at=after: data.batch(order[at], at, seed)[1])
+            yield codes, condition, dropped, torch.from_numpy(positions), extra
+        samples += size
 
 
 def main() -> None:

@@ -170,9 +170,9 @@ def fingerprint_of_files(paths: Sequence[Path]) -> FilesFingerprint:
     for number, path in enumerate(map(Path, paths)):
         size, time, begin = "missing", "", b""
         with contextlib.suppress(OSError):
-            stat = path.stat()
-            size, time = str(stat.st_size), f" {stat.st_mtime_ns}"
-            if number % every == 0:
+            facts = path.stat()
+            size, time = str(facts.st_size), f" {facts.st_mtime_ns}"
+            if number % every == 0 and stat.S_ISREG(facts.st_mode):  # a pipe would never end
                 with path.open("rb") as file:
                     begin = file.read(SAMPLED_BYTES)
         content.update(os.fsencode(f"{path.name}\n{size}\n") + begin)

@@ -9,9 +9,8 @@ Run it again: finished stages are recognised, and a stage that was killed contin
 
 import argparse
 import json
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = Path("configs") / "demo"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from stages import Stages
+
 SIDE = 32  # pixels
 HELD_OUT = 300  # real digits on which neither the models nor the classifier are trained
+LARGER = 4  # how much the images of the table are enlarged
 
 
 def main() -> None:
@@ -30,56 +31,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The whole pipeline on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo", help="the demo's folder")
     out = parser.parse_args().out
-    started = time.monotonic()
-    write_digits(out / "digits")
+    stages = Stages(out, Path("configs") / "demo")
+    stages.step(out / "digits", "0", lambda: write_digits(out / "digits"))
     train, test = out / "digits" / "train", out / "digits" / "test"
-    tokenizer, gpt, samples = out / "tokenizer", out / "gpt", out / "samples"
-    stage("tokenizer.train", "tokenizer.yaml", "--data", train, "--out", tokenizer)
-    stage(
-        "tokenizer.reconstruct",
-        "reconstruct.yaml",
-        *("--tokenizer", tokenizer, "--data", test, "--out", out / "reconstructions"),
-    )
+    tokenizer, gpt, codes = out / "tokenizer", out / "gpt", out / "codes"
+    with_tokenizer = ("--tokenizer", tokenizer)
+    run = stages.command
+    run("tokenizer.train", "tokenizer.yaml", tokenizer, "--data", train)
+    rebuilt = out / "reconstructions"
+    run("tokenizer.reconstruct", "reconstruct.yaml", rebuilt, *with_tokenizer, "--data", test)
     for name, images in (("train", train), ("test", test)):
-        codes = out / "codes" / name
-        stage(
-            "tokenizer.encode",
-            "encode.yaml",
-            *("--tokenizer", tokenizer, "--data", images, "--out", codes),
-        )
-    codes = out / "codes"
-    stage(
-        "autoregressive.train",
-        "gpt.yaml",
-        *("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'test'}]"),
-        *("--out", gpt),
-    )
-    stage(
-        "autoregressive.sample",
-        "sample.yaml",
-        *("--gpt", gpt, "--tokenizer", tokenizer, "--out", samples),
-    )
-    stage("evaluations.reference", "reference.yaml", "--images", train, "--out", out / "real.npz")
-    stage(
-        "evaluations.score",
-        "score.yaml",
-        *("--samples", samples, "--metrics.reference", out / "real.npz", "--out", out / "scores"),
-    )
-    print_table(out, time.monotonic() - started)
-
-
-def stage(module: str, config: str, *flags: object) -> None:
-    """Run one command with this demo's configuration."""
-    run_stage(module, CONFIGS / config, *flags)
-
-
-def run_stage(module: str, config: Path, *flags: object) -> None:
-    """Run one command as a user would; stop where it fails."""
-    command = [sys.executable, "-m", module, "--config", str(config), *map(str, flags)]
-    print(f"\n$ python {' '.join(command[1:])}", flush=True)
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if code:
-        sys.exit(code)
+        run("tokenizer.encode", "encode.yaml", codes / name, *with_tokenizer, "--data", images)
+    trained_on = ("--data.codes", f"[{codes / 'train'}]", "--validation", f"[{codes / 'test'}]")
+    run("autoregressive.train", "gpt.yaml", gpt, *trained_on)
+    run("autoregressive.sample", "sample.yaml", out / "samples", "--gpt", gpt, *with_tokenizer)
+    run("evaluations.reference", "reference.yaml", out / "real.npz", "--images", train)
+    scored = ("--samples", out / "samples", "--metrics.reference", out / "real.npz")
+    run("evaluations.score", "score.yaml", out / "scores", *scored)
+    print_table(out, stages.times())
 
 
 def write_digits(folder: Path) -> None:
@@ -113,12 +82,12 @@ def classifier_features(pixels: np.ndarray) -> np.ndarray:
     )
 
 
-def print_table(out: Path, seconds: float) -> None:
+def print_table(out: Path, times: list[tuple[str, str]]) -> None:
     """Print the scores of the run and where its images are."""
-    classifier = SVC(C=10).fit(*_labelled_features(out / "digits" / "train"))
-    real_accuracy = classifier.score(*_labelled_features(out / "digits" / "test"))
+    classify = digit_classifier(out)
     with np.load(out / "samples" / "samples.npz", allow_pickle=False) as file:
-        agreement = classifier.score(classifier_features(file["arr_0"]), file["arr_1"])
+        agreement = classify(file["arr_0"], file["arr_1"])
+    real_accuracy = classify(*read_digits(out / "digits" / "test"))
     reconstruction = json.loads((out / "reconstructions" / "scores.json").read_text())
     scores = json.loads((out / "scores" / "scores.json").read_text())
     lines = (out / "gpt" / "metrics.jsonl").read_text().splitlines()
@@ -129,20 +98,34 @@ def print_table(out: Path, seconds: float) -> None:
         ("validation loss (nats per code)", f"{losses[-1]['validation_loss']:.3f}"),
         ("agreement (1,000 generated digits)", f"{agreement:.3f}"),
         ("classifier accuracy on held-out real digits", f"{real_accuracy:.3f}"),
+        ("recall (how much of the real is generated)", f"{scores['proxy_recall_fp32']:.3f}"),
+        ("coverage", f"{scores['proxy_coverage']:.3f}"),
+        ("precision", f"{scores['proxy_precision_fp32']:.3f}"),
         ("proxy Frechet distance (NOT FID)", f"{scores['proxy_fd']:.4f}"),
-        ("time", f"{seconds:.0f} s"),
+        *times,
     ]
     print()
     for name, value in rows:
-        print(f"{name:<42} {value}")
-    print()
-    for path in ("samples/samples.png", "reconstructions/reconstructions.png", "gpt/curves.png"):
-        print(out / path)
+        print(f"{name:<44} {value}")
+    print("\nThe scores are the same on every machine with the same number of threads.\n")
+    for name in ("samples", "reconstructions"):
+        print(enlarge(out / name / f"{name}.png", out / f"{name}.png"))
+    print(out / "gpt" / "curves.png")
 
 
-def _labelled_features(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    pixels, classes = read_digits(folder)
-    return classifier_features(pixels), classes
+def enlarge(source: Path, target: Path) -> Path:
+    """Write a grid of small images LARGER times as large -> the new file."""
+    grid = Image.open(source)
+    size = (grid.width * LARGER, grid.height * LARGER)
+    grid.resize(size, Image.Resampling.NEAREST).save(target)
+    return target
+
+
+def digit_classifier(out: Path) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A function from pixels and classes to how many a classifier of real digits agrees with."""
+    pixels, classes = read_digits(out / "digits" / "train")
+    classifier = SVC(C=10).fit(classifier_features(pixels), classes)
+    return lambda pixels, labels: float(classifier.score(classifier_features(pixels), labels))
 
 
 if __name__ == "__main__":

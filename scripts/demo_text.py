@@ -9,6 +9,7 @@ again: finished stages are recognised, and only new prompts are sampled.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -20,12 +21,15 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import run_stage
 from shapes import Scene, all_scenes, check, draw
+from stages import run_stage
+
+from core.data.grids import enlarged_grid
 
 HELD_OUT = (350, 150)  # captions of one object, of two
 IMAGES = 4  # of each training caption
 T5_STEPS, T5_CONTEXT = 400, 3  # training steps; words on either side that a byte learns
+TYPED_TIMES = 8  # how much the images of typed prompts are enlarged
 CHECKED = 1000  # drawings that validate the checker
 
 
@@ -55,20 +59,39 @@ def main() -> None:
         *("--out", gpt),
     )
     models = ("--gpt", gpt, "--tokenizer", tokenizer, "--conditions.text_encoder", out / "t5")
+    if options.prompt:
+        sample_typed(out, options.prompt, models, seen)
     stage(
         "autoregressive.sample",
         "sample.yaml",
         *(*models, "--conditions.prompts", out / "held_out.txt", "--out", out / "samples"),
     )
     print_table(out, held_out, time.monotonic() - started)
-    if options.prompt:
-        typed = out / "typed"
-        shutil.rmtree(typed, ignore_errors=True)
-        typed.mkdir()
-        (typed / "prompts.txt").write_text("\n".join(options.prompt) + "\n", "utf-8")
-        asked = ("--conditions.prompts", typed / "prompts.txt")
-        asked += ("--conditions.images_per_prompt", 4)
-        stage("autoregressive.sample", "sample.yaml", *models, *asked, "--out", typed / "samples")
+
+
+def sample_typed(
+    out: Path, prompts: list[str], models: tuple[object, ...], captions: set[str]
+) -> None:
+    """Sample four images of each prompt, and name the words that no training caption has."""
+    typed = out / "typed"
+    shutil.rmtree(typed, ignore_errors=True)
+    typed.mkdir()
+    (typed / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
+    asked = ("--conditions.prompts", typed / "prompts.txt", "--conditions.images_per_prompt", 4)
+    stage("autoregressive.sample", "sample.yaml", *models, *asked, "--out", typed / "samples")
+    with np.load(typed / "samples" / "samples.npz", allow_pickle=False) as file:
+        images = [Image.fromarray(image) for image in file["arr_0"]]
+    enlarged_grid(images, columns=4, times=TYPED_TIMES).save(typed / "typed.png")
+    print(f"\nyour prompts, four images each: {typed / 'typed.png'}")
+    known = {word for caption in captions for word in words_of(caption)}
+    new = [word for word in dict.fromkeys(words_of(" ".join(prompts))) if word not in known]
+    if new:
+        print(f"words that training never saw: {', '.join(new)}")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
 def stage(module: str, config: str, *flags: object) -> None:

@@ -51,6 +51,8 @@ class ReconstructionConfig:
         vgg_weights: torchvision's vgg16-397923af.pth; null to use its cache or to download it.
         grid_images: Number of images in reconstructions.png.
         grid_columns: Images per row.
+        grid_spread: Show images spread evenly over the data, and so over its classes, instead of
+            the first ones.
         weights: The weights to load; auto takes the EMA weights if there are any.
         verify_weights: Compare the files of our checkpoints with their checksums.
         batch_size: Images per forward pass on each process.
@@ -70,6 +72,7 @@ class ReconstructionConfig:
     vgg_weights: Path | None = None
     grid_images: int = 16
     grid_columns: int = 8
+    grid_spread: bool = False
     weights: Weights = "auto"
     verify_weights: bool = True
     batch_size: int = 32
@@ -106,6 +109,8 @@ def reconstruct(config: ReconstructionConfig, world: World) -> None:
     usage = CodebookUsage(vq.quantize.vocab_size, world.device)
     sums: dict[str, torch.Tensor] = {}
     count, skipped, shown = 0, [], []
+    each = max(len(mine) // config.grid_images, 1) if config.grid_spread else 1
+    spread = np.array(mine[::each])
     with tqdm(total=len(images), unit="image", disable=not world.is_main) as bar:
         for batch in ordered_batches(dataset, mine, config.batch_size, config.num_workers):
             skipped += batch.skipped
@@ -119,13 +124,15 @@ def reconstruct(config: ReconstructionConfig, world: World) -> None:
                 sums[name] = sums.get(name, 0) + values.double().sum()
             if rfid:
                 rfid.update(real, fake, batch.indices)
-            if count < config.grid_images:
-                shown.append((real.cpu(), fake.cpu()))
+            if len(shown) < config.grid_images:
+                chosen = np.flatnonzero(np.isin(batch.indices, spread))
+                shown += [(real[i].cpu(), fake[i].cpu()) for i in chosen]
             count += len(real)
     distances = rfid.scores() if rfid else {}
     write(config, world, usage, sums, distances, count, skipped, sha256)
     if world.is_main and shown:
-        real, fake = (torch.cat(part)[: config.grid_images] for part in zip(*shown, strict=True))
+        pairs = zip(*shown[: config.grid_images], strict=True)
+        real, fake = (torch.stack(part) for part in pairs)
         save_png(side_by_side(real, fake, config.grid_columns), config.out / "reconstructions.png")
         print(config.out / "reconstructions.png")
 

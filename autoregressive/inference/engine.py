@@ -1,17 +1,11 @@
 """The inference engine: a GPT with packed weights, a key-value cache, and CUDA graphs.
 
-It is exact: a step computes what `GPT.forward` computes at one position. Classifier-free guidance
-is applied to the hidden states. Because the output head is linear, this equals guiding the logits,
-and the head runs once per image instead of twice. Unconditional rows are dropped after the last
-guided code. On a GPU the whole step, sampling included, is one CUDA graph that reads and writes
-fixed buffers, so the host never waits for the device.
-
-A step can verify several codes (speculative Jacobi decoding, Teng et al., arXiv 2410.01699, with
-common random numbers from one iteration to the next). It reads the last code and
-`speculation_window` - 1 guesses, and samples the code after each. A guess that equals the code
-sampled at its position is accepted, and so is the code sampled after it; the remaining samples are
-the next step's guesses. A code's randomness depends only on its position, so the image is the one
-that plain sampling gives.
+It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on hidden
+states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
+last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
+A step can verify several codes (speculative Jacobi decoding, arXiv 2410.01699, with common random
+numbers): it samples the code after the last one and each guess, and accepts guesses that equal the
+codes sampled there; a code's randomness depends only on its position.
 """
 
 import copy
@@ -37,8 +31,7 @@ from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
 # Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
-# on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind (10 GB at 576
-# codes of 32 images).
+# on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind.
 GRAPH_BUCKET, CPU_BUCKET = 64, 16
 QUANTIZED_CACHES = {"int8": Int8Cache, "fp8": Fp8Cache}
 
@@ -151,7 +144,10 @@ class InferenceEngine:
         if precision:
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.embedding = weight.detach().to(self.device, dtype)
-        like = self.embedding[:0]
+        like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
+        if gpt.target_position is not None:
+            table = gpt.target_position.weight.detach()
+            self.targets = F.pad(table, (0, 0, 0, len(table))).to(like)
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
@@ -222,13 +218,13 @@ class InferenceEngine:
         """The buffers of this batch size. Caches only grow, because graphs keep their addresses."""
         config, batch = self.config, len(request.sample_bits)
         window = request.speculation_window
-        capacity = config.num_condition + config.num_codes + window - 1
-        cache = self.cache
+        capacity, cache = config.num_condition + config.num_codes + window - 1, self.cache
         if cache is None or cache.rows < 2 * batch or cache.capacity < capacity:
             self.graphs.clear()
             heads = config.kv_heads, self.head_dim
+            fitted = self.device.type == "cpu" and not self.compiled
             self.cache = self.cache_type(
-                config.num_layers, 2 * batch, capacity, heads, self.embedding
+                config.num_layers, 2 * batch, capacity, heads, self.embedding, fitted
             )
         key = batch, window
         if key not in self.states:
@@ -261,11 +257,14 @@ class InferenceEngine:
             ragged = bool((lengths != longest).any())
         state.prefix_lengths[:rows] = longest if lengths is None else lengths
         lengths = state.prefix_lengths[:rows]
+        if self.targets is not None:
+            x[torch.arange(rows, device=self.device), lengths - 1] += self.targets[0]
         first = self.config.num_condition - longest
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         scale, row_lengths = self.attention_scale, lengths.int()
         metadata = AttentionMetadata(scale, slots, row_lengths, longest, longest, None)
+        self.cache.fit(rows, longest)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.prefill, layer, metadata)
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
@@ -295,6 +294,8 @@ class InferenceEngine:
         positions = state.filled - 1 + state.offsets
         inputs = state.codes.gather(1, positions)
         x, rotary_rows = self.embedding[inputs], self.config.num_condition + positions
+        if self.targets is not None:
+            x = x + self.targets[positions + 1]
         if state.window > 1:
             rotary_rows = rotary_rows.clamp_(max=len(self.rotary) - 1)  # of finished rows
         rotary = self.rotary[rotary_rows]
@@ -309,6 +310,7 @@ class InferenceEngine:
         metadata = AttentionMetadata(
             self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask
         )
+        self.cache.fit(len(x), kv_end)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.attend, layer, metadata)
             x = block(x, rotary, attend, state.modulation(i, len(x)))
@@ -330,8 +332,8 @@ class InferenceEngine:
         if guided:
             conditional, unconditional = hidden.float().chunk(2)
             scale = state.cfg_scales[positions][..., None]
-            hidden = unconditional + scale * (conditional - unconditional)
-            hidden = hidden.to(self.embedding.dtype)
+            guided_hidden = unconditional + scale * (conditional - unconditional)
+            hidden = guided_hidden.to(self.embedding.dtype)
         logits = self.output(hidden.flatten(0, 1)).float()
         sample_bits = state.sample_bits.expand_as(positions).reshape(-1, 1)
         sampled = sampler(logits, sample_bits, positions.reshape(-1, 1)).view_as(positions)

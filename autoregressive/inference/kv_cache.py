@@ -15,10 +15,6 @@ from autoregressive.models.transformer import causal_attention
 
 KVBuffer = tuple[torch.Tensor, ...]  # the keys of one layer, or its values
 
-# Bytes of keys that the eager attention on a CPU reads at a time. In bf16, oneDNN copies a slice
-# before it multiplies; a copy that stays in the processor's cache costs little.
-CHUNK_BYTES = 3 * 2**20
-
 
 class LayerCache(NamedTuple):
     """The keys and values that one transformer block has stored."""
@@ -57,17 +53,41 @@ class PrefixCache:
         capacity: Number of slots of a sequence.
         heads: Number of key and value heads, and their width.
         like: A tensor of the dtype and on the device of the keys and values.
+        fitted: Let `fit` move the buffers; False where graphs keep their addresses.
     """
 
     def __init__(
-        self, num_layers: int, rows: int, capacity: int, heads: tuple[int, int], like: torch.Tensor
+        self,
+        num_layers: int,
+        rows: int,
+        capacity: int,
+        heads: tuple[int, int],
+        like: torch.Tensor,
+        fitted: bool = False,
     ) -> None:
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity, self.fitted = rows, capacity, fitted
+        self.extent = rows, capacity
         shape = self.shape(rows, capacity, heads)
-        self.layers = [
-            LayerCache(self.buffer(shape, like), self.buffer(shape, like))
-            for _ in range(num_layers)
-        ]
+        self.memory = [self.buffer(shape, like) for _ in range(2 * num_layers)]
+        self.layers = _pairs(self.memory)
+
+    def fit(self, rows: int, end: int) -> None:
+        """Lay the buffers out for the first `rows` rows and `end` slots; what is in them stays.
+
+        A slice of a larger buffer is not contiguous, and oneDNN copies it at every product in
+        bfloat16. Here every buffer moves into the memory that the one before it has left.
+        """
+        if not self.fitted or self.extent == (rows, end):
+            return
+        buffers = [buffer for layer in self.layers for buffer in layer]
+        if len(self.memory) == len(buffers):
+            self.memory.append(tuple(torch.empty_like(part) for part in self.memory[0]))
+        # Buffer i is in memory i, and the last memory is free.
+        self.memory = self.memory[-1:] + self.memory[:-1]
+        for i, buffer in enumerate(buffers):
+            parts = zip(buffer, self.memory[i], strict=True)
+            buffers[i] = tuple(_move(part, memory, rows, end) for part, memory in parts)
+        self.layers, self.extent = _pairs(buffers), (rows, end)
 
     @classmethod
     def shape(cls, rows: int, capacity: int, heads: tuple[int, int]) -> tuple[int, ...]:
@@ -131,9 +151,9 @@ class PrefixCache:
         return (new,)
 
     @classmethod
-    def read(cls, buffer: KVBuffer, rows: slice, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `end` slots of these rows, (rows, kv_heads, end, head_dim) in `dtype`."""
-        return buffer[0][rows, :, :end]
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots of the first rows, (rows, kv_heads, end, head_dim) in `dtype`."""
+        return buffer[0][:rows, :, :end]
 
     @classmethod
     def write(cls, buffer: KVBuffer, metadata: AttentionMetadata, new: torch.Tensor) -> None:
@@ -155,42 +175,48 @@ class PrefixCache:
         """Attention of queries (rows, new, heads, head_dim) to the stored slots -> same shape.
 
         Plain matrix products with the keys on the left. For one query in bfloat16 on a CPU they
-        are two to three times as fast as the fused attention, and in float32 no slower. A compiler
-        fuses them into one pass over memory; without one, a few rows are read at a time.
+        are two to three times as fast as the fused attention, and in float32 no slower; a compiler
+        fuses them into one pass over memory.
         """
-        rows = len(queries)
-        at_once = rows
-        if queries.device.type == "cpu" and not torch.compiler.is_compiling():
-            kv_heads, _, head_dim = layer.keys[0].shape[1:]
-            row_bytes = kv_heads * metadata.kv_end * head_dim * queries.element_size()
-            at_once = max(1, CHUNK_BYTES // row_bytes)
-        if at_once >= rows:
-            return cls._attend_rows(layer, metadata, queries, 0)
-        attended = [
-            cls._attend_rows(layer, metadata, chunk, i * at_once)
-            for i, chunk in enumerate(queries.split(at_once))
-        ]
-        return torch.cat(attended)
-
-    @classmethod
-    def _attend_rows(
-        cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor, first: int
-    ) -> torch.Tensor:
-        """See `attention`; the queries are those of the rows from `first` on."""
-        new = queries.shape[1]
-        rows = slice(first, first + len(queries))
+        rows, new = queries.shape[:2]
         past = cls.read(layer.keys, rows, metadata.kv_end, queries.dtype)
         # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
         scores = (past @ columns.flatten(3)).float() * metadata.scale
         if metadata.mask is not None:
-            mask = metadata.mask[rows].transpose(1, 2)[:, None, :, None]
+            mask = metadata.mask.transpose(1, 2)[:, None, :, None]
             scores = scores.unflatten(3, (-1, new)).masked_fill(mask, float("-inf")).flatten(3)
         elif metadata.kv_length < metadata.kv_end:
             scores[:, :, metadata.kv_length :] = float("-inf")
-        weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
+        weights = _softmax_over_slots(scores, queries.dtype)
         attended = weights @ cls.read(layer.values, rows, metadata.kv_end, queries.dtype)
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _softmax_over_slots(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scores (rows, kv_heads, slots, n) float32 -> weights (rows, kv_heads, n, slots) in `dtype`.
+
+    On a CPU, softmax over the last axis is four times as fast. In float32 it would change the last
+    bits of images of before; in bfloat16, rounding hides nearly all of it.
+    """
+    if scores.shape[3] == 1 and dtype != torch.float32:
+        return scores.transpose(2, 3).softmax(dim=3).to(dtype)
+    return scores.softmax(dim=2).to(dtype).transpose(2, 3)
+
+
+def _pairs(buffers: list[KVBuffer]) -> list[LayerCache]:
+    return list(map(LayerCache, buffers[::2], buffers[1::2]))
+
+
+def _move(old: torch.Tensor, memory: torch.Tensor, rows: int, end: int) -> torch.Tensor:
+    """`old` (rows, kv_heads, slots, width) in contiguous memory, cut or filled with zeros."""
+    _, heads, slots, width = old.shape
+    new = memory.view(-1)[: rows * heads * end * width].view(rows, heads, end, width)
+    kept, slots = min(len(old), rows), min(slots, end)
+    new[:kept, :, :slots] = old[:kept, :, :slots]
+    new[:kept, :, slots:] = 0
+    new[kept:] = 0
+    return new
 
 
 class QuantizedCache(PrefixCache):
@@ -211,9 +237,9 @@ class QuantizedCache(PrefixCache):
         return codes, scales[..., None]
 
     @classmethod
-    def read(cls, buffer: KVBuffer, rows: slice, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `end` slots of these rows, (rows, kv_heads, end, head_dim) in `dtype`."""
-        codes, scales = (part[rows, :, :end] for part in buffer)
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots of the first rows, (rows, kv_heads, end, head_dim) in `dtype`."""
+        codes, scales = (part[:rows, :, :end] for part in buffer)
         return codes.to(dtype) * scales.to(dtype)
 
 

@@ -121,6 +121,14 @@ def as_condition(value: Any) -> Condition:  # noqa: ANN401 - the public door che
     )
 
 
+def class_labels(value: Any) -> torch.Tensor:  # noqa: ANN401 - as for as_condition
+    """The labels (batch,) int64 of a condition; raises InputError for captions."""
+    condition = as_condition(value)
+    if not isinstance(condition, ClassCondition):
+        raise InputError("condition: expected labels (batch,) int64, got captions")
+    return condition.labels
+
+
 class ClassEmbedding(nn.Module):
     """One prefix token per image, looked up by class; index `num_classes` is the null class."""
 

@@ -25,6 +25,8 @@ class GPTConfig(TransformerConfig):
             unknown.
         guidance_input: The model takes the guidance strength as an input, and samples with one row
             per image instead of two (GFT).
+        target_position: A vector of the grid position to predict is added to each input, for
+            models trained in random order (RAR); zero at the start.
     """
 
     condition: Literal["class", "text"] = "class"
@@ -36,6 +38,7 @@ class GPTConfig(TransformerConfig):
     max_text_tokens: int = 120
     text_encoder: str = ""
     guidance_input: bool = False
+    target_position: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

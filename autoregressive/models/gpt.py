@@ -45,6 +45,9 @@ class GPT(nn.Module):
             self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
         self.t_embedder = GuidanceEmbedding(config.dim) if config.guidance_input else None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.target_position = (
+            nn.Embedding(config.num_codes, config.dim) if config.target_position else None
+        )
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -97,7 +100,8 @@ class GPT(nn.Module):
         """How a tensor of the state dict is initialised; see core.initialization."""
         if name.endswith("norm.weight"):
             return Constant(1.0)
-        if name in ("output.weight", "t_embedder.mlp.2.weight") or name.endswith(".bias"):
+        zero = ("output.weight", "t_embedder.mlp.2.weight", "target_position.weight")
+        if name in zero or name.endswith(".bias"):
             # A zero head: the first loss is ln(vocab_size).
             return Constant(0.0)
         if name == "cls_embedding.uncond_embedding":
@@ -144,15 +148,32 @@ class GPT(nn.Module):
 
         Entry i predicts codes[:, i]. Arguments as for `forward`.
         """
-        condition, device = as_condition(condition), codes.device
-        batch, num_codes = codes.shape
+        inputs = self.tok_embeddings(codes[:, :-1])
+        return self.hidden_of(inputs, condition, drop_condition, positions, guidance)
+
+    def hidden_of(
+        self,
+        inputs: torch.Tensor,
+        condition: ConditionLike,
+        drop_condition: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        taps: dict[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As `hidden`, from the vectors of the codes: inputs (batch, N - 1, dim).
+
+        taps: Its keys are blocks' indices; the values become these blocks' outputs (batch, N,
+            dim): entry i predicts code i, and its input is code i - 1.
+        """
+        condition, device = as_condition(condition), inputs.device
+        batch, num_codes = inputs.shape[0], inputs.shape[1] + 1
         if drop_condition is None:
             drop_condition = torch.zeros(batch, dtype=torch.bool, device=device)
         if positions is None:
             positions = torch.arange(num_codes, device=device)[None]
         prefix = self.prefix(condition, drop_condition, guidance)
         adaptive = None if self.norm_ada_lin is None else prefix
-        x = torch.cat([prefix, self.tok_embeddings(codes[:, :-1])], dim=1)
+        x = torch.cat([prefix, inputs], dim=1)
         # Rows of the rotary table: condition tokens use the last ones before the grid's.
         num_prefix, num_condition = prefix.shape[1], self.config.num_condition
         first = torch.arange(num_condition - num_prefix, num_condition, device=device)
@@ -161,12 +182,35 @@ class GPT(nn.Module):
         )
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
-            return self._blocks(x, self.rotary[rows], adaptive)[:, num_prefix - 1 :]
+            x = self._add_targets(x, positions, num_prefix - 1)
+            hidden = self._blocks(x, self.rotary[rows], adaptive, taps)
+            if taps is not None:
+                taps.update({i: tap[:, num_prefix - 1 :] for i, tap in taps.items()})
+            return hidden[:, num_prefix - 1 :]
         order = ragged_order(lengths, num_prefix, num_codes - 1)
         x = x.gather(1, order[..., None].expand_as(x))
-        hidden = self._blocks(x, self.rotary[rows.expand(batch, -1).gather(1, order)])
-        last = lengths[:, None] - 1 + torch.arange(num_codes, device=device)
-        return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        last = (lengths[:, None] - 1 + torch.arange(num_codes, device=device))[..., None]
+        last = last.expand(-1, -1, x.shape[-1])
+        x = self._add_targets(x, positions, last)
+        rotary = self.rotary[rows.expand(batch, -1).gather(1, order)]
+        hidden = self._blocks(x, rotary, taps=taps)
+        if taps is not None:
+            taps.update({i: tap.gather(1, last) for i, tap in taps.items()})
+        return hidden.gather(1, last)
+
+    def _add_targets(
+        self, x: torch.Tensor, positions: torch.Tensor, places: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Add to each input the vector of the grid position that it predicts, if the model does.
+
+        places: where the input that predicts the first code is, or of all of them an index like x.
+        """
+        if self.target_position is None:
+            return x
+        targets = self.target_position(positions).to(x.dtype)
+        if isinstance(places, int):
+            return torch.cat([x[:, :places], x[:, places:] + targets], dim=1)
+        return x.scatter_add(1, places, targets.expand(len(x), -1, -1))
 
     def prefix(
         self, condition: Condition, drop: torch.Tensor, guidance: torch.Tensor | None
@@ -183,11 +227,17 @@ class GPT(nn.Module):
         return tokens + self.t_embedder(guidance)
 
     def _blocks(
-        self, x: torch.Tensor, rotary: torch.Tensor, condition: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        taps: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         x = self.tok_dropout(x)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
+            if taps is not None and i in taps:
+                taps[i] = x
         x = self.norm(x)
         if self.norm_ada_lin is None:
             return x

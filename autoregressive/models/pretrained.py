@@ -101,6 +101,7 @@ def _infer_config(
         fields = infer_transformer_fields(tensors, overrides.get("num_heads"))
         fields["vocab_size"] = len(tensors["tok_embeddings.weight"])
         fields["guidance_input"] = "t_embedder.mlp.0.weight" in tensors
+        fields["target_position"] = "target_position.weight" in tensors
     except KeyError as error:
         raise InputError(f"{path}: not a GPT of this project ({error} is missing)") from error
     except (ValueError, IndexError, ZeroDivisionError, TypeError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.transformer import TransformerConfig
+from autoregressive.objectives.config import ObjectiveConfig
 from core.distributed.parallel import ParallelConfig
 from core.training.config import TrainingConfig
 from core.training.optimizer import OptimizerConfig
@@ -45,6 +46,7 @@ class TrainConfig:
         validation_samples: How many of them to use at most; null for all.
         training: Length, batch size, precision and seed.
         model: Shape of the transformer.
+        objective: What is minimised: cross-entropy of the next code, or another objective.
         optimizer: AdamW and its schedule.
         parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
         report: How often to report, evaluate and save.
@@ -68,6 +70,7 @@ class TrainConfig:
     init_from: str | None = None
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(1501200, 256))
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -88,5 +91,7 @@ class TrainConfig:
             raise ValueError("validation_samples must be >= 1, or null for all")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError("condition_dropout must be in [0, 1)")
+        if self.objective.kind == "contrastive" and self.init_from is None:
+            raise ValueError("objective.kind contrastive fine-tunes a model: give init_from")
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")

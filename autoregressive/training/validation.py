@@ -18,16 +18,18 @@ from autoregressive.models.conditioning import ClassCondition, Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import read_gpt
-from autoregressive.objectives.next_token import NextTokenLoss
+from autoregressive.objectives.base import Objective
 from autoregressive.sampling.loop import score_samples
 from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.training.config import TrainConfig
 from core.checksums import checkpoint_folders, find_damage
 from core.config import InputError, load_config
 from core.data.grids import image_grid
+from core.distributed.parallel import full_state, local
 from core.distributed.world import Precision, World
-from core.training.initialization import copy_weights
+from core.training.initialization import copy_weights, initialize
 from core.training.prefetch import to_device
+from core.weights import load_weights
 from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -35,16 +37,57 @@ from tokenizer.models.vq_model import VQModel
 logger = logging.getLogger(__name__)
 
 
-def start_from(gpt: GPT, source: str) -> None:
+# Parts that an objective adds to a model: weights without them are a start all the same.
+ADDED_PARTS = ("t_embedder.", "target_position.")
+
+
+def start_from(gpt: GPT, source: str, seed: int = 0) -> None:
     """Copy the weights of another training; raises InputError if they do not fit.
 
-    `gpt` may be sharded: each process reads only the rows that it holds.
+    `gpt` may be sharded: each process reads only the rows that it holds. Parts that an objective
+    adds, and that `source` does not have, get their initial values by `seed`.
     """
     given = read_gpt(source, grid=gpt.config.grid)
-    copy_weights(gpt, given.tensors, source)
+    added = [n for n in gpt.state_dict() if n.startswith(ADDED_PARTS) and n not in given.tensors]
+    if added:
+        initialize(gpt, seed)
+    copy_weights(gpt, given.tensors, source, kept=added)
     ours, theirs = gpt.config.text_encoder, given.config.text_encoder
     if ours and theirs and ours != theirs:
         raise InputError(f"init_from {source}: was trained with another text encoder")
+
+
+def unsharded_copy(gpt: GPT, world: World, everywhere: bool = False) -> GPT:
+    """A GPT that one process can sample from: on rank 0, or on every rank if `everywhere`.
+
+    All ranks must call it, because the weights of a sharded model are gathered. A model that is
+    not sharded is returned as it is.
+    """
+    if all(local(parameter) is parameter for parameter in gpt.parameters()):
+        return gpt
+    state = full_state(gpt, world, everywhere)
+    if not state:
+        return gpt
+    with torch.device("meta"):
+        whole = GPT(gpt.config)
+    load_weights(whole, state, "the sharded model", assign=True)
+    whole.build_rotary()
+    return whole.to(world.device).eval()
+
+
+def read_codebook(data: Dataset, world: World) -> torch.Tensor:
+    """The vector of every code, (vocab, dim) float32, of the tokenizer that made the codes.
+
+    Raises InputError where the tokenizer is missing or has changed.
+    """
+    vq = find_tokenizer(data, world)
+    if vq is None:
+        raise InputError(
+            f"objective: it needs the tokenizer {data.index.get('tokenizer')!r} of the codes, "
+            "which is missing or has changed"
+        )
+    codes = torch.arange(vq.config.vocab_size, device=world.device).view(1, -1, 1)
+    return vq.quantize.lookup(codes)[0, :, :, 0].T.float().contiguous()
 
 
 def check_resumable(
@@ -60,6 +103,11 @@ def check_resumable(
     if not whole:
         return bool(steps)
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
+    for name in ("guidance_input", "target_position"):
+        if getattr(gpt_config, name) != getattr(found, name):
+            raise InputError(
+                f"{out}: its run has another objective.kind; continue it with that one"
+            )
     for name in ("condition", "grid", "vocab_size", "num_classes", "text_dim", "tokenizer_sha256"):
         ours, theirs = getattr(gpt_config, name), getattr(found, name)
         older = name == "tokenizer_sha256" and theirs in tokenizer_names
@@ -94,7 +142,7 @@ def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) ->
 
 @torch.no_grad()
 def validation_loss(
-    objective: NextTokenLoss, validation: Dataset, config: TrainConfig, world: World
+    objective: Objective, validation: Dataset, config: TrainConfig, world: World
 ) -> torch.Tensor:
     """Mean cross-entropy in nats per code, a scalar; the same for any number of processes."""
     count = min(len(validation), config.validation_samples or len(validation))

@@ -32,6 +32,13 @@ def image_grid(
     return grid
 
 
+def enlarged_grid(images: Sequence[Image.Image], columns: int, times: int = 3) -> Image.Image:
+    """Images of one size as one image with `columns` a row, `times` as large: for notebooks."""
+    pixels = image_grid(np.stack([np.asarray(image) for image in images]), columns)
+    height, width = pixels.shape[:2]
+    return Image.fromarray(pixels).resize((width * times, height * times), Image.Resampling.NEAREST)
+
+
 def _captioned(image: np.ndarray, caption: str) -> np.ndarray:
     """An image (height, width, 3) uint8, at least CAPTION_WIDTH wide, with its caption below."""
     times = math.ceil(CAPTION_WIDTH / image.shape[1])

@@ -26,6 +26,7 @@ from core.config import MISTAKES, InputError, fail
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
     """Create the process group."""
     # NCCL's flight recorder: if a collective hangs, every rank writes what it waited for to
     # /tmp/nccl_trace_rank_*. Older releases know only the first name, newer ones warn about it.
-    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE" if old else "TORCH_FR_BUFFER_SIZE", "2000")
+    name = "TORCH_NCCL_TRACE_BUFFER_SIZE" if TORCH_VERSION < (2, 12) else "TORCH_FR_BUFFER_SIZE"
+    os.environ.setdefault(name, "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from core.checksums import FileSums, checkpoint_folders, find_damage, write_checksums
 from core.config import InputError, save_config
 from core.distributed.parallel import local, written_here
-from core.distributed.world import World
+from core.distributed.world import TORCH_VERSION, World
 from core.files import read_json, write_json
 from core.training.safetensors_storage import (
     SafetensorsReader,
@@ -42,6 +42,8 @@ from core.training.safetensors_storage import (
 from core.weights import check_shapes, first_not_finite
 
 logger = logging.getLogger(__name__)
+
+STAGES_ONCE = TORCH_VERSION < (2, 13)  # a stager of older releases fails at its second checkpoint
 
 
 class Checkpointer:
@@ -69,16 +71,7 @@ class Checkpointer:
         # DCP says so once per checkpoint in a world of one, where it is what is wanted.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        # Its buffers, pinned for a GPU, are kept from one checkpoint to the next.
-        gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu,
-                use_shared_memory=False,
-                use_async_staging=True,
-                use_non_blocking_copy=gpu,
-            )
-        )
+        self._stager = _new_stager(world)
         self._copied: Future[None] | None = None
         self._saving: Future[str] | None = None
         self._problem = ""
@@ -95,6 +88,9 @@ class Checkpointer:
         temporary = self.folder / f".step_{step:07d}.tmp"
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        if STAGES_ONCE:
+            self._stager.close()
+            self._stager = _new_stager(self.world)
         tensors, buffers = {}, False
         for part, value in self.parts.items():
             own = value.state_dict() if isinstance(value, nn.Module) else _optimizer_tensors(value)
@@ -275,6 +271,19 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _new_stager(world: World) -> DefaultStager:
+    """Copies the tensors of a checkpoint to buffers on the CPU, pinned for a GPU, that it keeps."""
+    gpu = world.device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=gpu,
+            use_shared_memory=False,
+            use_async_staging=True,
+            use_non_blocking_copy=gpu,
+        )
+    )
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ computes exactly the rows that it holds.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +58,25 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object) -> None:
+def copy_weights(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    source: object,
+    kept: Collection[str] = (),
+) -> None:
     """Copy whole tensors, by name in the state dict, into a model that may be sharded.
 
     Each process reads only the rows that it holds, so `tensors` are best mapped from a file.
+    kept: Names that keep their values.
     Raises InputError, naming `source`, where names or shapes do not fit.
     """
-    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    for name, tensor in model.state_dict().items():
+    own_state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes |= {name: tuple(own_state[name].shape) for name in kept}
+    check_shapes(model, shapes, source)
+    for name, tensor in own_state.items():
+        if name in kept:
+            continue
         own, start = local(tensor), first_row(tensor)
         own.copy_(tensors[name][start : start + len(own)] if own.ndim else tensors[name])
         check_finite({name: own}, source)

@@ -76,10 +76,17 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * fall)
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the named trainable parameters, in groups with and without weight decay."""
+def build_adamw(
+    model: nn.Module, config: OptimizerConfig, heads: nn.Module | None = None
+) -> torch.optim.AdamW:
+    """Fused AdamW over the named trainable parameters, in groups with and without weight decay.
+
+    heads: More parameters, of the objective; their names begin with "objective.".
+    """
     # Names are those of the state dict: named_parameters() adds the prefixes of training wrappers.
     state = model.state_dict(keep_vars=True)
+    if heads is not None:
+        state |= {f"objective.{n}": p for n, p in heads.state_dict(keep_vars=True).items()}
     named = [(n, p) for n, p in state.items() if isinstance(p, nn.Parameter) and p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -56,10 +56,17 @@ def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> 
 
 def to_device(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
     """A batch on `device`. non_blocking: do not wait for the copy of what is in pinned memory."""
-    return tuple(part.to(device, non_blocking=non_blocking) for part in batch)
+    return tuple(
+        to_device(part, device, non_blocking)
+        if isinstance(part, tuple)
+        else part.to(device, non_blocking=non_blocking)
+        for part in batch
+    )
 
 
 def pinned(part: Any) -> Any:  # noqa: ANN401 - part of a Batch
     """The same in page-locked memory; a tensor that is on a GPU stays there."""
+    if isinstance(part, tuple):
+        return tuple(map(pinned, part))
     on_gpu = isinstance(part, torch.Tensor) and part.device.type != "cpu"
     return part if on_gpu else part.pin_memory()

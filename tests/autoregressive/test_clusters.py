@@ -198,6 +198,7 @@ def test_a_dry_run_shows_what_is_needed_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_fit_is_refused_with_what_would(tmp_path):
     codes = write_codes(tmp_path / "codes")
     huge = ("--model.num_layers", 200, "--model.num_heads", 48, "--model.dim", 6144)

@@ -22,6 +22,8 @@ from autoregressive.models.gpt import GPT
 from autoregressive.objectives.next_token import NextTokenLoss
 from core.distributed.world import World
 
+with fake_tensors():  # older releases of torch lack the kernel
+    VARLEN = VarlenCache.available(torch.empty(1, dtype=torch.bfloat16, device=CUDA))
 LABELS = torch.tensor([0, 4, 2, 1])
 PRECISIONS = ["fp32", "bf16", "int8", "fp8"]
 CACHES = ["masked", "varlen", "int8", "fp8"]
@@ -91,7 +93,7 @@ def test_prefill_and_steps_in_every_precision_and_cache(condition, precision, ca
     stored = cache if cache in ("int8", "fp8") else None
     engine = two_steps(gpt, request, precision, stored, varlen=cache == "varlen")
     expected = {"int8": Int8Cache, "fp8": Fp8Cache, "varlen": VarlenCache, "masked": PrefixCache}
-    if (precision, cache) == ("fp32", "varlen"):  # the kernel takes 16 bits only
+    if cache == "varlen" and (precision == "fp32" or not VARLEN):  # the kernel takes 16 bits
         cache = "masked"
     assert engine.cache_type is expected[cache]
 

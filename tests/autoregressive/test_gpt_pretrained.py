@@ -110,12 +110,14 @@ def test_our_folder_prefers_averaged_weights(tmp_path):
     assert torch.equal(model.state_dict()[weight], gpt.state_dict()[weight])
 
 
+@pytest.mark.slow
 def test_the_command_converts_a_released_file(tmp_path):
     gpt = tiny(dim=128, num_heads=2)
     torch.save({"model": gpt.state_dict()}, tmp_path / "released.pt")
     flags = ("--source", tmp_path / "released.pt", "--grid", "[4,4]", "--out", tmp_path / "ours")
     run_module("autoregressive.convert", *flags)
-    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.yaml", "model.safetensors"}
+    files = {"config.yaml", "model.safetensors", "checksums.json"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == files
     loaded = GPT.from_pretrained(tmp_path / "ours")
     assert loaded.config == gpt.config
     codes, labels = torch.randint(0, 50, (2, 16)), torch.tensor([0, 3])

@@ -165,6 +165,7 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(tmp_path, world
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
     codes = write_codes(tmp_path / "codes")
     run = flags(codes, tmp_path / "run", "--optimizer.lr", "fast")

@@ -37,6 +37,7 @@ def test_guidance_as_an_input_equals_the_published_model(goldens):
     np.testing.assert_allclose(without.numpy(), golden["logits_without_beta"], atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adaptive_norms_equal_the_published_model(goldens):
     golden = np.load(goldens / "variants" / "ibq_ar_2layer.npz")

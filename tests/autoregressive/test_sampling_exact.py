@@ -90,6 +90,7 @@ def pointers(decoder: InferenceEngine) -> list[int]:
     return [part.data_ptr() for pair in decoder.cache.layers for store in pair for part in store]
 
 
+@pytest.mark.slow
 def test_twenty_calls_allocate_and_compile_nothing_new():
     gpt = tiny()
 

@@ -81,3 +81,17 @@ def test_a_folder_of_the_hub_mixin_loads_locally_and_from_the_hub(tmp_path, monk
         hub.add("owner/name", files)
         loaded = GPT.from_pretrained("owner/name")
     assert torch.equal(loaded.state_dict()[WEIGHT], gpt.state_dict()[WEIGHT])
+
+
+def test_what_does_not_fit_in_a_folder_of_the_hub_mixin_is_named(tmp_path):
+    state = tiny(**SHAPE).state_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"block_size": 16}))
+    shorter = {name: value for name, value in state.items() if name != "norm.weight"}
+    for wrong, message in (
+        (shorter, r"norm\.weight is missing"),
+        ({**state, "more.weight": torch.zeros(1)}, r"more\.weight is not part of the model"),
+        ({**state, "norm.weight": torch.zeros(3)}, r"norm\.weight is \(3,\)"),
+    ):
+        save_file(wrong, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            GPT.from_pretrained(tmp_path)

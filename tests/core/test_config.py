@@ -166,6 +166,7 @@ run_command(main)
 """
 
 
+@pytest.mark.slow
 def test_imports_leave_the_environment_alone_and_a_command_gets_large_pages():
     clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     line = [sys.executable, "-c", ENVIRONMENT]

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from core.errors import InputError
-from core.files import atomic_path, atomic_write, read_json, write_json
+from core.files import atomic_path, atomic_write, fingerprint_of_files, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -31,3 +33,12 @@ def test_a_damaged_json_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_the_fingerprint_of_files_reads_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").write_bytes(b"x")
+    files = sorted(tmp_path.iterdir())
+    before = fingerprint_of_files(files)
+    (tmp_path / "1.jpg").write_bytes(b"y")
+    assert fingerprint_of_files(files).content != before.content

@@ -58,6 +58,7 @@ def test_the_second_writer_of_a_folder_gets_one_line_that_names_the_first(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_lock_left_by_sigkill_is_taken_over_at_once_on_the_same_host(tmp_path, world):
     holder = hold(tmp_path)
     with pytest.raises(InputError, match=f"process {holder.pid} on"), writer_lock(tmp_path):

@@ -121,7 +121,7 @@ def test_a_hub_id_is_fetched_through_its_cache(tmp_path, monkeypatch):
     assert find_weights(tmp_path, "x") == tmp_path
     assert find_weights("owner/name/sub/a.pt", "x") == tmp_path / "snapshot" / "sub" / "a.pt"
     assert find_weights("owner/name", "model.safetensors") == tmp_path / "snapshot"
-    files = ("sub/a.pt", "config.yaml", "model.safetensors")
+    files = ("sub/a.pt", "config.yaml", "checksums.json", "model.safetensors")
     assert asked == [("owner/name", name) for name in files]
     for wrong in ("nothing.pt", "../up/there.pt", "/not/here.pt"):
         with pytest.raises(InputError, match="no such file or folder"):

@@ -136,6 +136,7 @@ def test_missing_inception_weights_name_the_file_and_the_flag(tmp_path):
         InceptionExtractor(tmp_path / "nowhere.pth", CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["reference", "score", "sweep", "verify_adm"])
 def test_without_weights_or_internet_a_command_ends_with_one_line(tmp_path, monkeypatch, module):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))

@@ -170,6 +170,7 @@ def test_the_distance_at_infinity_has_less_bias(population):
     assert abs(found - exact) < abs(plain - exact) / 3
 
 
+@pytest.mark.slow
 def test_neighbour_scores_of_known_sets():
     generator = torch.Generator().manual_seed(0)
     real, same = torch.randn(2, 1500, 8, generator=generator)

@@ -21,6 +21,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return real, (real + 0.3 * torch.randn(real.shape, generator=generator)).clamp(-1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lpips_equals_the_package_on_the_same_trunk(vgg_file):
     package = pytest.importorskip("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 CUDA = torch.device("cuda", 0)
 
 
-MIXED_DEVICES = "on the same device"  # part of the message of an operation on two devices
+# Part of the message of an operation on two devices, in newer and in older releases of torch.
+MIXED_DEVICES = "on the same device|two different devices"
 HOST_READ = "_local_scalar_dense"  # the operation behind .item(), int(), bool()
 
 

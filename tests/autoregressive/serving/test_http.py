@@ -105,6 +105,7 @@ def test_without_a_seed_images_differ_and_the_answer_names_the_seed(http):
     assert again["data"] == one["data"]
 
 
+@pytest.mark.slow
 def test_of_200_requests_by_32_clients_none_is_lost_and_none_mixed_up(server, http):
     bodies = [
         {"class_index": i % 5, "seed": i, "cfg_scale": (2.0, 3.5)[i % 3 == 0]} for i in range(200)
@@ -131,6 +132,7 @@ def test_of_200_requests_by_32_clients_none_is_lost_and_none_mixed_up(server, ht
     assert float(metrics.split("\nllamagen_codes_total ")[1].split()[0]) >= 200 * 16
 
 
+@pytest.mark.slow
 def test_captions_of_any_length_get_the_image_that_they_get_alone(tmp_path, tiny_t5):
     gpt = tiny(vocab_size=50, condition="text", text_dim=32, max_text_tokens=8)
     pipeline = ImagePipeline.from_pretrained(*write_models(tmp_path, gpt))

@@ -38,6 +38,7 @@ def page(tmp_path_factory):
         yield found
 
 
+@pytest.mark.slow
 def test_the_page_grows_and_ends_with_the_images_of_the_api(page, tmp_path):
     client = Client(page.url, verbose=False, download_files=str(tmp_path))
     job = client.submit("goldfish", "", 3.0, 20, 0.9, 5, 3, api_name="/generate")

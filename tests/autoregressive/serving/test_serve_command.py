@@ -96,6 +96,7 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path):
         serve(ServeConfig(**config, class_names=tmp_path / "names.txt"))
 
 
+@pytest.mark.slow
 def test_importing_the_project_needs_no_server_library():
     code = "import sys, autoregressive, autoregressive.serve; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -171,6 +171,7 @@ def test_every_published_size_has_a_head_that_vllm_knows():
         padded_head_dim(300)
 
 
+@pytest.mark.slow
 def test_the_modules_that_run_inside_vllm_need_no_library_of_our_commands():
     """vLLM's environment lacks them: what the plugin imports must not import them."""
     code = (

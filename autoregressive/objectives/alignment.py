@@ -1,0 +1,96 @@
+"""Aligns hidden states with features of the images (REPA for autoregressive models).
+
+LlamaGen-REPA of GEAR (arXiv 2510.09822) and Mirai-I (arXiv 2601.14671): a small network maps a
+block's states to the features of a frozen image encoder, one vector per code. It is for training
+alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.objectives.base import Batch, Objective, Projector, Projectors, mean_cosine
+from core.config import InputError
+from core.data.arrays import load_array
+
+
+@dataclass(frozen=True)
+class AlignmentOptions:
+    """Options of the objective alignment.
+
+    Args:
+        features: A `.npy` file (images, codes, dim), float16 or float32: the features of an image
+            encoder at each code's grid position. Row i belongs to image i of data.codes, which
+            then has one crop of each image.
+        weight: Weight of the alignment; GEAR takes 0.5, Mirai and iFSQ take 2.
+        depth_share: The states after this share of the blocks are aligned.
+        shift: 0: the state that predicts a code is aligned with this code's features (GEAR); 1: the
+            state whose input is the code (Mirai).
+        hidden: Width of the network's hidden layers.
+    """
+
+    features: Path | None = None
+    weight: float = 0.5
+    depth_share: float = 1 / 3
+    shift: int = 0
+    hidden: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or not 0 < self.depth_share <= 1 or self.hidden < 1:
+            raise ValueError("objective.alignment: weight > 0, depth_share in (0, 1], hidden >= 1")
+        if self.shift not in (0, 1):
+            raise ValueError(f"objective.alignment.shift is {self.shift}, must be 0 or 1")
+
+
+class AlignmentLoss(Objective):
+    """Cross-entropy, minus the weighted cosine similarity with the features."""
+
+    def __init__(self, gpt: GPT, chunk: int, seed: int, options: AlignmentOptions) -> None:
+        super().__init__(gpt, chunk, seed)
+        if options.features is None:
+            raise InputError("objective.alignment.features is missing")
+        self.options = options
+        self.features = load_array(options.features, mapped=True)
+        shape, codes = self.features.shape, gpt.config.num_codes
+        if len(shape) != 3 or shape[1] != codes or self.features.dtype.kind != "f":
+            raise InputError(
+                f"{options.features}: {self.features.dtype} {shape}, expected floats "
+                f"(images, {codes}, dim)"
+            )
+        depth = round(gpt.config.num_layers * options.depth_share)
+        self.block = min(max(1, depth), gpt.config.num_layers) - 1
+        self.heads = Projectors(align=Projector(gpt.config.dim, options.hidden, shape[2], 3))
+
+    def check(self, config: GPTConfig, images: int) -> None:
+        """Refuse features of other images."""
+        if len(self.features) != images:
+            raise InputError(
+                f"{self.options.features}: features of {len(self.features)} images, the codes are "
+                f"of {images}"
+            )
+
+    def extra(self, rows: np.ndarray, neighbours: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """The features (batch, N, dim) float32."""
+        return (torch.from_numpy(self.features[rows].astype(np.float32)),)
+
+    def training_loss(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy and alignment."""
+        codes, taps = batch.codes, {self.block: batch.codes.new_zeros(())}
+        inputs = self.gpt.tok_embeddings(codes[:, :-1])
+        hidden = self.gpt.hidden_of(inputs, batch.condition, batch.drop_condition, taps=taps)
+        assert self.heads is not None
+        loss = alignment_loss(
+            self.heads.project("align", taps[self.block][:, self.options.shift :]), batch.extra[0]
+        )
+        return self.cross_entropy(hidden, codes) + self.options.weight * loss
+
+
+def alignment_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """-mean cosine: projected (batch, M, dim) with the first M of features (batch, N, dim)."""
+    return -mean_cosine(projected, features[:, : projected.shape[1]])

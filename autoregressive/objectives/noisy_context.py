@@ -1,0 +1,130 @@
+"""Noisy context with heads that predict the codes' vectors (reAR, arXiv 2510.04450).
+
+A part of the input codes is replaced by random ones, so that the model learns to go on from its own
+mistakes. One small network reads the vector of an input code from an early block, a second one the
+vector of the code to predict from a late block. Both are for training alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.objectives.base import (
+    Batch,
+    Objective,
+    Projector,
+    Projectors,
+    annealed,
+    mean_cosine,
+)
+from core.config import InputError
+
+
+@dataclass(frozen=True)
+class NoisyContextOptions:
+    """Options of the objective noisy_context.
+
+    Args:
+        noise: Largest share of replaced input codes; each image draws its share below it.
+        noise_end: Share of the training at which the noise has fallen linearly to 0, in (0, 1].
+        embedding_weight: Weight of the two heads; 0 trains without them.
+        encode_block: The block (from 0) that the head of input codes reads.
+        decode_share: The head of predicted codes reads the block at this share of the depth; reAR
+            takes block 15 of 20 and 18 of 24.
+        hidden: Width of the heads' hidden layers.
+    """
+
+    noise: float = 1.0
+    noise_end: float = 0.75
+    embedding_weight: float = 1.0
+    encode_block: int = 0
+    decode_share: float = 0.75
+    hidden: int = 2048
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.noise <= 1 and 0 < self.noise_end <= 1 and 0 < self.decode_share <= 1):
+            raise ValueError(
+                "objective.noisy_context: noise in [0, 1], noise_end and decode_share in (0, 1]"
+            )
+        if self.embedding_weight < 0 or self.encode_block < 0 or self.hidden < 1:
+            raise ValueError(
+                "objective.noisy_context: embedding_weight and encode_block >= 0, hidden >= 1"
+            )
+
+
+class NoisyContextLoss(Objective):
+    """Cross-entropy of clean codes behind a noisy context, and the loss of the heads."""
+
+    needs_codebook = True
+    codebook: torch.Tensor
+
+    def __init__(self, gpt: GPT, chunk: int, seed: int, options: NoisyContextOptions) -> None:
+        super().__init__(gpt, chunk, seed)
+        self.options = options
+        layers = gpt.config.num_layers
+        self.decode_block = min(layers - 1, int(layers * options.decode_share))
+
+    def check(self, config: GPTConfig, images: int) -> None:
+        """Refuse a block that the model does not have."""
+        if self.options.encode_block >= config.num_layers:
+            raise InputError(
+                f"objective.noisy_context.encode_block {self.options.encode_block}: the model has "
+                f"{config.num_layers} blocks"
+            )
+
+    def add_heads(self, codebook_dim: int) -> None:
+        """Build the heads, for vectors of this width."""
+        if self.options.embedding_weight > 0:
+            sizes = (self.gpt.config.dim, self.options.hidden, codebook_dim, 3)
+            self.heads = Projectors(encode=Projector(*sizes), decode=Projector(*sizes))
+
+    def set_codebook(self, codebook: torch.Tensor) -> None:
+        """The heads predict unit vectors."""
+        self.register_buffer("codebook", F.normalize(codebook, dim=-1), persistent=False)
+
+    def training_loss(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy, and the heads' loss."""
+        codes, gpt = batch.codes, self.gpt
+        replaced, inputs = self.perturb(batch)
+        encode, decode = self.options.encode_block, self.decode_block
+        taps = {encode: codes.new_zeros(()), decode: codes.new_zeros(())} if self.heads else None
+        vectors = gpt.tok_embeddings(inputs[:, :-1])
+        hidden = gpt.hidden_of(vectors, batch.condition, batch.drop_condition, taps=taps)
+        loss = self.cross_entropy(hidden, codes)
+        if taps is None or self.heads is None:
+            return loss
+        wanted = self.codebook[codes]
+        similarity = embedding_similarity(
+            self.heads.project("encode", taps[encode][:, 1:]),
+            self.heads.project("decode", taps[decode]),
+            wanted,
+            replaced[:, :-1],
+        )
+        return loss - self.options.embedding_weight * similarity
+
+    def perturb(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which codes are replaced (batch, N) bool, and the codes with their replacements."""
+        codes = batch.codes
+        share = self.options.noise * annealed(self.progress, 0.0, self.options.noise_end)
+        counters = torch.arange(codes.shape[1])[:, None], torch.arange(1, 3)
+        draws = self.uniform(batch, *counters)  # (batch, N, 2)
+        own = self.uniform(batch, torch.zeros(1, dtype=torch.int64)) * share
+        replaced = draws[..., 0] < own
+        vocab = self.gpt.config.vocab_size
+        others = (draws[..., 1].double() * vocab).long().clamp_(max=vocab - 1)
+        return replaced, torch.where(replaced, others, codes)
+
+
+def embedding_similarity(
+    encoded: torch.Tensor, decoded: torch.Tensor, vectors: torch.Tensor, replaced: torch.Tensor
+) -> torch.Tensor:
+    """Mean cosines of both heads' outputs with the vectors of clean codes, summed.
+
+    encoded (batch, M, z) of the first M <= N codes, decoded (batch, N, z), vectors (batch, N, z),
+    replaced (batch, M) bool: inputs that were replaced count as 0.
+    """
+    first = vectors[:, : encoded.shape[1]]
+    return mean_cosine(encoded, first, replaced) + mean_cosine(decoded, vectors)

@@ -1,0 +1,55 @@
+"""Random orders of the codes that become raster order (RAR, arXiv 2411.00776).
+
+An image's codes are predicted in a random order with a probability that falls from 1 to 0. Each
+input also gets a learned vector of the grid position to predict (GPTConfig.target_position).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from autoregressive.models.gpt import GPT
+from autoregressive.objectives.base import Batch, Objective, annealed
+
+
+@dataclass(frozen=True)
+class RandomOrderOptions:
+    """Options of the objective random_order.
+
+    Args:
+        start: Until this share of the training, every order is random.
+        end: From this share on, every order is raster; linear between them.
+    """
+
+    start: float = 0.5
+    end: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError("objective.random_order needs 0 <= start < end <= 1")
+
+
+class RandomOrderLoss(Objective):
+    """Mean cross-entropy of every code, given the codes before it in its image's order."""
+
+    model_fields: ClassVar[dict[str, Any]] = {"target_position": True}
+
+    def __init__(self, gpt: GPT, chunk: int, seed: int, options: RandomOrderOptions) -> None:
+        super().__init__(gpt, chunk, seed)
+        self.options = options
+
+    def training_loss(self, batch: Batch) -> torch.Tensor:
+        """The loss, in an order per image."""
+        order = self.orders(batch)
+        codes = batch.codes.gather(1, order)
+        hidden = self.gpt.hidden(codes, batch.condition, batch.drop_condition, order)
+        return self.cross_entropy(hidden, codes)
+
+    def orders(self, batch: Batch) -> torch.Tensor:
+        """The grid position of each code in turn, (batch, N) int64: a permutation of each row."""
+        places = torch.arange(batch.codes.shape[1], device=batch.codes.device)
+        permuted = self.uniform(batch, places + 1).argsort(dim=1, stable=True)
+        share = annealed(self.progress, self.options.start, self.options.end)
+        is_random = self.uniform(batch, torch.zeros(1, dtype=torch.int64)) < share
+        return torch.where(is_random, permuted, places)

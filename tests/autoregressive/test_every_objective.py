@@ -1,0 +1,163 @@
+"""What every objective must do: gradients, batches, exact resume, round trips, sampling.
+
+A new objective takes part with one line in CASES.
+"""
+
+import dataclasses
+import shutil
+import typing
+
+import numpy as np
+import pytest
+import torch
+from helpers.codes import write_codes
+from helpers.models import tiny, write_models
+from helpers.training import flags, losses, weights
+
+from autoregressive import GPT, generate
+from autoregressive.objectives.alignment import AlignmentOptions
+from autoregressive.objectives.base import Objective
+from autoregressive.objectives.clusters import ClustersOptions
+from autoregressive.objectives.config import LOSSES, ObjectiveConfig, build_objective
+from autoregressive.objectives.next_patch import NextPatchOptions
+from autoregressive.objectives.noisy_context import NoisyContextOptions
+from autoregressive.train import train
+from autoregressive.training.config import TrainConfig
+from core.config import InputError, load_config, parse_config, save_config
+from tokenizer.models.pretrained import load_tokenizer
+
+CASES: dict[str, dict[str, typing.Any]] = {
+    "next_token": {},
+    "next_patch": {},
+    "alignment": {"alignment": AlignmentOptions(hidden=16)},
+    "noisy_context": {"noisy_context": NoisyContextOptions(hidden=16)},
+    "guidance_free": {},
+    "contrastive": {},
+    "clusters": {"clusters": ClustersOptions(count=10)},
+    "random_order": {},
+}
+IMAGES = 40
+
+
+@pytest.fixture(params=CASES)
+def config(request, tmp_path) -> ObjectiveConfig:
+    """The objective, with features for alignment."""
+    options = dict(CASES[request.param])
+    if request.param == "alignment":
+        path = tmp_path / "features.npy"
+        np.save(path, np.random.default_rng(0).standard_normal((IMAGES, 16, 6), np.float32))
+        options = {"alignment": dataclasses.replace(options["alignment"], features=path)}
+    return ObjectiveConfig(request.param, **options)
+
+
+def build(config: ObjectiveConfig) -> Objective:
+    gpt = tiny(**config.loss.model_fields).train()
+    codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    codebook = codebook if config.loss.needs_codebook else None
+    objective = build_objective(config, gpt, 24, 3, codebook, IMAGES)
+    objective.prepare(0, codebook)
+    objective.begin_step(0.3)
+    if objective.reference is not None:
+        objective.reference.load_state_dict(gpt.state_dict())
+    return objective
+
+
+def batch(objective: Objective, count: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(7)
+    codes, labels = torch.randint(50, (count, 16)), torch.arange(count) % 5
+    dropped, positions = torch.arange(count) == 1, torch.arange(count) + 9
+    extra = objective.extra(np.arange(count), lambda: labels.roll(-1))
+    return codes, labels, dropped, positions, extra
+
+
+def test_every_kind_has_a_case():
+    kinds = typing.get_args(typing.get_type_hints(ObjectiveConfig)["kind"])
+    assert set(kinds) == set(CASES) == set(LOSSES)
+
+
+def test_the_loss_is_a_scalar_and_every_parameter_gets_a_finite_gradient(config):
+    objective = build(config)
+    loss = objective(*batch(objective, 4))
+    assert loss.shape == () and loss.dtype == torch.float32
+    loss.backward()
+    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+
+
+def test_an_image_gives_the_same_loss_in_any_batch(config):
+    # With the mean of losses over processes, so n processes train as one does.
+    objective = build(config)
+    codes, labels, dropped, positions, extra = batch(objective, 4)
+    whole = objective(codes, labels, dropped, positions, extra)
+    halves = [
+        objective(codes[r], labels[r], dropped[r], positions[r], tuple(e[r] for e in extra))
+        for r in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_validation_is_the_plain_loss(config):
+    objective = build(config).eval()
+    codes, labels, *_ = batch(objective, 4)
+    guidance = torch.ones(4) if objective.gpt.config.guidance_input else None
+    logits = objective.gpt(codes, labels, guidance=guidance)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(objective(codes, labels), plain)
+
+
+@pytest.mark.slow
+def test_the_command_trains_resumes_exactly_and_its_model_samples(config, tmp_path, world):
+    _, tokenizer = write_models(tmp_path, tiny())
+    sha256 = load_tokenizer(tokenizer).identity()
+    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
+    codes = write_codes(tmp_path / "codes", IMAGES, crops=1, **known)
+    more: tuple[object, ...] = ("--training.ema_decay", 0.9, "--model.token_dropout", 0.1)
+
+    def run(name: str, steps: int, objective: ObjectiveConfig, *extra: object) -> None:
+        lines = flags(codes, tmp_path / name, *more, "--training.num_steps", steps, *extra)
+        parsed = parse_config(TrainConfig, [str(line) for line in lines])
+        given = dataclasses.replace(parsed, objective=objective)
+        save_config(given, tmp_path / "given.yaml")
+        assert load_config(TrainConfig, tmp_path / "given.yaml") == given
+        train(given, world)
+
+    extra: tuple[object, ...] = ()
+    if config.kind == "contrastive":
+        run("first", 2, ObjectiveConfig())
+        extra = ("--init_from", tmp_path / "first")
+    torch.set_num_threads(1)
+    run("whole", 4, config, *extra)
+    run("resumed", 4, config, *extra)
+    # As after a kill: the newest checkpoint is that of step 2.
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_0000004")
+    run("resumed", 4, config, *extra)
+    for part in ("model", "ema"):
+        whole, resumed = (weights(tmp_path / n, 4, part) for n in ("whole", "resumed"))
+        assert all(torch.equal(resumed[key], value) for key, value in whole.items()), part
+    assert np.isfinite(losses(tmp_path / "whole")).all()
+    gpt = GPT.from_pretrained(tmp_path / "whole")
+    sampled = generate(gpt, torch.tensor([0, 1, 2]), greedy=True)
+    assert sampled.shape == (3, 4, 4)
+
+
+def test_the_engine_adds_the_vector_of_the_position_to_predict():
+    gpt = tiny(target_position=True)
+    torch.nn.init.normal_(gpt.target_position.weight)
+    labels = torch.tensor([0, 4, 2])
+    codes = generate(gpt, labels, greedy=True, cfg_scale=1.0).flatten(1)
+    assert torch.equal(gpt(codes, labels).argmax(-1), codes)
+
+
+def test_settings_that_make_no_sense_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"objective\.next_patch is set.*kind is next_token"):
+        ObjectiveConfig(next_patch=NextPatchOptions(4))
+    with pytest.raises(InputError, match=r"side 3 must divide"):
+        build(ObjectiveConfig("next_patch", next_patch=NextPatchOptions(3)))
+    with pytest.raises(InputError, match="features is missing"):
+        build(ObjectiveConfig("alignment"))
+    with pytest.raises(InputError, match=r"clusters\.count 128 must divide"):
+        build(ObjectiveConfig("clusters"))
+    with pytest.raises(ValueError, match="give init_from"):
+        parse_config(
+            TrainConfig, ["--out", "x", "--data.codes", "[x]", "--objective.kind", "contrastive"]
+        )

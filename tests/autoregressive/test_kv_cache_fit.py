@@ -1,0 +1,37 @@
+"""PrefixCache.fit: the buffers change their layout, and nothing that is stored."""
+
+import pytest
+import torch
+
+from autoregressive.inference.kv_cache import Int8Cache, PrefixCache
+
+
+@pytest.mark.parametrize("kind", [PrefixCache, Int8Cache])
+def test_fit_keeps_what_is_stored_and_fills_up_with_zeros(kind):
+    torch.manual_seed(0)
+    cache = kind(3, 4, 12, (2, 8), torch.zeros(0, dtype=torch.bfloat16), fitted=True)
+    cache.fit(4, 5)
+    stored = {}
+    for i, layer in enumerate(cache.layers):
+        for j, buffer in enumerate(layer):
+            for k, part in enumerate(buffer):
+                part.copy_(torch.randint(-9, 9, part.shape))
+                stored[i, j, k] = part.clone()
+    for rows, end in ((4, 8), (3, 12), (3, 12)):
+        cache.fit(rows, end)
+        for (i, j, k), before in stored.items():
+            part = cache.layers[i][j][k]
+            assert part.shape[:3] == (rows, 2, end)
+            assert part.is_contiguous()
+            assert torch.equal(part[:, :, :5], before[:rows])
+            assert not part[:, :, 5:].any()
+    addresses = {p.data_ptr() for layer in cache.layers for buffer in layer for p in buffer}
+    assert len(addresses) == len(stored)
+
+
+def test_a_cache_that_graphs_know_does_not_move():
+    cache = PrefixCache(2, 4, 12, (2, 8), torch.zeros(0))
+    before = [buffer[0].data_ptr() for layer in cache.layers for buffer in layer]
+    cache.fit(2, 5)
+    assert [buffer[0].data_ptr() for layer in cache.layers for buffer in layer] == before
+    assert cache.layers[0].keys[0].shape == (4, 2, 12, 8)
