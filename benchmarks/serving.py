@@ -42,7 +42,11 @@ from tokenizer.models.vq_model import VQModel
 ROOT = Path(__file__).resolve().parents[1]
 EngineName = Literal["reference", "native", "vllm"]
 SMALL_GPT = GPTConfig(num_layers=6, num_heads=6, dim=384, vocab_size=4096, num_classes=100)
-SMALL_VQ = {"base_channels": 32, "channel_multipliers": (1, 1, 2), "num_res_blocks": 1}
+SMALL_VQ: dict[str, Any] = {
+    "base_channels": 32,
+    "channel_multipliers": (1, 1, 2),
+    "num_res_blocks": 1,
+}
 READY_SECONDS = 300  # for a server to load its model; vLLM takes most of a minute
 
 
