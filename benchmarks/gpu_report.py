@@ -26,12 +26,11 @@ import torch
 
 from autoregressive.sampling.run import SampleRunConfig, sample
 from benchmarks import sampling, training
-from core.config import config_values, parse_config, run_command, save_config
+from core.config import config_values, parse_config, run_command
 from core.distributed.hardware import peak_memory_bytes
 from core.distributed.parallel import ParallelConfig
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json, write_text
-from core.weights import save_tensors
 from tokenizer.models.vq_model import VQModel
 
 Numbers = dict[str, Any]
@@ -138,9 +137,8 @@ def measure_sample_runs(config: ReportConfig, world: World) -> Numbers:
     vq = VQModel.from_preset("VQ-16")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for model, name in ((gpt, "gpt"), (vq, "vq")):
-            save_tensors(model.state_dict(), folder / name / "model.safetensors")
-            save_config(model.config, folder / name / "config.yaml")
+        gpt.save_pretrained(folder / "gpt")
+        vq.save_pretrained(folder / "vq")
         times = []
         for count in (few, few, many):  # the first compiles and captures graphs
             run = SampleRunConfig(

@@ -81,7 +81,8 @@ def refused(module: str, *flags: object) -> str:
         _watching = False
     COUNTS["refused" if message else "accepted"] += 1
     assert not STARTED - {"git"}, STARTED  # which commit this is, written beside results
-    assert peak_bytes() <= max(before, MAX_BYTES), f"{peak_bytes():,} bytes"
+    grown = peak_bytes() - before
+    assert grown <= MAX_BYTES, f"{grown:,} bytes more than before"
     return message
 
 

@@ -158,7 +158,7 @@ def test_simvq_is_exported_with_a_plain_codebook(tmp_path):
         path = tmp_path / "ours" / name
         path.parent.mkdir(exist_ok=True)
         save_config(vq.config, path) if tensors is None else save_tensors(tensors, path)
-    convert(ConvertConfig(str(tmp_path / "ours"), tmp_path / "plain"))
+    convert(ConvertConfig(source=str(tmp_path / "ours"), out=tmp_path / "plain"))
     plain = VQModel.from_pretrained(tmp_path / "plain")
     assert plain.config.quantizer == "vq"
     images = torch.rand(2, 3, 8, 8) * 2 - 1

@@ -99,7 +99,7 @@ def test_every_option_trains_and_resumes_bit_for_bit(name, tmp_path, world):
         p.relative_to(tmp_path / "whole")
         for p in (tmp_path / "whole" / last).rglob("*.safetensors")
     )
-    assert len(files) >= 4
+    assert len(files) >= 2  # without a discriminator: the model and its optimizer
     for file in files:
         whole, parts = (load_file(tmp_path / run / file) for run in ("whole", "parts"))
         assert all(torch.equal(parts[key], value) for key, value in whole.items()), file
