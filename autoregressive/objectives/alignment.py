@@ -1,8 +1,8 @@
 """Aligns hidden states with features of the images (REPA for autoregressive models).
 
-LlamaGen-REPA (Tencent-Hunyuan/GEAR, src/train_ar.py) and Mirai-I (arXiv 2601.14671): a small network
-maps a block's states to the features of a frozen image encoder, one vector per code. Only training
-uses it.
+LlamaGen-REPA (Tencent-Hunyuan/GEAR, src/train_ar.py) and Mirai-I (arXiv 2601.14671): a small
+network maps a block's states to the features of a frozen image encoder, one vector per code. Only
+training uses it.
 """
 
 from collections.abc import Callable
