@@ -29,10 +29,11 @@ from autoregressive.training.config import TrainConfig
 from autoregressive.training.plan import plan_training
 from benchmarks import training
 from core.config import config_values, parse_config, run_command
+from core.data.plots import save_plot, subplots
 from core.distributed.hardware import CARDS
 from core.distributed.parallel import ParallelConfig, Strategy
 from core.distributed.world import World, distributed
-from core.files import atomic_write, write_json, write_text
+from core.files import write_json, write_text
 from core.training.config import TrainingConfig
 
 Row = dict[str, Any]
@@ -245,12 +246,7 @@ def markdown(measured: list[Row], forecasts: list[Row], config: ScalingConfig) -
 
 def draw(forecasts: list[Row], config: ScalingConfig, path: Path) -> None:
     """The bounds of MFU against the number of GPUs, a panel per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
+    figure, axes = subplots(
         1, len(config.sizes), figsize=(4 * len(config.sizes), 3.2), sharey=True, squeeze=False
     )
     for axis, name in zip(axes.flat, config.sizes, strict=True):
@@ -264,10 +260,7 @@ def draw(forecasts: list[Row], config: ScalingConfig, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes.flat[0].set_ylabel("MFU (roofline), no overlap to all")
     axes.flat[0].legend()
-    figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=80)
-    pyplot.close(figure)
+    save_plot(figure, path, dpi=80)
 
 
 def main() -> None:

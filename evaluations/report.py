@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.data.plots import save_plot, subplots
 from core.data.skip_log import Skipped
 from core.distributed.provenance import commit
 from core.distributed.world import World
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FEW_SAMPLES = 10_000  # with fewer, the bias exceeds the differences that papers report
 SHOWN_CLASSES = 20
+FIGURE_SIZE = (6, 4.5)  # inches
 
 
 class Scored(NamedTuple):
@@ -128,10 +130,10 @@ def write_class_report(
     rows.sort(key=lambda row: -row["effect"])
     write_csv(rows, out / "classes.csv")
     worst = rows[:SHOWN_CLASSES]
-    figure, axis = _figure()
+    figure, axis = subplots(figsize=FIGURE_SIZE)
     axis.barh([row["class"] for row in worst][::-1], [row["effect"] for row in worst][::-1])
     axis.set(title=f"classes with the largest effect on {distance}", xlabel=f"effect on {distance}")
-    _save(figure, out / "classes.png")
+    save_plot(figure, out / "classes.png")
 
 
 def write_comparison(
@@ -149,13 +151,13 @@ def write_comparison(
 
 def plot_trade(rows: Sequence[dict[str, Any]], x: str, y: str, note: str, path: Path) -> None:
     """Plot score `y` against score `x`: a point per run, joined in the order of the sweep."""
-    figure, axis = _figure()
+    figure, axis = subplots(figsize=FIGURE_SIZE)
     axis.plot([row[x] for row in rows], [row[y] for row in rows], marker="o")
     for row in rows:
         axis.annotate(row["run"], (row[x], row[y]), fontsize=7)
     axis.set(xlabel=x, ylabel=y, title=note)
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_plot(figure, path)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -165,21 +167,3 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _figure() -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(6, 4.5))
-
-
-def _save(figure: Any, path: Path) -> None:  # noqa: ANN401 - a matplotlib figure
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
-    pyplot.close(figure)

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from core.config import InputError, config_text, save_config
 from core.data.images import save_png
+from core.data.plots import save_plot, subplots
 from core.distributed.hardware import peak_flops, peak_memory_bytes
 from core.distributed.provenance import describe_start, now
 from core.distributed.world import World
-from core.files import atomic_write, read_json, write_json, write_text
+from core.files import read_json, write_json, write_text
 from core.training.trackers import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
@@ -295,11 +296,6 @@ def draw_curves(metrics: Path, path: Path) -> None:
     """Plot every metric of a metrics.jsonl against the step, one panel each, if there is any."""
     if not metrics.exists():
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     series: dict[str, list[tuple[int, float]]] = {}
     for record in read_metrics(metrics)[0]:
         step = record.pop("step")
@@ -310,14 +306,11 @@ def draw_curves(metrics: Path, path: Path) -> None:
         return
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False)
     for axis in axes.flat[len(series) :]:
         axis.remove()
     for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
         axis.plot(*zip(*points, strict=True), linewidth=1.2)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
-    pyplot.close(figure)
+    save_plot(figure, path)
