@@ -37,7 +37,7 @@ from autoregressive.training.validation import (
     unsharded_copy,
     validation_loss,
 )
-from core.config import parse_config, run_command
+from core.config import InputError, parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import no_sync, prepare, shard
 from core.distributed.world import World, distributed
@@ -184,6 +184,11 @@ def build_models(
     codebook = None
     if data and config.objective.loss.needs_codebook:
         codebook = read_codebook(data, config.data, world)
+    if data and config.objective.loss.needs_one_crop and data.crops != 1:
+        raise InputError(
+            f"objective.kind {config.objective.kind} needs codes of one crop of each image; these "
+            f"data have {data.crops or 'random'} crops per image"
+        )
     with torch.device("meta"):
         objective = build_objective(
             config.objective, GPT(gpt_config), chunk, seed, codebook, len(data or ())

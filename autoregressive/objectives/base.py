@@ -46,6 +46,7 @@ class Objective(nn.Module):
     model_fields: Fields of GPTConfig that it needs.
     check: Refuses a model or a run that it cannot train.
     needs_codebook: `set_codebook` gets the tokenizer's vectors (vocab, codebook_dim) float32.
+    needs_one_crop: Its `extra` data belong to one crop of each image.
     extra: More data for a micro-batch.
 
     Args:
@@ -56,6 +57,7 @@ class Objective(nn.Module):
 
     model_fields: ClassVar[dict[str, Any]] = {}
     needs_codebook: ClassVar[bool] = False
+    needs_one_crop: ClassVar[bool] = False
 
     def __init__(self, gpt: GPT, chunk: int, seed: int = 0) -> None:
         super().__init__()
