@@ -174,6 +174,7 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         ({"quantizer": "bsq", "vocab_size": 256, **RAW}, "group_size 9"),
         ({"quantizer": "fsq", **RAW}, "fsq.levels"),
         ({**CASES["fsq"], "fsq": FiniteScalarOptions((4, 3, 3), "sigmoid")}, "odd"),
+        ({**CASES["fsq"], "fsq": FiniteScalarOptions((2, 2, 9))}, "levels >= 3"),
         ({**CASES["fsq"], "entropy_weight": 0.1}, "entropy_weight"),
         ({**CASES["simvq"], "entropy_weight": 0.1}, "entropy_weight"),
         ({"quantizer": "ibq", "vq": VectorOptions(gradient="rotation"), **RAW}, "model.vq"),

@@ -131,7 +131,7 @@ def library():
     return pytest.importorskip("vector_quantize_pytorch")
 
 
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4,) * 7, (2, 3), (8, 8, 8, 6, 5), (16, 2)])
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4,) * 7, (3, 3), (8, 8, 8, 6, 5), (16, 9)])
 def test_fsq_is_that_of_the_library(library, levels):
     size, dim = int(torch.tensor(levels).prod()), len(levels)
     quantizer = FiniteScalarQuantizer(size, dim, 0.0, FiniteScalarOptions(levels))
@@ -181,12 +181,11 @@ def test_simvq_is_that_of_the_library_with_a_bias(library):
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_the_rotation_trick_is_that_of_the_library(library, scale):
     from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to as theirs
 
-    x = scale * features(6).movedim(1, -1).requires_grad_()
-    x = x.detach().requires_grad_()
+    x = (scale * features(6).movedim(1, -1)).requires_grad_()
     q = torch.randn_like(x)
     ours, expected = rotate_to(x, q), theirs(x, q)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
@@ -197,11 +196,10 @@ def test_the_rotation_trick_is_that_of_the_library(library, scale):
 
 
 def test_the_rotation_to_the_opposite_vector_is_finite():
-    x = torch.randn(4, 6, requires_grad=True)
-    for target in (-x.detach(), torch.zeros(4, 6), x.detach()):
+    x = torch.randn(4, 6)
+    x[0] = 0
+    x.requires_grad_()
+    for target in (-x.detach(), torch.zeros(4, 6), x.detach(), torch.ones(4, 6)):
         found = rotate_to(x, target)
         assert found.isfinite().all()
         assert torch.autograd.grad(found.sum(), x)[0].isfinite().all()
-    assert (
-        torch.autograd.grad(rotate_to(torch.zeros_like(x) * x, target).sum(), x)[0].isfinite().all()
-    )
