@@ -46,7 +46,7 @@ def train(config: GPTConfig, precision: str, world: World) -> Plan:
     tokens = config.num_codes
     kept = transformer_activations(tokens, config.dim, config.ffn_dim, config.num_layers, "none")
     width = 2 if precision == "bf16" else 4
-    return plan_model(objective, Block, True, kept, 1, 1, 1, compute_bytes=width)
+    return plan_model(objective, Block, objective.gpt, kept, 1, 1, 1, compute_bytes=width)
 
 
 def objective_of(config: GPTConfig) -> NextTokenLoss:
