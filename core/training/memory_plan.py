@@ -31,7 +31,7 @@ class Plan:
 
     parameters: int  # that are trained
     frozen: int  # parameters that only compute, such as those of a reference model
-    averaged: int  # parameters of which an EMA is kept
+    ema_parameters: int  # parameters of which an EMA is kept
     largest_block: int  # parameters of the largest transformer block (or other repeated layer)
     outside_blocks: int  # parameters outside of all blocks
     activations: float  # estimated bytes for a micro-batch on one process
@@ -48,8 +48,8 @@ class Plan:
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
         own = self.parameters / shards
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
-        if self.averaged:
-            parts["EMA weights"] = 4 * self.averaged / shards
+        if self.ema_parameters:
+            parts["EMA weights"] = 4 * self.ema_parameters / shards
         if self.frozen:
             parts["frozen weights"] = 4 * self.frozen / shards
         # DDP reduces gradients in place (gradient_as_bucket_view).
@@ -77,7 +77,7 @@ class Plan:
         gathers them to score samples.
         """
         # No gradients, and nothing that is frozen.
-        copied = (STATE_BYTES - 4) * self.parameters + 4 * self.averaged
+        copied = (STATE_BYTES - 4) * self.parameters + 4 * self.ema_parameters
         if strategy == "ddp":
             return copied
         shards = min(size, shared) if strategy == "hsdp" else size
@@ -88,7 +88,7 @@ class Plan:
 def plan_model(
     model: nn.Module,
     block: type[nn.Module],
-    averaged: nn.Module | None,
+    ema_model: nn.Module | None,
     activations: float,
     samples: int,
     batch_size: int,
@@ -101,7 +101,7 @@ def plan_model(
 ) -> Plan:
     """Plan the memory of a model, which may be on the meta device.
 
-    model: Everything on the device, frozen parts too. averaged: the part that has an EMA, if any.
+    model: Everything on the device, frozen parts too. ema_model: the part that has an EMA, if any.
     """
     sizes = [count_parameters(part) for part in model.modules() if isinstance(part, block)]
     everything = count_parameters(model)
@@ -109,7 +109,7 @@ def plan_model(
     return Plan(
         trained,
         everything - trained,
-        count_parameters(averaged) if averaged else 0,
+        count_parameters(ema_model) if ema_model else 0,
         max(sizes, default=0),
         everything - sum(sizes),
         activations,

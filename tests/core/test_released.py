@@ -41,13 +41,13 @@ def test_the_tables_of_the_packages_show_what_the_table_of_models_says(package):
     assert rows
     by_place = {model.location: model for model in MODELS}
     for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        columns = [text.strip() for text in row.strip("|").split("|")]
         numbers = []
-        for place in expanded(cells[0].strip("`")):
+        for place in expanded(columns[0].strip("`")):
             score = next(iter(by_place[place].scores), None)
             found = [v for k, v in score.metrics.items() if k in DISTANCES] if score else []
             numbers += [f"{value:.2f}" for value in found] or ["-"]
-        assert cells[-1] == ", ".join(numbers), row
+        assert columns[-1] == ", ".join(numbers), row
 
 
 def expanded(text: str) -> list[str]:

@@ -48,13 +48,13 @@ def train(config: GPTConfig, precision: str, world: World) -> Plan:
 
 
 def plan_of(
-    objective: NextTokenLoss, config: GPTConfig, precision: str, averaged: nn.Module | None
+    objective: NextTokenLoss, config: GPTConfig, precision: str, ema_model: nn.Module | None
 ) -> Plan:
-    """The plan for one row per process; averaged: the part that has an EMA."""
+    """The plan for one row per process; ema_model: the part that has an EMA."""
     tokens = config.num_codes
     kept = transformer_activations(tokens, config.dim, config.ffn_dim, config.num_layers, "none")
     width = 2 if precision == "bf16" else 4
-    return plan_model(objective, Block, averaged, kept, 1, 1, 1, compute_bytes=width)
+    return plan_model(objective, Block, ema_model, kept, 1, 1, 1, compute_bytes=width)
 
 
 def objective_of(config: GPTConfig) -> NextTokenLoss:
