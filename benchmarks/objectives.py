@@ -182,9 +182,8 @@ def compare(config: ObjectivesConfig, world: World) -> None:
             row = {"variant": name, "seed": seed, "steps": run.training.num_steps}
             row["process_seconds"] = time.process_time() - start
             results.add(row | scores(config, run, judge, world))
-            print(
-                f"\n{results.write(SCORES, COSTS, judge.floor)}\n{results.path.with_name('table.md')}"
-            )
+            table = results.write(SCORES, COSTS, judge.floor)
+            print(f"\n{table}\n{results.path.with_name('table.md')}")
 
 
 def step_costs(config: ObjectivesConfig, world: World) -> dict[str, float]:
