@@ -61,19 +61,19 @@ class Results:
             "|---" * (len(columns) + 2) + "|",
         ]
         for variant in variants:
-            cells = [self._cell(variant, variants[0], score) for score in scores]
-            cells += [f"{statistics.mean(self.values(variant, cost)):.3g}" for cost in costs]
+            entries = [self._shown(variant, variants[0], score) for score in scores]
+            entries += [f"{statistics.mean(self.values(variant, cost)):.3g}" for cost in costs]
             seeds = len(self.values(variant, "seed"))
-            lines.append(f"| `{variant}` | {seeds} | {' | '.join(cells)} |")
+            lines.append(f"| `{variant}` | {seeds} | {' | '.join(entries)} |")
         if floor:
-            cells = [f"{floor[score]:.4g}" if score in floor else "-" for score in scores]
-            lines.append(f"| real images | - | {' | '.join([*cells, *['-' for _ in costs]])} |")
+            entries = [f"{floor[score]:.4g}" if score in floor else "-" for score in scores]
+            lines.append(f"| real images | - | {' | '.join([*entries, *['-' for _ in costs]])} |")
         table = "\n".join([*lines, "", NOTE, ""])
         write_text(self.path.with_name("table.md"), table)
         self._plot(variants, scores)
         return table
 
-    def _cell(self, variant: str, baseline: str, score: str) -> str:
+    def _shown(self, variant: str, baseline: str, score: str) -> str:
         ours, theirs = self.values(variant, score), self.values(baseline, score)
         text = f"{statistics.mean(ours):.4g} ({min(ours):.4g} to {max(ours):.4g})"
         repeated = min(len(ours), len(theirs)) > 1

@@ -42,7 +42,7 @@ from core.training.config import TrainingConfig
 from core.training.optimizer import OptimizerConfig
 from core.training.run import ReportConfig
 from evaluations.features.extractors import EfficientNetExtractor
-from evaluations.metrics.class_agreement import ClassJudge
+from evaluations.metrics.class_agreement import AgreementClassifier
 from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 SHAPE = TransformerConfig(
@@ -122,14 +122,14 @@ class ObjectivesConfig:
             raise ValueError("real_images and num_images must be >= 2")
 
 
-class Judge:
+class SampleScores:
     """Scores generated images against real ones. floor: the scores of held-out real images."""
 
     def __init__(self, config: ObjectivesConfig, world: World) -> None:
         self.extractor = EfficientNetExtractor(world.device)
         features, classes = self._real(config.train, config.real_images, config.out)
         self.reference = Gaussian.of_rows(torch.from_numpy(features))
-        self.classifier = ClassJudge(features, classes)
+        self.classifier = AgreementClassifier(features, classes)
         held_out = self._real(config.validation, config.num_images, config.out)
         self.floor = self.scores(*held_out)
 
@@ -170,7 +170,7 @@ def compare(config: ObjectivesConfig, world: World) -> None:
     settings["sampling"] = dataclasses.asdict(config.sampling)
     config.out.mkdir(parents=True, exist_ok=True)
     results = Results(config.out / "results.json", settings)
-    judge = Judge(config, world)
+    measured = SampleScores(config, world)
     cost = step_costs(config, world)
     for seed in range(config.seeds):
         for name in VARIANTS:
@@ -181,8 +181,8 @@ def compare(config: ObjectivesConfig, world: World) -> None:
             train(run, world)
             row = {"variant": name, "seed": seed, "steps": run.training.num_steps}
             row["process_seconds"] = time.process_time() - start
-            results.add(row | scores(config, run, judge, world))
-            table = results.write(SCORES, COSTS, judge.floor)
+            results.add(row | scores(config, run, measured, world))
+            table = results.write(SCORES, COSTS, measured.floor)
             print(f"\n{table}\n{results.path.with_name('table.md')}")
 
 
@@ -191,7 +191,7 @@ def step_costs(config: ObjectivesConfig, world: World) -> dict[str, float]:
     path = config.out / "step_costs.json"
     if path.is_file():
         return read_record(path, dict.fromkeys(VARIANTS, float))
-    found: dict[str, float] = {}
+    measured: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(2):
         for name in VARIANTS:
             seconds = []
@@ -202,8 +202,8 @@ def step_costs(config: ObjectivesConfig, world: World) -> dict[str, float]:
                 train(run, world)
                 seconds.append(time.process_time() - start)
                 shutil.rmtree(run.out)
-            cost = (seconds[1] - seconds[0]) / (CALIBRATION[1] - CALIBRATION[0])
-            found[name] = min(found.get(name, cost), cost)
+            measured[name].append((seconds[1] - seconds[0]) / (CALIBRATION[1] - CALIBRATION[0]))
+    found = {name: min(costs) for name, costs in measured.items()}
     write_json(path, found)
     return found
 
@@ -234,7 +234,7 @@ def training_run(config: ObjectivesConfig, name: str, seed: int, steps: int) -> 
 
 
 def scores(
-    config: ObjectivesConfig, run: TrainConfig, judge: Judge, world: World
+    config: ObjectivesConfig, run: TrainConfig, measured: SampleScores, world: World
 ) -> dict[str, float]:
     """The validation loss of raster next-token prediction, and the scores of sampled images."""
     gpt = load_gpt(str(run.out))[0].to(world.device).eval()
@@ -254,7 +254,7 @@ def scores(
         pipeline, lambda part: ClassCondition(classes[part]), ids, FEATURE_BATCH, sampling
     )
     pixels = torch.cat([batch.pixels for batch in decode_batches(pipeline, batches)])
-    return {"validation_loss": loss, **judge.scores(judge.features(pixels), classes.numpy())}
+    return {"validation_loss": loss, **measured.scores(measured.features(pixels), classes.numpy())}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from evaluations.features.extractors import EfficientNetExtractor
-from evaluations.metrics.class_agreement import ClassJudge
+from evaluations.metrics.class_agreement import AgreementClassifier
 
 DEVICE = torch.device("cpu")
 
@@ -33,10 +33,12 @@ def main() -> None:
         pixels, wanted = torch.from_numpy(file["arr_0"]), file["arr_1"]
     extractor = EfficientNetExtractor(DEVICE)
     size = tuple(pixels.shape[1:3])
-    judge = ClassJudge(*real_features(extractor, arguments.train, arguments.images, size))
+    classifier = AgreementClassifier(
+        *real_features(extractor, arguments.train, arguments.images, size)
+    )
     real = real_features(extractor, arguments.val, arguments.images, size)
-    agrees = judge.agrees(features(extractor, pixels), wanted)
-    print(f"accuracy on held-out real images {judge.agreement(*real):.3f}")
+    agrees = classifier.agrees(features(extractor, pixels), wanted)
+    print(f"accuracy on held-out real images {classifier.agreement(*real):.3f}")
     print(f"agreement of {len(agrees)} generated images {agrees.mean():.3f}")
     for label in np.unique(wanted):
         print(f"  class {label}: {agrees[wanted == label].mean():.3f}")

@@ -12,7 +12,7 @@ PENALTY = 0.01  # sklearn's C: inverse of the strength of the L2 penalty
 ITERATIONS = 300
 
 
-class ClassJudge:
+class AgreementClassifier:
     """A logistic regression on features of real images: features (n, dim), classes (n,)."""
 
     def __init__(self, features: np.ndarray, classes: np.ndarray) -> None:
