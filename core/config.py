@@ -200,7 +200,9 @@ def run_command(main: Callable[[], None]) -> None:
     _set_environment()
     try:
         main()
-    except (InputError, OSError) as error:
+    except InputError as error:
+        fail(str(error), code=2)
+    except OSError as error:
         if is_mistake(error):
             fail(str(error), code=2)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
