@@ -10,7 +10,6 @@ Run it again to continue after a stop, whatever it was doing.
 """
 
 import dataclasses
-import datetime
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from core.data.images import INTERPOLATION
 from core.data.loader import check_num_workers
 from core.data.shards import codes_dtype
 from core.distributed.hardware import device_name
-from core.distributed.provenance import versions
+from core.distributed.provenance import now, versions
 from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
 from core.files import file_sha256, read_record, write_json, write_text
@@ -237,11 +236,10 @@ class Progress:
 
     def __init__(self, out: Path, world: World) -> None:
         self.path, self.world = out / "progress.json", world
-        fields = {"starts": list[str], "seconds": dict}
-        exists = self.path.is_file()
-        stored = read_record(self.path, fields) if exists else {"starts": [], "seconds": {}}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.starts: list[str] = [*stored["starts"], now]
+        stored: dict[str, Any] = {"starts": [], "seconds": {}}
+        if self.path.is_file():
+            stored = read_record(self.path, {"starts": list[str], "seconds": dict})
+        self.starts: list[str] = [*stored["starts"], now()]
         self.seconds: dict[str, float] = stored["seconds"]
         self._write()
 
@@ -340,10 +338,7 @@ def write_report(
         "starts": progress.starts,
         "seconds": progress.seconds,
         "hardware": f"{world.size} x {device_name(world.device)}",
-        "versions": {
-            **versions(),
-            "commit": scores.get("commit", ""),
-        },
+        "versions": {**versions(), "commit": scores.get("commit", "")},
         "files": {what: file_sha256(path) for what, path in paths.items()},
         "not_pinned": unpinned_text(filter(None, models)),
         "commands": [f"{launcher} -m {again}", f"{launcher} -m {target.command}"],
