@@ -17,7 +17,6 @@ from helpers.training import flags, losses, weights
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-import autoregressive.train
 from autoregressive import GPT, generate
 from autoregressive.objectives.alignment import AlignmentOptions
 from autoregressive.objectives.base import Objective
@@ -145,15 +144,6 @@ def test_the_command_trains_resumes_exactly_and_its_model_samples(config, tmp_pa
     assert sampled.shape == (3, 4, 4)
 
 
-class Images:
-    """What building the models asks of the training data."""
-
-    crops = 1
-
-    def __len__(self) -> int:
-        return IMAGES
-
-
 def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: str):
     """The gradients of this process's share of a batch, after the processes averaged them."""
     lines = flags(Path("unused"), Path("unused"), "--parallel.strategy", strategy)
@@ -161,7 +151,9 @@ def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: 
     config = parse_config(TrainConfig, [str(line) for line in lines])
     config = dataclasses.replace(config, objective=objective)
     gpt_config = tiny(**objective.loss.model_fields).config
-    models = build_models(config, gpt_config, world, True, typing.cast(typing.Any, Images()))
+    codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    codebook = codebook if objective.loss.needs_codebook else None
+    models = build_models(config, gpt_config, world, True, IMAGES, codebook)
     models.objective.begin_step(0.3)
     for name, parameter in models.objective.gpt.named_parameters():
         if name.startswith("output"):  # zero at the start, as the gradients behind it would be
@@ -177,8 +169,6 @@ def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: 
 def run_rank(rank: int, rendezvous: str, gpt: Path, cases: list[ObjectiveConfig]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    autoregressive.train.read_codebook = lambda *_: codebook
     cpu = torch.device("cpu")
     for case in cases:
         whole = gradients_of(case, gpt, World(0, 1, cpu), "ddp")
