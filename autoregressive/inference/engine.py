@@ -137,11 +137,11 @@ class InferenceEngine:
         compile: bool = False,
         device: torch.device | None = None,
     ) -> None:
+        gpt = gpt.merged()
         self.config, weight = gpt.config, gpt.tok_embeddings.weight
         self.device = device or weight.device
-        dtype = weight.dtype
-        if precision:
-            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        chosen = torch.float32 if precision == "fp32" else torch.bfloat16
+        dtype = chosen if precision else weight.dtype
         self.embedding = weight.detach().to(self.device, dtype)
         like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
         if gpt.target_position is not None:

@@ -4,6 +4,7 @@ The released weights depend on the rotary table: code i has the rotary row of it
 position.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from autoregressive.models.conditioning import (
     ragged_order,
 )
 from autoregressive.models.config import GPTConfig
+from autoregressive.models.lora import add_lora, freeze_base, merge_lora
 from autoregressive.models.rope import rotary_table
 from autoregressive.models.transformer import (
     PRESETS,
@@ -44,7 +46,8 @@ class GPT(nn.Module):
         if config.condition == "text":
             self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
         else:
-            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+            new_classes = config.lora.new_classes if config.lora else 0
+            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim, new_classes)
         self.t_embedder = GuidanceEmbedding(config.dim) if config.guidance_input else None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.target_position = (
@@ -55,6 +58,9 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.lora:
+            add_lora(self.layers, config.lora)
+            freeze_base(self)
         self.build_rotary()
         if not self.norm.weight.is_meta:
             # The seed comes from torch's own generator, so that torch.manual_seed decides it.
@@ -95,7 +101,22 @@ class GPT(nn.Module):
 
         gpt.save_pretrained("weights/gpt_b")
         """
-        save_model(self, config_text(self.config), Path(folder))
+        whole = self.merged()
+        save_model(whole, config_text(whole.config), Path(folder))
+
+    def merged(self) -> "GPT":
+        """This model with its LoRA added to the weights; itself if it has none.
+
+        The weights that LoRA does not change are shared.
+        """
+        if self.config.lora is None:
+            return self
+        tensors = merge_lora(self.state_dict(), self.config.lora)
+        with torch.device("meta"):
+            whole = GPT(dataclasses.replace(self.config, lora=None))
+        whole.load_state_dict(tensors, assign=True)
+        whole.build_rotary()
+        return whole.train(self.training)
 
     def generate(self, condition: ConditionLike, **options: Any) -> torch.Tensor:  # noqa: ANN401
         """Sample the codes of one image per condition -> (batch, height, width) int64.
@@ -144,9 +165,11 @@ class GPT(nn.Module):
         if name.endswith("norm.weight"):
             return Constant(1.0)
         zero = ("output.weight", "t_embedder.mlp.2.weight", "target_position.weight")
-        if name in zero or name.endswith(".bias"):
+        if name in zero or name.endswith((".bias", ".lora_b", ".new_classes")):
             # A zero head: the first loss is ln(vocab_size).
             return Constant(0.0)
+        if name.endswith(".lora_a"):
+            return Normal(1 / math.sqrt(self.config.dim))
         if name == "cls_embedding.uncond_embedding":
             return Normal(1 / math.sqrt(self.config.text_dim))
         if name.endswith("ada_lin.1.weight"):

@@ -41,12 +41,13 @@ class Plan:
     compute_bytes: int = 4  # of a weight during computation: 2 for bf16, 4 for fp32
     step: StepPlan | None = None  # what decides the time of a step; None if it is not planned
     processes: int | None = None  # that share the batch in `activations`; None: however many
+    trained: int | None = None  # parameters that have gradients; None: all
 
     def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
         """Bytes on each of `size` processes by part; under hsdp, `shared` of them hold one copy."""
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
-        own = self.parameters / shards
-        parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
+        own, trained = self.parameters / shards, self._trained / shards
+        parts = {"weights": 4 * own, "gradients": 4 * trained, "Adam's moments": 8 * trained}
         if self.ema:
             parts["EMA weights"] = 4 * own
         # DDP reduces gradients in place (gradient_as_bucket_view).
@@ -55,7 +56,7 @@ class Plan:
             gathered = self.largest_block * 2 + self.outside_blocks
             parts["gathered weights and gradients"] = gathered * 2 * self.compute_bytes
             if self.accumulates:  # whole gradients, until the last micro-batch reduces them
-                parts["accumulated gradients"] = 4 * self.parameters
+                parts["accumulated gradients"] = 4 * self._trained
         # The same batch on more processes is fewer samples on each.
         share = self.processes / size if self.processes else 1.0
         return {**parts, "activations": self.activations * share}
@@ -75,10 +76,14 @@ class Plan:
         """
         copied = STATE_BYTES - 4 + 4 * self.ema  # no gradients
         if strategy == "ddp":
-            return self.parameters * copied
+            return self._trained * copied
         shards = min(size, shared) if strategy == "hsdp" else size
         gathering = here if self.scored else 1
-        return self.parameters * (copied / shards * min(here, shards) + 4 * gathering)
+        return self._trained * copied / shards * min(here, shards) + 4 * self.parameters * gathering
+
+    @property
+    def _trained(self) -> int:
+        return self.parameters if self.trained is None else self.trained
 
 
 def plan_model(
@@ -115,6 +120,7 @@ def plan_model(
         compute_bytes,
         step,
         processes,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
