@@ -47,7 +47,7 @@ from core.rng import seed_step
 from core.training.ema import EMA
 from core.training.initialization import initialize
 from core.training.memory_plan import approve
-from core.training.optimizer import Stepper, build_adamw, learning_rate
+from core.training.optimizer import Stepper, build_optimizer, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
 
@@ -208,7 +208,7 @@ def build_models(
         ema_objective.requires_grad_(False).eval()
         shard(ema_objective, config.parallel, world, config.training.precision, Block)
         ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
-    optimizer = build_adamw(gpt, config.optimizer, objective.heads)
+    optimizer = build_optimizer(gpt, config.optimizer, gpt.hidden_matrices(), objective.heads)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)
 

@@ -150,8 +150,7 @@ class InferenceEngine:
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
-        adaptive = [block.ada_lin for block in gpt.blocks] + [gpt.norm_ada_lin]
-        self.adaptive = [copy.deepcopy(part).to(like) for part in adaptive if part is not None]
+        self.adaptive = copy.deepcopy(gpt.adaptive).to(like)
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
             self.t_embedder = gpt.t_embedder and copy.deepcopy(gpt.t_embedder).to(self.device)

@@ -57,6 +57,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
+        self.shared_ada_lin = AdaptiveLinear(config.dim, 6) if config.adaln == "shared" else None
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.lora:
             add_lora(self.layers, config.lora)
@@ -174,9 +175,38 @@ class GPT(nn.Module):
             return Normal(1 / math.sqrt(self.config.text_dim))
         if name.endswith("ada_lin.1.weight"):
             # IBQ: the rows of the gains, if any, are small, and the others half of the rest's.
-            gain_rows = 2 * self.config.dim if name.startswith("layers.") else 0
+            gain_rows = 0 if name.startswith("norm_") else 2 * self.config.dim
             return Normal(0.01, gain_rows, 2 * self.config.adaln_gain)
+        if name.endswith("ada_lin.table"):  # VAR
+            return Normal(0.5 / math.sqrt(self.config.dim), 2, 2 * self.config.adaln_gain)
         return Normal(0.02)
+
+    def hidden_matrices(self) -> dict[str, list[int]]:
+        """The matrices of the blocks by name, with the rows of those stacked in each (q, k, v)."""
+        config = self.config
+        packed = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads)]
+        names = {
+            "attention.wqkv": [*packed, packed[1]],
+            "attention.wo": [config.dim],
+            "feed_forward.w1": [config.ffn_dim],
+            "feed_forward.w3": [config.ffn_dim],
+            "feed_forward.w2": [config.dim],
+        }
+        return {
+            f"layers.{i}.{name}.weight": rows
+            for i in range(config.num_layers)
+            for name, rows in names.items()
+        }
+
+    @property
+    def adaptive(self) -> nn.ModuleList:
+        """Of each block and of the last norm, what maps the condition to scales, shifts and gains.
+
+        Empty without adaln.
+        """
+        shared = [] if self.shared_ada_lin is None else [self.shared_ada_lin]
+        parts = [nn.Sequential(*shared, b.ada_lin) for b in self.blocks if b.ada_lin is not None]
+        return nn.ModuleList(parts if self.norm_ada_lin is None else [*parts, self.norm_ada_lin])
 
     @property
     def rotary(self) -> torch.Tensor:
@@ -300,8 +330,9 @@ class GPT(nn.Module):
         taps: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         x = self.tok_dropout(x)
+        given = condition if self.shared_ada_lin is None else self.shared_ada_lin(condition)
         for i, block in enumerate(self.layers):
-            x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
+            x = block(x, rotary) if given is None else block(x, rotary, condition=given)
             if taps is not None and i in taps:
                 taps[i] = x
         x = self.norm(x)

@@ -49,7 +49,7 @@ class TrainConfig:
         model: Shape of the transformer. With lora, that of the base: leave it out, but for dropout.
         lora: Fine-tuning of a few weights of init_from; off by default.
         objective: What is minimised: cross-entropy of the next code, or another objective.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the learning-rate schedule.
         parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
         report: How often to report, evaluate and save.
         evaluation: How often to score samples, and how many.
@@ -100,6 +100,12 @@ class TrainConfig:
             self._check_lora()
         elif self.data.first_class:
             raise ValueError("data.first_class is for fine-tuning with lora: give lora.rank")
+        if self.optimizer.kind == "muon" and self.lora.rank is not None:
+            raise ValueError("optimizer.kind muon is for whole matrices, not for those of lora")
+        if self.optimizer.kind == "muon" and self.parallel.strategy != "ddp":
+            raise ValueError(
+                "optimizer.kind muon needs whole matrices: leave parallel.strategy at ddp"
+            )
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")
 
