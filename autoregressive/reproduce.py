@@ -36,6 +36,7 @@ from core.released import (
     find_released,
     released_models,
     released_table,
+    unpinned_text,
 )
 from core.weights import hub_file
 from evaluations.features.inception import inception_file
@@ -215,9 +216,6 @@ def stage_config(
     if metrics.reference is None:
         file = reference_file(published.reference or "")
         metrics = dataclasses.replace(metrics, reference=file.path if file else None)
-    tokenizer = find_released(model.tokenizer)
-    downsample = VQConfig(**tokenizer.architecture).downsample if tokenizer else 0
-    native = downsample * model.grid[0] if model.grid else 0
     return SampleRunConfig(
         gpt=model.name,
         tokenizer=str(model.tokenizer),
@@ -226,7 +224,7 @@ def stage_config(
         compute=config.compute,
         sampling=SamplingConfig(**model.sampling),
         metrics=metrics,
-        resize=None if native == size else size,
+        resize=None if native_size(model) == size else size,
         batch_size=config.batch_size,
         npz=False,
     )
@@ -273,19 +271,40 @@ def differences(target: Target, scores: dict[str, Any]) -> list[str]:
     if distance and distance not in scores:
         ours = next((name for name in scores if is_distance(name)), "no distance")
         found.append(f"{ours} was measured, {distance} is published")
+    resized = interpolation(target)
+    if resized and published.interpolation != resized:
+        there = published.interpolation or "an interpolation that the source does not state"
+        found.append(
+            f"images resized by {resized}, published with {there}{MOVES[target.model.kind]}"
+        )
     if isinstance(target.stage, SampleRunConfig):
         ours = scores["reference"]
         if published.reference not in (None, ours):
             found.append(f"compared with {ours}, published with {published.reference}")
-    else:
-        if published.interpolation not in (None, INTERPOLATION):
-            found.append(
-                f"validation images resized by {INTERPOLATION}, published with "
-                f"{published.interpolation}: this alone moves rFID by about 0.2"
-            )
-        if target.stage.metrics.reference:
-            found.append("compared with a reference file, published with the originals")
+    elif target.stage.metrics.reference:
+        found.append("compared with a reference file, published with the originals")
     return found
+
+
+# What is known about the effect of the interpolation alone.
+MOVES = {"tokenizer": ": this alone moves rFID by about 0.2", "gpt": ""}
+
+
+def interpolation(target: Target) -> str | None:
+    """How the compared images are resized, as the table says it; None where they are not."""
+    if not isinstance(target.stage, SampleRunConfig):
+        return INTERPOLATION
+    if target.stage.resize is None:
+        return None
+    return f"{native_size(target.model)} to {target.stage.resize} bicubic, no antialiasing"
+
+
+def native_size(model: ReleasedModel) -> int:
+    """Side in pixels of what a GPT samples; 0 if the table does not tell."""
+    tokenizer = find_released(model.tokenizer)
+    if tokenizer is None or model.grid is None:
+        return 0
+    return VQConfig(**tokenizer.architecture).downsample * model.grid[0]
 
 
 def write_report(
@@ -297,6 +316,7 @@ def write_report(
 ) -> None:
     """Write report.json and report.md, and print the table."""
     out, scores = Path(str(config.out)), read_json(target.stage.out / "scores.json")
+    models = target.model, find_released(target.model.tokenizer)
     numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
     reasons = differences(target, scores)
     rows = compare(numbers, target.published.metrics, config.sigmas, not reasons)
@@ -309,7 +329,7 @@ def write_report(
         "scores": [row._asdict() for row in rows],
         "published": dataclasses.asdict(target.published),
         "sampling": dict(target.model.sampling),
-        "interpolation": INTERPOLATION if target.model.kind == "tokenizer" else None,
+        "interpolation": interpolation(target),
         "precision": config_values(config.compute),
         "starts": progress.starts,
         "seconds": progress.seconds,
@@ -319,6 +339,7 @@ def write_report(
             "commit": scores.get("commit", ""),
         },
         "files": {what: file_sha256(path) for what, path in paths.items()},
+        "not_pinned": unpinned_text(filter(None, models)),
         "commands": [f"{launcher} -m {again}", f"{launcher} -m {target.command}"],
     }
     write_json(out / "report.json", report)
@@ -346,6 +367,7 @@ def report_text(report: dict[str, Any], rows: list[ComparedScore], sigmas: float
 
 ± is the standard error of ours. A distance passes within {sigmas:g} standard errors of the
 difference of two independent samples. Seconds are those of the start that finished a step.
+{report["not_pinned"]}
 
 {chr(10).join(lines)}
 
@@ -357,8 +379,8 @@ difference of two independent samples. Seconds are those of the start that finis
 
 def print_list() -> None:
     """Print the released models that can be reproduced."""
-    models = released_models().values()
-    print(released_table(m for m in models if m.scores and m.repository and m.file))
+    listed = [m for m in released_models().values() if m.scores and m.repository and m.file]
+    print(released_table(listed), unpinned_text(listed), sep="\n\n")
 
 
 def main() -> None:

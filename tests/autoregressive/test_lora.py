@@ -94,7 +94,7 @@ def test_only_its_weights_have_gradients_and_the_plan_counts_them():
     gpt(torch.zeros(2, 16, dtype=torch.int64), torch.tensor([1, 6])).sum().backward()
     for name, parameter in gpt.named_parameters():
         assert (parameter.grad is not None) == is_lora_weight(name), name
-    plan = plan_model(gpt, torch.nn.Module, False, 0.0, 1, 1, 1)
+    plan = plan_model(gpt, torch.nn.Module, None, 0.0, 1, 1, 1)
     trained = sum(p.numel() for n, p in gpt.named_parameters() if is_lora_weight(n))
     assert plan.parts("ddp", 1, 1)["Adam's moments"] == 8 * trained
 
