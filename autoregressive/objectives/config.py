@@ -24,6 +24,7 @@ Kind = Literal[
     "contrastive",
     "clusters",
     "random_order",
+    "z_loss",
 ]
 
 
