@@ -10,7 +10,6 @@ Run it again to continue after a stop, whatever it was doing.
 """
 
 import dataclasses
-import datetime
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +21,13 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.run import SampleRunConfig, sample
 from core.config import InputError, config_values, parse_config, run_command, save_config
 from core.data.images import INTERPOLATION
+from core.data.loader import check_num_workers
 from core.data.shards import codes_dtype
 from core.distributed.hardware import device_name
-from core.distributed.provenance import versions
+from core.distributed.provenance import now, versions
 from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
-from core.files import file_sha256, read_json, write_json, write_text
+from core.files import file_sha256, read_record, write_json, write_text
 from core.hub import cache_folder, download_size, fetch
 from core.lock import writer_lock
 from core.released import (
@@ -88,8 +88,9 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
             raise ValueError("num_images must be >= 1, or null")
-        if self.batch_size < 1 or self.num_workers < 0 or self.sigmas <= 0:
-            raise ValueError("batch_size must be >= 1, num_workers >= 0, sigmas > 0")
+        check_num_workers(self.num_workers)
+        if self.batch_size < 1 or self.sigmas <= 0:
+            raise ValueError("batch_size must be >= 1, sigmas > 0")
 
 
 class Target(NamedTuple):
@@ -235,9 +236,10 @@ class Progress:
 
     def __init__(self, out: Path, world: World) -> None:
         self.path, self.world = out / "progress.json", world
-        stored = read_json(self.path) if self.path.is_file() else {"starts": [], "seconds": {}}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.starts: list[str] = [*stored["starts"], now]
+        stored: dict[str, Any] = {"starts": [], "seconds": {}}
+        if self.path.is_file():
+            stored = read_record(self.path, {"starts": list[str], "seconds": dict})
+        self.starts: list[str] = [*stored["starts"], now()]
         self.seconds: dict[str, float] = stored["seconds"]
         self._write()
 
@@ -255,7 +257,9 @@ class Progress:
 def is_scored(target: Target) -> bool:
     """Whether scores.json is there and is of these settings."""
     path = target.stage.out / "scores.json"
-    return path.is_file() and read_json(path)["settings"] == config_values(target.stage)
+    if not path.is_file():
+        return False
+    return read_record(path, {"settings": dict})["settings"] == config_values(target.stage)
 
 
 def differences(target: Target, scores: dict[str, Any]) -> list[str]:
@@ -278,7 +282,7 @@ def differences(target: Target, scores: dict[str, Any]) -> list[str]:
             f"images resized by {resized}, published with {there}{MOVES[target.model.kind]}"
         )
     if isinstance(target.stage, SampleRunConfig):
-        ours = scores["reference"]
+        ours = scores.get("reference")
         if published.reference not in (None, ours):
             found.append(f"compared with {ours}, published with {published.reference}")
     elif target.stage.metrics.reference:
@@ -315,7 +319,7 @@ def write_report(
     world: World,
 ) -> None:
     """Write report.json and report.md, and print the table."""
-    out, scores = Path(str(config.out)), read_json(target.stage.out / "scores.json")
+    out, scores = Path(str(config.out)), read_record(target.stage.out / "scores.json", {"n": int})
     models = target.model, find_released(target.model.tokenizer)
     numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
     reasons = differences(target, scores)
@@ -334,10 +338,7 @@ def write_report(
         "starts": progress.starts,
         "seconds": progress.seconds,
         "hardware": f"{world.size} x {device_name(world.device)}",
-        "versions": {
-            **versions(),
-            "commit": scores.get("commit", ""),
-        },
+        "versions": {**versions(), "commit": scores.get("commit", "")},
         "files": {what: file_sha256(path) for what, path in paths.items()},
         "not_pinned": unpinned_text(filter(None, models)),
         "commands": [f"{launcher} -m {again}", f"{launcher} -m {target.command}"],

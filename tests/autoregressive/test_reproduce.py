@@ -276,3 +276,20 @@ def test_what_cannot_be_reproduced_is_refused_in_one_line(hub, tmp_path, world, 
             reproduce(settings(**{"out": tmp_path / "out", **changes}), world)
     assert not (tmp_path / "out").exists()
     command.print_list()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("progress.json", "[]", "holds a list"),
+        ("progress.json", '{"starts": 3, "seconds": {}}', "starts is 3"),
+        ("samples/scores.json", "{}", "settings is missing"),
+        ("samples/scores.json", '{"settings": []}', r"settings is \[\]"),
+    ],
+)
+def test_a_damaged_record_of_an_earlier_start_is_named(hub, tmp_path, world, file, text, message):
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"{file}: {message}"):
+        reproduce(settings(tmp_path / "out", num_images=20), world)
