@@ -49,7 +49,9 @@ class AlignmentOptions:
 
 
 class AlignmentLoss(Objective):
-    """Cross-entropy, minus the weighted cosine similarity with the features."""
+    """Cross-entropy, and hidden states aligned with features of the images (REPA)."""
+
+    options_type = AlignmentOptions
 
     needs_one_crop: ClassVar[bool] = True
 
