@@ -7,13 +7,10 @@ python -m autoregressive.convert --list true
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from autoregressive.models.pretrained import load_gpt
-from autoregressive.serving.export import export_vllm
-from core.config import InputError, config_text, parse_config, run_command
-from core.model_card import ExportConfig, ModelDescription, export_model
-from core.released import released_models, released_table, unpinned_text
+from core.config import InputError, config_text, parse_config, parse_first, run_command
+from core.hub import ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +34,16 @@ class ConvertConfig(ExportConfig):
     def __post_init__(self) -> None:
         if self.push_to and self.format != "folder":
             raise ValueError("push_to uploads a folder of ours: leave format at folder")
+
+
+parse_first(ConvertConfig, __name__)
+
+from typing import Any
+
+from autoregressive.models.pretrained import load_gpt
+from autoregressive.serving.export import export_vllm
+from core.model_card import ModelDescription, export_model
+from core.released import released_models, released_table, unpinned_text
 
 
 def convert(config: ConvertConfig) -> None:

@@ -1,4 +1,4 @@
-"""Inpaint images: keep the top rows, or replace a rectangle; with classes or prompts.
+r"""Inpaint images: keep the top rows, or replace a rectangle; with classes or prompts.
 
     python -m autoregressive.inpaint --gpt runs/gpt_b --tokenizer weights/vq16 --images photos \
         --keep_rows 8 --conditions.classes '[207]' --out inpainted
@@ -7,28 +7,12 @@ Inpainting follows raster order: masked tokens are conditioned on what is above 
 only. Image content below and to the right of the region stays, but visible seams are expected.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import Condition
-from autoregressive.sampling.conditions import ConditionConfig, open_conditions
-from autoregressive.sampling.pipeline import ImagePipeline
-from autoregressive.sampling.pipeline_config import PipelineConfig
-from core.config import InputError, parse_config, run_command, save_config
-from core.data.grids import image_grid
-from core.data.images import pixels_to_images, save_png
-from core.data.loader import CenterCrop, OrderedImages, ordered_batches
-from core.data.open import open_images
-from core.distributed.world import World, distributed
-from core.files import write_json
-from core.lock import writer_lock
-
-MASK_GREY = 128  # grey level of masked pixels in the middle column of completions.png
+from autoregressive.sampling.config import ConditionConfig, PipelineConfig
+from core.config import InputError, parse_config, parse_first, run_command, save_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +47,27 @@ class InpaintConfig(PipelineConfig):
             raise ValueError("give either keep_rows or region")
 
 
+parse_first(InpaintConfig, __name__)
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from autoregressive.models.conditioning import Condition
+from autoregressive.sampling.conditions import open_conditions
+from autoregressive.sampling.pipeline import ImagePipeline, load_pipeline, prepare_pipeline
+from core.data.grids import image_grid
+from core.data.images import pixels_to_images, save_png
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
+from core.distributed.world import World, distributed
+from core.files import write_json
+from core.lock import writer_lock
+
+MASK_GREY = 128  # grey level of masked pixels in the middle column of completions.png
+
+
 def positions_to_inpaint(config: InpaintConfig, grid: tuple[int, int]) -> torch.Tensor:
     """A mask (rows, columns) bool, True at the grid positions to sample."""
     rows, columns = grid
@@ -77,7 +82,7 @@ def positions_to_inpaint(config: InpaintConfig, grid: tuple[int, int]) -> torch.
 
 def inpaint(config: InpaintConfig, world: World) -> None:
     """Inpaint every image and write the results."""
-    pipeline = config.load_pipeline()
+    pipeline = load_pipeline(config)
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
     mask = positions_to_inpaint(config, gpt_config.grid)
     images = open_images(config.images)
@@ -89,7 +94,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
             "conditions.images_per_prompt"
         )
     batches = math.ceil(count / config.batch_size)
-    config.prepare(pipeline, batches, world)
+    prepare_pipeline(config, pipeline, batches, world)
     (config.out / "png").mkdir(parents=True, exist_ok=True)
     save_config(config, config.out / "config.yaml")
     dataset = OrderedImages(images, CenterCrop(*pipeline.image_size))

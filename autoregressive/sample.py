@@ -1,4 +1,4 @@
-"""Sample images and, with a reference, score them. Run it again to continue after a stop.
+r"""Sample images and, with a reference, score them. Run it again to continue after a stop.
 
     python -m autoregressive.sample --gpt weights/t2i_512 --tokenizer weights/vq16_t2i \
         --conditions.prompts prompts.txt --out samples/prompts
@@ -10,15 +10,20 @@
 
 from dataclasses import dataclass
 
-from autoregressive.sampling.run import SampleRunConfig, sample
-from core.config import parse_config, run_command
-from core.distributed.world import distributed
-from core.lock import writer_lock
+from autoregressive.sampling.config import SampleRunConfig
+from core.config import parse_config, parse_first, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SampleRunConfig):
     """Settings of autoregressive.sample: those of a sample run."""
+
+
+parse_first(SampleConfig, __name__)
+
+from autoregressive.sampling.run import sample
+from core.distributed.world import distributed
+from core.lock import writer_lock
 
 
 def main() -> None:

@@ -6,23 +6,25 @@
 Needs fastapi, uvicorn and prometheus-client; the page needs gradio (requirements-extra.txt).
 """
 
+from pathlib import Path
+
+from autoregressive.serving.config import ServeConfig
+from core.config import InputError, parse_config, parse_first, run_command
+
+parse_first(ServeConfig, __name__)
+
 import contextlib
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from autoregressive.sampling.conditions import ConditionConfig, prompt_encoder
-from autoregressive.sampling.pipeline import ImagePipeline
-from autoregressive.sampling.pipeline_config import PipelineConfig
+from autoregressive.sampling.conditions import prompt_encoder
+from autoregressive.sampling.pipeline import ImagePipeline, load_pipeline
 from autoregressive.serving.export import export_vllm
 from autoregressive.serving.http.image_engine import ImageEngine
-from autoregressive.serving.http.limits import LimitsConfig
 from autoregressive.serving.http.native_engine import NativeEngine
 from autoregressive.serving.http.vllm_engine import VLLMEngine
-from core.config import InputError, parse_config, run_command
 from core.distributed.world import choose_device, dtype_of
 from core.files import check_regular_file
 
@@ -30,58 +32,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from autoregressive.serving.http.service import ImageService
-
-
-LARGEST_PORT = 65535
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig(PipelineConfig):
-    """Settings of autoregressive.serve.
-
-    Args:
-        engine: native samples in this process; vllm with vLLM's AsyncLLM, which must be installed
-            and takes compute.precision fp32 or bf16 only.
-        vllm_options: Further arguments of vLLM's AsyncEngineArgs, e.g. tensor_parallel_size.
-        batch_size: Images that the native engine samples together. Every step has this size, even
-            for one image, so that an image is the same bit for bit whatever else runs.
-        text_encoder: The T5 of a text model: a folder or a Hub id.
-        class_names: Text file with the name of a class on each line, which prompts may use; null
-            for class numbers only.
-        limits: What is refused.
-        name: The model's name in the API.
-        host: Address to listen on. 127.0.0.1: this machine only; 0.0.0.0: every network.
-        port: Port to listen on.
-        api_key: Key that clients must send as a bearer token; null for none. The page has no key,
-            so that it is not served with one.
-        page: Serve the page at /, if gradio is installed.
-    """
-
-    engine: Literal["native", "vllm"] = "native"
-    vllm_options: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 8
-    text_encoder: str = ConditionConfig.text_encoder
-    class_names: Path | None = None
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    name: str = "llamagen"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    page: bool = True
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError("batch_size must be >= 1")
-        if not 1 <= self.port <= LARGEST_PORT:
-            raise ValueError(f"port is {self.port}, must be in 1 .. {LARGEST_PORT}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("api_key: a header carries printable ASCII characters only")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("api_key is empty; null for no key")
-        if self.vllm_options and self.engine != "vllm":
-            raise ValueError("vllm_options needs engine: vllm")
-        if self.engine == "vllm" and self.compute.precision not in ("fp32", "bf16"):
-            raise ValueError("compute.precision must be fp32 or bf16 with engine: vllm")
 
 
 def serve(config: ServeConfig) -> None:
@@ -97,7 +47,7 @@ def serve(config: ServeConfig) -> None:
 
     names = read_class_names(config.class_names)
     check_address(config.host, config.port)
-    pipeline = config.load_pipeline()
+    pipeline = load_pipeline(config)
     if pipeline.gpt.config.condition == "none":
         raise InputError(f"{config.gpt}: unconditional; the server draws classes or prompts")
     if names and len(names) != pipeline.gpt.config.num_classes:

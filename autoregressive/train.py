@@ -1,4 +1,4 @@
-"""Train the transformer on codes, conditioned on classes or captions.
+r"""Train the transformer on codes, conditioned on classes or captions.
 
 Run the same command again to continue: the result is the same bit for bit.
 
@@ -8,6 +8,11 @@ Run the same command again to continue: the result is the same bit for bit.
         --data.codes '[codes/laion]' --data.features features/laion --out runs/t2i_stage1
     torchrun --nproc-per-node 8 -m autoregressive.train ...
 """
+
+from autoregressive.training.config import TrainConfig
+from core.config import InputError, parse_config, parse_first, run_command
+
+parse_first(TrainConfig, __name__)
 
 import contextlib
 from collections.abc import Iterator
@@ -23,9 +28,8 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.lora import LoRAWeights
 from autoregressive.models.transformer import Block
 from autoregressive.objectives.base import Objective
-from autoregressive.objectives.config import build_objective
+from autoregressive.objectives.build import LOSSES, build_objective
 from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.training.config import TrainConfig
 from autoregressive.training.model_config import resolve_model
 from autoregressive.training.plan import plan_training
 from autoregressive.training.validation import (
@@ -38,7 +42,6 @@ from autoregressive.training.validation import (
     unsharded_copy,
     validation_loss,
 )
-from core.config import InputError, parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import no_sync, prepare, shard
 from core.distributed.world import World, distributed
@@ -59,12 +62,12 @@ def train(config: TrainConfig, world: World) -> None:
     config, gpt_config = resolve_model(config, data, world)
     validation = open_validation(config, data, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
-    if config.objective.loss.needs_one_crop and data.crops != 1:
+    if LOSSES[config.objective.kind].needs_one_crop and data.crops != 1:
         raise InputError(
             f"objective.kind {config.objective.kind} needs codes of one crop of each image; these "
             f"data have {data.crops or 'random'} crops per image"
         )
-    needed = config.objective.loss.needs_codebook
+    needed = LOSSES[config.objective.kind].needs_codebook
     codebook = read_codebook(data, config.data, world) if needed else None
     plan = plan_training(config, gpt_config, len(data), world, codebook)
     if not approve(plan, config, config.parallel, world, config.dry_run):

@@ -1,4 +1,4 @@
-"""Find the guidance with the best score: every schedule is scored on the same 10,000 images.
+r"""Find the guidance with the best score: every schedule is scored on the same 10,000 images.
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
         --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
@@ -11,25 +11,14 @@ samples are for comparing settings; published ones use 50,000.
 
 import dataclasses
 import itertools
-import json
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from tqdm import tqdm
+from typing import Literal
 
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.sampling.conditions import ConditionConfig, open_conditions
-from autoregressive.sampling.loop import score_samples
-from autoregressive.sampling.pipeline_config import PipelineConfig
-from core.config import InputError, parse_config, run_command, save_config
-from core.distributed.world import World, distributed
-from core.files import read_record, write_json
-from core.lock import writer_lock
-from evaluations.features.extractors import note_of
-from evaluations.report import write_comparison
-from evaluations.scorer import MetricsConfig, check_size, open_scorer
+from autoregressive.sampling.config import ConditionConfig, PipelineConfig
+from core.config import InputError, parse_config, parse_first, run_command, save_config
+from evaluations.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +75,29 @@ class TuneConfig(PipelineConfig):
         return list(found)
 
 
+parse_first(TuneConfig, __name__)
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from autoregressive.sampling.conditions import open_conditions
+from autoregressive.sampling.loop import score_samples
+from autoregressive.sampling.pipeline import load_pipeline, prepare_pipeline
+from core.distributed.world import World, distributed
+from core.files import read_record, write_json
+from core.lock import writer_lock
+from evaluations.features.extractors import note_of
+from evaluations.report import write_comparison
+from evaluations.scorer import check_size, open_scorer
+
+
 def tune_guidance(config: TuneConfig, world: World) -> None:
     """Score the candidates that have no score yet, then write the table, the plot and the best."""
-    pipeline = config.load_pipeline()
+    pipeline = load_pipeline(config)
     gpt = pipeline.gpt.config
     conditions = open_conditions(
         config.conditions, config.num_images, gpt, config.sampling.seed, world
@@ -110,7 +119,7 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         save_config(config, config.out / "config.yaml")
     batches = math.ceil(conditions.count / scorer.batch_size / world.size) * len(todo)
-    config.prepare(pipeline, batches, world)
+    prepare_pipeline(config, pipeline, batches, world)
     note = note_of(scorer.extractor)
     for sampling in tqdm(todo, unit="setting", disable=not world.is_main):
         scores = score_samples(

@@ -1,4 +1,4 @@
-"""Runs a benchmark in this checkout and in another one by turns, and compares the numbers.
+r"""Runs a benchmark in this checkout and in another one by turns, and compares the numbers.
 
 python -m benchmarks.against_checkout --checkout ../before --module benchmarks.sampling \
     --arguments '[--precisions, "[bf16]", --batches, "[1,8]", --repeats, "1"]' --pairs 7
@@ -8,16 +8,10 @@ JSON file. Ratios are this checkout's number over the other's: of the least numb
 the greatest ones (for rates), and the median over the pairs.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import InputError, parse_config, run_command
+from core.config import InputError, parse_config, parse_first, run_command
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,16 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.pairs < 1:
             raise ValueError("pairs must be >= 1")
+
+
+parse_first(CompareConfig, __name__)
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 
 
 def leaves(tree: object, path: str = "") -> Iterator[tuple[str, float]]:

@@ -1,34 +1,16 @@
-"""Whether a distance rises with blur, noise and lost classes, on real images.
+r"""Whether a distance rises with blur, noise and lost classes, on real images.
 
 python -m benchmarks.distortions --images cifar10/train --image_size '[32,32]' \
     --metrics.extractor proxy --out runs/benchmarks/distortions
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
-
-from core.config import InputError, config_values, parse_config, run_command
-from core.distributed.world import DeviceName, World, distributed
-from core.files import write_json
-from evaluations.evaluator import Evaluator, FeatureStatistics
-from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, note_of
-from evaluations.image_source import check_reading, open_image_source
-from evaluations.metrics.frechet import Gaussian, frechet_distance
-from evaluations.report import plot_trade, write_csv
-
-BLUR = (0.5, 1.0, 2.0, 4.0)  # sigma in pixels
-NOISE = (4.0, 8.0, 16.0, 32.0)  # standard deviation in grey levels
-LOST = (0.2, 0.4, 0.6, 0.8)  # share of the classes that are dropped
-NOISE_SEED = 0
-
-Change = Callable[[torch.Tensor], torch.Tensor]
+from core.config import InputError, config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
+from evaluations.config import check_reading
+from evaluations.features.config import ExtractorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +39,32 @@ class DistortionsConfig:
         check_reading(self.image_size, self.num_workers)
 
 
+parse_first(DistortionsConfig, __name__)
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
+
+from core.distributed.world import World, distributed
+from core.files import write_json
+from evaluations.evaluator import Evaluator, FeatureStatistics
+from evaluations.features.extractors import FeatureExtractor, build_extractor, note_of
+from evaluations.image_source import open_image_source
+from evaluations.metrics.frechet import Gaussian, frechet_distance
+from evaluations.report import plot_trade, write_csv
+
+BLUR = (0.5, 1.0, 2.0, 4.0)  # sigma in pixels
+NOISE = (4.0, 8.0, 16.0, 32.0)  # standard deviation in grey levels
+LOST = (0.2, 0.4, 0.6, 0.8)  # share of the classes that are dropped
+NOISE_SEED = 0
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
 def blur(pixels: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur of (n, h, w, 3) uint8."""
     size = 2 * int(np.ceil(3 * sigma)) + 1
@@ -72,7 +80,7 @@ def noise(pixels: torch.Tensor, level: float) -> torch.Tensor:
 
 def measure(config: DistortionsConfig, world: World) -> None:
     """Measure every distortion; raises InputError if a distance falls as one gets stronger."""
-    extractor = config.metrics.build_extractor(world)
+    extractor = build_extractor(config.metrics, world)
     source = open_image_source(config.images, config.image_size)
     if source.labels is None:
         raise InputError(f"{config.images}: a folder of class folders is needed")

@@ -3,18 +3,10 @@
 python -m benchmarks.frechet --out runs/benchmarks/frechet.json
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from scipy.linalg import sqrtm
-
-from core.config import config_values, parse_config, run_command
-from core.files import write_json
-from evaluations.metrics.frechet import Gaussian, frechet_distance
+from core.config import config_values, parse_config, parse_first, run_command
 
 
 @dataclass(frozen=True)
@@ -36,6 +28,19 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.count <= self.dim or self.repeats < 1:
             raise ValueError("count must exceed dim, and repeats be >= 1")
+
+
+parse_first(BenchmarkConfig, __name__)
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.linalg import sqrtm
+
+from core.files import write_json
+from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 
 def by_scipy(first: Gaussian, second: Gaussian) -> float:

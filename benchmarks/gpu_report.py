@@ -8,33 +8,11 @@ the two sampling rows that are farthest from the lower bound. On a CPU, with
 `--device cpu --quick true`, the smallest rows run and the others say "needs CUDA".
 """
 
-import functools
-import gc
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from autoregressive.sampling.run import SampleRunConfig, sample
-from benchmarks import sampling, training
-from core.config import config_values, parse_config, run_command
-from core.distributed.hardware import device_name, peak_memory_bytes
-from core.distributed.parallel import ParallelConfig
-from core.distributed.world import DeviceName, World, distributed
-from core.files import write_json, write_text
-from tokenizer.models.vq_model import VQModel
-
-Numbers = dict[str, Any]
-NEEDS_CUDA = "needs CUDA"
+from core.config import config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
 
 
 @dataclass(frozen=True)
@@ -56,6 +34,35 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.minutes <= 0:
             raise ValueError(f"minutes is {self.minutes}, must be > 0")
+
+
+parse_first(ReportConfig, __name__)
+
+import functools
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autoregressive.sampling.config import SampleRunConfig
+from autoregressive.sampling.run import sample
+from benchmarks import sampling, training
+from core.distributed.config import ParallelConfig
+from core.distributed.hardware import device_name, peak_memory_bytes
+from core.distributed.world import World, distributed
+from core.files import write_json, write_text
+from tokenizer.models.vq_model import VQModel
+
+Numbers = dict[str, Any]
+NEEDS_CUDA = "needs CUDA"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Objectives side by side: a small GPT on one tokenizer's codes, equal training compute.
+r"""Objectives side by side: a small GPT on one tokenizer's codes, equal training compute.
 
 python -m benchmarks.objectives --codes runs/scenes64/codes/train \
     --validation_codes runs/scenes64/codes/val --tokenizer runs/scenes64/tokenizer \
@@ -9,72 +9,12 @@ measured first. Run it again to continue: finished runs are kept in results.json
 table.md and scores.png are made.
 """
 
-import dataclasses
-import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.conditioning import ClassCondition
-from autoregressive.models.pretrained import load_gpt
-from autoregressive.models.transformer import TransformerConfig
-from autoregressive.objectives.config import ObjectiveConfig
-from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.objectives.noisy_context import NoisyContextOptions
-from autoregressive.sampling.loop import decode_batches, sample_batches
-from autoregressive.sampling.pipeline import ImagePipeline
-from autoregressive.train import train
-from autoregressive.training.config import TrainConfig
-from autoregressive.training.validation import open_validation, validation_loss
-from benchmarks.evidence import Results
-from core.config import parse_config, run_command
-from core.data.loader import CenterCrop, OrderedImages, ordered_batches
-from core.data.open import open_images
-from core.distributed.world import DeviceName, Precision, World, distributed
-from core.files import read_record, write_json
-from core.lock import writer_lock
-from core.training.config import TrainingConfig
-from core.training.optimizer import OptimizerConfig
-from core.training.run import ReportConfig
-from evaluations.features.extractors import EfficientNetExtractor
-from evaluations.metrics.class_agreement import AgreementClassifier
-from evaluations.metrics.frechet import Gaussian, frechet_distance
-
-SHAPE = TransformerConfig(
-    num_layers=3,
-    num_heads=4,
-    dim=192,
-    ffn_multiple=64,
-    rope_condition="identity",
-    token_dropout=0.0,
-    residual_dropout=0.0,
-    ffn_dropout=0.0,
-)
-# The published options, but for the width of the heads of noisy_context: 2048 suits large models.
-VARIANTS: dict[str, tuple[TransformerConfig, ObjectiveConfig]] = {
-    "plain": (SHAPE, ObjectiveConfig()),
-    "qk_norm": (dataclasses.replace(SHAPE, qk_norm=True), ObjectiveConfig()),
-    "next_patch": (SHAPE, ObjectiveConfig("next_patch")),
-    "noisy_context": (
-        SHAPE,
-        ObjectiveConfig("noisy_context", noisy_context=NoisyContextOptions(hidden=384)),
-    ),
-    "random_order": (SHAPE, ObjectiveConfig("random_order")),
-    "guidance_free": (SHAPE, ObjectiveConfig("guidance_free")),
-}
-SCORES = {
-    "validation_loss": "validation loss, nats per code",
-    "efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
-    "agreement": "class agreement",
-}
-COSTS = {"steps": "steps", "process_seconds": "process seconds"}
-CALIBRATION = (4, 16)  # steps of the two short trainings whose difference is the cost of a step
-FEATURE_BATCH = 60
+from core.config import parse_config, parse_first, run_command
+from core.distributed.config import DeviceName, Precision
 
 
 @dataclass(frozen=True)
@@ -120,6 +60,70 @@ class ObjectivesConfig:
             raise ValueError("seeds and batch_size must be >= 1, seconds > 0")
         if min(self.real_images, self.num_images) < 2:
             raise ValueError("real_images and num_images must be >= 2")
+
+
+parse_first(ObjectivesConfig, __name__)
+
+import dataclasses
+import shutil
+import time
+
+import numpy as np
+import torch
+
+from autoregressive.data.config import DataConfig
+from autoregressive.data.open import open_data
+from autoregressive.models.conditioning import ClassCondition
+from autoregressive.models.config import TransformerConfig
+from autoregressive.models.pretrained import load_gpt
+from autoregressive.objectives.config import NoisyContextOptions, ObjectiveConfig
+from autoregressive.objectives.next_token import NextTokenLoss
+from autoregressive.sampling.loop import decode_batches, sample_batches
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.train import train
+from autoregressive.training.config import TrainConfig
+from autoregressive.training.validation import open_validation, validation_loss
+from benchmarks.evidence import Results
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
+from core.data.open import open_images
+from core.distributed.world import World, distributed
+from core.files import read_record, write_json
+from core.lock import writer_lock
+from core.training.config import OptimizerConfig, ReportConfig, TrainingConfig
+from evaluations.features.extractors import EfficientNetExtractor
+from evaluations.metrics.class_agreement import AgreementClassifier
+from evaluations.metrics.frechet import Gaussian, frechet_distance
+
+SHAPE = TransformerConfig(
+    num_layers=3,
+    num_heads=4,
+    dim=192,
+    ffn_multiple=64,
+    rope_condition="identity",
+    token_dropout=0.0,
+    residual_dropout=0.0,
+    ffn_dropout=0.0,
+)
+# The published options, but for the width of the heads of noisy_context: 2048 suits large models.
+VARIANTS: dict[str, tuple[TransformerConfig, ObjectiveConfig]] = {
+    "plain": (SHAPE, ObjectiveConfig()),
+    "qk_norm": (dataclasses.replace(SHAPE, qk_norm=True), ObjectiveConfig()),
+    "next_patch": (SHAPE, ObjectiveConfig("next_patch")),
+    "noisy_context": (
+        SHAPE,
+        ObjectiveConfig("noisy_context", noisy_context=NoisyContextOptions(hidden=384)),
+    ),
+    "random_order": (SHAPE, ObjectiveConfig("random_order")),
+    "guidance_free": (SHAPE, ObjectiveConfig("guidance_free")),
+}
+SCORES = {
+    "validation_loss": "validation loss, nats per code",
+    "efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
+    "agreement": "class agreement",
+}
+COSTS = {"steps": "steps", "process_seconds": "process seconds"}
+CALIBRATION = (4, 16)  # steps of the two short trainings whose difference is the cost of a step
+FEATURE_BATCH = 60
 
 
 class SampleScores:
@@ -238,7 +242,7 @@ def scores(
 ) -> dict[str, float]:
     """The validation loss of raster next-token prediction, and the scores of sampled images."""
     gpt = load_gpt(str(run.out))[0].to(world.device).eval()
-    validation = open_validation(run, gpt.config, world)
+    validation = open_validation(run, open_data(run.data, world, run.out), world)
     assert validation is not None
     loss = float(validation_loss(NextTokenLoss(gpt, run.loss_chunk), validation, run, world))
     pipeline = ImagePipeline.from_pretrained(

@@ -1,4 +1,4 @@
-"""Quantizers side by side: a small tokenizer, equal steps and data, mean and range over seeds.
+r"""Quantizers side by side: a small tokenizer, equal steps and data, mean and range over seeds.
 
 python -m benchmarks.quantizers --data scenes64/train --validation scenes64/val \
     --out runs/quantizers
@@ -7,55 +7,11 @@ Run it again to continue: finished runs are kept in results.json, from which tab
 scores.png are made.
 """
 
-import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.evidence import Results
-from core.config import parse_config, run_command
-from core.data.images import pixels_to_images
-from core.distributed.world import DeviceName, Precision, World, distributed
-from core.lock import writer_lock
-from core.training.config import TrainingConfig
-from core.training.optimizer import OptimizerConfig
-from core.training.run import ReportConfig
-from evaluations.features.extractors import ExtractorConfig
-from tokenizer.losses.objective import LossConfig
-from tokenizer.models.config import VQConfig
-from tokenizer.models.pretrained import load_tokenizer
-from tokenizer.models.vq_model import VQModel
-from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
-from tokenizer.quantizers.usage import CodebookUsage
-from tokenizer.train import train
-from tokenizer.training.config import TrainConfig
-from tokenizer.training.validation import Validation, load_images, reconstruct
-
-SHAPE = VQConfig(
-    base_channels=32,
-    channel_multipliers=(1, 1, 2, 4),
-    num_res_blocks=1,
-    z_channels=64,
-    vocab_size=512,
-    l2_normalize=False,
-)
-# Each with 512 codes and the weights of its publication.
-QUANTIZERS = {
-    "vq": dataclasses.replace(SHAPE, l2_normalize=True),
-    "ibq": dataclasses.replace(SHAPE, quantizer="ibq", codebook_dim=32, entropy_weight=0.05),
-    "fsq": dataclasses.replace(
-        SHAPE, quantizer="fsq", codebook_dim=3, fsq=FiniteScalarOptions((8, 8, 8))
-    ),
-    "lfq": dataclasses.replace(SHAPE, quantizer="lfq", codebook_dim=9, entropy_weight=0.1),
-}
-SCORES = {
-    "psnr": "PSNR, dB",
-    "efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
-    "codebook_usage": "share of codes in use",
-}
-COSTS = {"process_seconds": "process seconds"}
+from core.config import parse_config, parse_first, run_command
+from core.distributed.config import DeviceName, Precision
 
 
 @dataclass(frozen=True)
@@ -89,6 +45,54 @@ class QuantizersConfig:
     def __post_init__(self) -> None:
         if min(self.seeds, self.num_steps, self.batch_size) < 1 or self.validation_images < 2:
             raise ValueError("seeds, num_steps and batch_size must be >= 1, validation_images >= 2")
+
+
+parse_first(QuantizersConfig, __name__)
+
+import dataclasses
+import time
+
+import torch
+
+from benchmarks.evidence import Results
+from core.data.images import pixels_to_images
+from core.distributed.world import World, distributed
+from core.lock import writer_lock
+from core.training.config import OptimizerConfig, ReportConfig, TrainingConfig
+from evaluations.features.config import ExtractorConfig
+from tokenizer.losses.config import LossConfig
+from tokenizer.models.config import VQConfig
+from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.vq_model import VQModel
+from tokenizer.quantizers.config import FiniteScalarOptions
+from tokenizer.quantizers.usage import CodebookUsage
+from tokenizer.train import train
+from tokenizer.training.config import TrainConfig
+from tokenizer.training.validation import Validation, load_images, reconstruct
+
+SHAPE = VQConfig(
+    base_channels=32,
+    channel_multipliers=(1, 1, 2, 4),
+    num_res_blocks=1,
+    z_channels=64,
+    vocab_size=512,
+    l2_normalize=False,
+)
+# Each with 512 codes and the weights of its publication.
+QUANTIZERS = {
+    "vq": dataclasses.replace(SHAPE, l2_normalize=True),
+    "ibq": dataclasses.replace(SHAPE, quantizer="ibq", codebook_dim=32, entropy_weight=0.05),
+    "fsq": dataclasses.replace(
+        SHAPE, quantizer="fsq", codebook_dim=3, fsq=FiniteScalarOptions((8, 8, 8))
+    ),
+    "lfq": dataclasses.replace(SHAPE, quantizer="lfq", codebook_dim=9, entropy_weight=0.1),
+}
+SCORES = {
+    "psnr": "PSNR, dB",
+    "efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
+    "codebook_usage": "share of codes in use",
+}
+COSTS = {"process_seconds": "process seconds"}
 
 
 def compare(config: QuantizersConfig, world: World) -> None:

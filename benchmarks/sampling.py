@@ -14,33 +14,12 @@ others (in bf16 at batch 8 a step takes 75 or 320 ms), depending on whether the 
 memory or returns it to the system.
 """
 
-import contextlib
-import functools
-import itertools
-import json
-import multiprocessing
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from autoregressive.inference.engine import InferenceEngine, num_guided_codes
-from autoregressive.inference.generate import generate_steps, generation_request
-from autoregressive.inference.quantized_linear import DecodePrecision
-from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.gpt import GPT
-from benchmarks import reference_sampler
-from core.config import parse_config, run_command
-from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
-from tokenizer.models.vq_model import VQModel
-
-LAUNCH = 1.5e-6  # seconds per kernel inside a CUDA graph
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1, "fp8": 1}
+from autoregressive.inference.sampling_config import DecodePrecision, SamplingConfig
+from core.config import parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
 
 
 @dataclass(frozen=True)
@@ -80,6 +59,34 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if min(self.repeats, self.threads, self.reference_codes or 1, *self.batches) < 1:
             raise ValueError("repeats, threads, batches and reference_codes must be >= 1")
+
+
+parse_first(BenchmarkConfig, __name__)
+
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, replace
+
+import torch
+
+from autoregressive.inference.engine import InferenceEngine, num_guided_codes
+from autoregressive.inference.generate import generate_steps, generation_request
+from autoregressive.models.gpt import GPT
+from benchmarks import reference_sampler
+from core.distributed.config import Precision
+from core.distributed.world import choose_device, dtype_of
+from tokenizer.models.vq_model import VQModel
+
+LAUNCH = 1.5e-6  # seconds per kernel inside a CUDA graph
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)

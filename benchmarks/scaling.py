@@ -8,39 +8,13 @@ speed of the network. The forecast is a roofline of named cards (core/training/s
 has not been measured. Writes JSON, a Markdown table and a plot.
 """
 
-import multiprocessing
-import os
-import socket
-import statistics
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
-
-from autoregressive.data.config import DataConfig
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.gpt import GPT
-from autoregressive.models.transformer import PRESETS, TransformerConfig
-from autoregressive.training.config import TrainConfig
-from autoregressive.training.plan import plan_training
-from benchmarks import training
-from core.config import config_values, parse_config, run_command
-from core.data.plots import save_plot, subplots
-from core.distributed.hardware import CARDS
-from core.distributed.parallel import ParallelConfig, Strategy
-from core.distributed.world import World, distributed
-from core.files import write_json, write_text
-from core.training.config import TrainingConfig
-
-Row = dict[str, Any]
-CPU = torch.device("cpu")
-Answers = multiprocessing.SimpleQueue
-NODE = 2  # measured processes that hold one copy of the model under hsdp
-NETWORK_BYTES = 2**26  # of the all-reduce that measures the network
+from autoregressive.models.config import PRESETS, TransformerConfig
+from core.config import config_values, parse_config, parse_first, run_command
+from core.distributed.cards import CARDS
+from core.distributed.config import Strategy
 
 
 @dataclass(frozen=True)
@@ -83,6 +57,39 @@ class ScalingConfig:
             raise ValueError(f"sizes: no preset {unknown[0]}; there are {', '.join(PRESETS)}")
         if self.card not in CARDS:
             raise ValueError(f"card: no {self.card}; there are {', '.join(CARDS)}")
+
+
+parse_first(ScalingConfig, __name__)
+
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from autoregressive.data.config import DataConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.training.config import TrainConfig
+from autoregressive.training.plan import plan_training
+from benchmarks import training
+from core.data.plots import save_plot, subplots
+from core.distributed.config import ParallelConfig
+from core.distributed.world import World, distributed
+from core.files import write_json, write_text
+from core.training.config import TrainingConfig
+
+Row = dict[str, Any]
+CPU = torch.device("cpu")
+Answers = multiprocessing.SimpleQueue
+NODE = 2  # measured processes that hold one copy of the model under hsdp
+NETWORK_BYTES = 2**26  # of the all-reduce that measures the network
 
 
 def measured_config(config: ScalingConfig) -> GPTConfig:

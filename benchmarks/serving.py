@@ -11,43 +11,21 @@ vLLM runs in the environment of `make serve-test`, or in the one of --vllm_pytho
 326 to 414 % for vLLM (arXiv 2406.06525, table 7).
 """
 
-import asyncio
-import json
-import os
-import platform
-import random
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from core.config import (
+    InputError,
+    config_values,
+    parse_config,
+    parse_first,
+    run_command,
+    save_config,
+)
+from core.distributed.config import DeviceName
 
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.gpt import GPT
-from benchmarks.serving_offline import numbers
-from core.config import InputError, config_values, parse_config, run_command, save_config
-from core.distributed.world import DeviceName, choose_device
-from core.files import read_json, write_json, write_text
-from core.weights import save_tensors
-from tokenizer.models.config import VQConfig
-from tokenizer.models.vq_model import VQModel
-
-ROOT = Path(__file__).resolve().parents[1]
 EngineName = Literal["reference", "native", "vllm"]
-SMALL_GPT = GPTConfig(num_layers=6, num_heads=6, dim=384, vocab_size=4096, num_classes=100)
-SMALL_VQ: dict[str, Any] = {
-    "base_channels": 32,
-    "channel_multipliers": (1, 1, 2),
-    "num_res_blocks": 1,
-}
-READY_SECONDS = 300  # for a server to load its model; vLLM takes most of a minute
 
 
 @dataclass(frozen=True)
@@ -87,6 +65,43 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if min(self.images, self.batch_size, self.threads, *self.clients) < 1 or self.pause <= 0:
             raise ValueError("images, batch_size, threads, clients and pause must be positive")
+
+
+parse_first(ServingConfig, __name__)
+
+import asyncio
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from benchmarks.serving_offline import numbers
+from core.distributed.world import choose_device
+from core.files import read_json, write_json, write_text
+from core.weights import save_tensors
+from tokenizer.models.config import VQConfig
+from tokenizer.models.vq_model import VQModel
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_GPT = GPTConfig(num_layers=6, num_heads=6, dim=384, vocab_size=4096, num_classes=100)
+SMALL_VQ: dict[str, Any] = {
+    "base_channels": 32,
+    "channel_multipliers": (1, 1, 2),
+    "num_res_blocks": 1,
+}
+READY_SECONDS = 300  # for a server to load its model; vLLM takes most of a minute
 
 
 def write_models(config: ServingConfig, folder: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Whole images from one engine without HTTP; benchmarks.serving starts it in each environment.
+r"""Whole images from one engine without HTTP; benchmarks.serving starts it in each environment.
 
     python -m benchmarks.serving_offline --serve.gpt runs/demo/gpt \
         --serve.tokenizer runs/demo/tokenizer --images 16
@@ -6,22 +6,10 @@
 The last line is JSON: the images per second, codes and pixels, and the seconds of a whole image.
 """
 
-import asyncio
-import json
-import statistics
-import time
-from contextlib import aclosing
 from dataclasses import dataclass
 
-import torch
-
-from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.sampling.pipeline import ImagePipeline
-from autoregressive.serve import ServeConfig, open_engine
-from autoregressive.serving.http.image_engine import ImageEngine, ImageTask
-from benchmarks import reference_sampler
-from core.config import parse_config, run_command
-from core.distributed.world import choose_device
+from autoregressive.serving.config import ServeConfig
+from core.config import parse_config, parse_first, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +29,24 @@ class OfflineConfig:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError("images must be >= 1")
+
+
+parse_first(OfflineConfig, __name__)
+
+import asyncio
+import json
+import statistics
+import time
+from contextlib import aclosing
+
+import torch
+
+from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.sampling.pipeline import ImagePipeline
+from autoregressive.serve import open_engine
+from autoregressive.serving.http.image_engine import ImageEngine, ImageTask
+from benchmarks import reference_sampler
+from core.distributed.world import choose_device
 
 
 def measure(config: OfflineConfig) -> dict[str, float]:

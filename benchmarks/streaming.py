@@ -1,4 +1,4 @@
-"""Images scored as they are sampled, against files between every two stages.
+r"""Images scored as they are sampled, against files between every two stages.
 
 python -m benchmarks.streaming --gpt runs/demo/gpt --tokenizer runs/demo/tokenizer \
     --metrics.reference runs/demo/real.npz --metrics.extractor proxy
@@ -8,29 +8,11 @@ packs them into an npz and scores it; `reference` does the same with the publish
 All run in one process with loaded models, on the same images; on a CPU, process time is measured.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.sampling.loop import score_samples
-from autoregressive.sampling.pipeline import ImagePipeline
-from benchmarks import reference_sampler
-from benchmarks.sampling import seconds
-from core.config import parse_config, run_command
-from core.data.images import save_png
-from core.data.npz import save_npz
-from core.distributed.world import World, distributed
-from evaluations.evaluator import extract_features
-from evaluations.image_source import open_image_source
-from evaluations.scorer import MetricsConfig, Scorer, open_scorer, score
+from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
+from core.config import parse_config, parse_first, run_command
+from evaluations.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +36,29 @@ class StreamingConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     threads: int = 1
+
+
+parse_first(StreamingConfig, __name__)
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from autoregressive.sampling.loop import score_samples
+from autoregressive.sampling.pipeline import ImagePipeline
+from benchmarks import reference_sampler
+from benchmarks.sampling import seconds
+from core.data.images import save_png
+from core.data.npz import save_npz
+from core.distributed.world import World, distributed
+from evaluations.evaluator import extract_features
+from evaluations.image_source import open_image_source
+from evaluations.scorer import Scorer, open_scorer, score
 
 
 def by_files(

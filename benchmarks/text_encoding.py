@@ -3,20 +3,11 @@
 python -m benchmarks.text_encoding --t5 google/flan-t5-xl --out runs/benchmarks/text_encoding.json
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from core.config import config_values, parse_config, run_command
-from core.distributed.world import DeviceName, Precision, distributed, dtype_of
-from core.files import write_json
-from language.t5 import load_t5
-
-NOUNS = ["cat", "dog", "tree", "house", "beach", "street", "table", "window", "boat", "horse"]
-LINKS = ["on a", "under the", "beside a red", "of the old", "with a small", "in the"]
+from core.config import config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName, Precision
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,21 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"count is {self.count}, must be >= 1")
+
+
+parse_first(BenchmarkConfig, __name__)
+
+import time
+
+import numpy as np
+import torch
+
+from core.distributed.world import distributed, dtype_of
+from core.files import write_json
+from language.t5 import load_t5
+
+NOUNS = ["cat", "dog", "tree", "house", "beach", "street", "table", "window", "boat", "horse"]
+LINKS = ["on a", "under the", "beside a red", "of the old", "with a small", "in the"]
 
 
 def measure(config: BenchmarkConfig) -> None:

@@ -3,39 +3,12 @@
 python -m benchmarks.training --out runs/benchmarks/training.json --sizes '[GPT-B]'
 """
 
-import itertools
-import multiprocessing
-import resource
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-
-from autoregressive.data.codes import CodeDataset, ReferenceCodes
-from autoregressive.data.config import DataConfig
-from autoregressive.models.gpt import GPT, Block
-from autoregressive.objectives.next_token import NextTokenLoss
-from core.checksums import FileSums, find_damage, write_checksums
-from core.config import config_values, parse_config, run_command
-from core.data.shards import ShardWriter
-from core.distributed.hardware import peak_flops, peak_memory_bytes
-from core.distributed.parallel import ParallelConfig, Strategy, prepare
-from core.distributed.world import DeviceName, Precision, World, distributed
-from core.files import write_json
-from core.training.checkpoint import Checkpointer
-from core.training.ema import EMA
-from core.training.linear_cross_entropy import linear_cross_entropy
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
-from core.weights import save_tensors
-
-Results = dict[str, float]
+from core.config import config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName, ParallelConfig, Precision, Strategy
 
 
 @dataclass(frozen=True)
@@ -80,6 +53,41 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.num_steps, *self.grid) < 1:
             raise ValueError("batch_size, num_steps and grid must be >= 1")
+
+
+parse_first(BenchmarkConfig, __name__)
+
+
+import itertools
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from autoregressive.data.codes import CodeDataset, ReferenceCodes
+from autoregressive.data.config import DataConfig
+from autoregressive.models.gpt import GPT, Block
+from autoregressive.objectives.next_token import NextTokenLoss
+from core.checksums import FileSums, find_damage, write_checksums
+from core.data.shards import ShardWriter
+from core.distributed.hardware import peak_flops, peak_memory_bytes
+from core.distributed.parallel import prepare
+from core.distributed.world import World, distributed
+from core.files import write_json
+from core.training.checkpoint import Checkpointer
+from core.training.config import OptimizerConfig
+from core.training.ema import EMA
+from core.training.linear_cross_entropy import linear_cross_entropy
+from core.training.optimizer import Stepper, build_adamw
+from core.weights import save_tensors
+
+Results = dict[str, float]
 
 
 def our_steps(

@@ -7,6 +7,7 @@ Order: defaults, then each `--config` in turn, then flags. `--print_config` show
 stops. This is the only file that knows jsonargparse.
 """
 
+import argparse
 import dataclasses
 import errno
 import functools
@@ -67,9 +68,10 @@ _PARSE_ERRORS = (
 
 @functools.cache  # it takes longer to build than to use
 def _parser(config_class: type) -> jsonargparse.ArgumentParser:
-    description = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    command = _command(config_class)
+    description = (sys.modules[command].__doc__ or "").strip()
     parser = jsonargparse.ArgumentParser(
-        prog=f"python -m {_module_name(config_class)}",
+        prog=f"python -m {_module_name(command)}",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,  # a flag that a later version adds must not change what `--ou` means
@@ -85,17 +87,35 @@ def _parser(config_class: type) -> jsonargparse.ArgumentParser:
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
-    """Keep the line breaks of a command's docstring, which shows its command line."""
+    """Keep a command's docstring as it is, and show types as people write them."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())
 
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = super()._expand_help(action)
+        return text.replace("<class 'Path'>", "path").replace("Path", "path")
 
-def _module_name(config_class: type) -> str:
-    if config_class.__module__ != "__main__":
-        return config_class.__module__
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else "__main__"
+
+def _command(config_class: type) -> str:
+    """The module that help describes: the command that runs, or that of the configuration."""
+    main = sys.modules["__main__"]
+    runs = getattr(main, config_class.__name__, None) is config_class
+    return "__main__" if runs else config_class.__module__
+
+
+def _module_name(module: str) -> str:
+    spec = sys.modules[module].__spec__
+    return spec.name if spec else module
+
+
+def parse_first(config_class: type, name: str) -> None:
+    """Parse the command line above a command's slow imports, such as torch; `name` is __name__.
+
+    --help, --version, --print_config and a wrong flag end the command here, in half a second.
+    """
+    if name == "__main__":
+        run_command(lambda: parse_config(config_class))
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
@@ -191,7 +211,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines)[:600]
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Run a command's main(), with the settings of the environment that all commands share.
 
     A user's mistake ends it with one line and exit code 2; another OSError, which may pass by

@@ -8,8 +8,9 @@ import contextlib
 import fnmatch
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from core.errors import InputError
 from core.files import file_sha256
@@ -192,3 +193,46 @@ def _explained(file: HubFile, known_missing: bool = False) -> Iterator[None]:
         text = " ".join(str(error).split())[:200]
         reason = f"neither a local path nor to be had from the Hub ({text}); see {home}"
         raise InputError(f"{file}: {reason}") from error
+
+
+Weights = Literal["auto", "model", "ema"]  # auto: EMA weights if there are any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """What the model card says besides what the model's own files tell.
+
+    Args:
+        results: Folders of autoregressive.sample, evaluations.score or tokenizer.reconstruct that
+            were made with these weights: their scores, with the protocol, and their image grid.
+        dataset: What the model was trained on, e.g. ImageNet-1k train; null for what the run's own
+            configuration says.
+        licence: Licence of the weights, by the Hub's name for it (mit, apache-2.0); null to state
+            none.
+        private: Create the repository as a private one.
+    """
+
+    results: tuple[Path, ...] = ()
+    dataset: str | None = None
+    licence: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which weights of a model to export, and where to.
+
+    Args:
+        out: Output folder; null if push_to is given and no folder is wanted.
+        weights: Which weights to take; auto takes the EMA weights of our runs.
+        verify_weights: Compare the files of our checkpoints with their checksums.
+        push_to: Upload the folder with a model card to `owner/name[@branch]` on the Hub; null for
+            no upload.
+        card: What the model card says.
+    """
+
+    out: Path | None = None
+    weights: Weights = "auto"
+    verify_weights: bool = True
+    push_to: str | None = None
+    card: CardConfig = field(default_factory=CardConfig)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from core.errors import InputError
-from core.weights import Weights
+from core.hub import Weights
 
 EMA_PREFIX = "model_ema."
 EMA_SCALARS = ("decay", "num_updates")

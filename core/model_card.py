@@ -6,7 +6,6 @@ these weights and how. Only results whose folder names the weights' sha256 are t
 
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +16,10 @@ from core.checksums import CHECKSUMS, FileSums, write_checksums
 from core.config_checks import check_config_file
 from core.errors import InputError
 from core.files import read_record, write_text
-from core.hub import HubFile, parse_hub_id, push_to_hub
+from core.hub import CardConfig, ExportConfig, HubFile, parse_hub_id, push_to_hub
 from core.lock import writer_lock
 from core.released import find_released
-from core.weights import Weights, save_model
+from core.weights import save_model
 
 FILES = ("config.yaml", "model.safetensors")
 CARD = "README.md"
@@ -28,46 +27,6 @@ TRAINING = "training.yaml"
 GRIDS = ("samples.png", "reconstructions.png")  # as sampling and reconstruction write them
 # How model cards call our scores. Any other name is kept: a proxy's distance is never called FID.
 METRIC_NAMES = {"gfid": "FID", "rfid": "rFID", "sfid": "sFID", "inception_score_adm": "IS"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CardConfig:
-    """What the model card says besides what the model's own files tell.
-
-    Args:
-        results: Folders of autoregressive.sample, evaluations.score or tokenizer.reconstruct that
-            were made with these weights: their scores, with the protocol, and their image grid.
-        dataset: What the model was trained on, e.g. ImageNet-1k train; null for what the run's own
-            configuration says.
-        licence: Licence of the weights, by the Hub's name for it (mit, apache-2.0); null to state
-            none.
-        private: Create the repository as a private one.
-    """
-
-    results: tuple[Path, ...] = ()
-    dataset: str | None = None
-    licence: str | None = None
-    private: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Which weights of a model to export, and where to.
-
-    Args:
-        out: Output folder; null if push_to is given and no folder is wanted.
-        weights: Which weights to take; auto takes the EMA weights of our runs.
-        verify_weights: Compare the files of our checkpoints with their checksums.
-        push_to: Upload the folder with a model card to `owner/name[@branch]` on the Hub; null for
-            no upload.
-        card: What the model card says.
-    """
-
-    out: Path | None = None
-    weights: Weights = "auto"
-    verify_weights: bool = True
-    push_to: str | None = None
-    card: CardConfig = field(default_factory=CardConfig)
 
 
 class ModelDescription(NamedTuple):

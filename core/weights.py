@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from core.data.arrays import DAMAGE
 from core.errors import InputError
 from core.files import atomic_path, check_regular_file, read_record, write_text
 from core.files import file_sha256 as file_sha256  # also imported from here
-from core.hub import HubFile, NotOnHubError, fetch, parse_hub_id
+from core.hub import HubFile, NotOnHubError, Weights, fetch, parse_hub_id
 from core.released import ReleasedModel, find_released
 
 Tensors = Mapping[str, torch.Tensor]
@@ -250,9 +250,6 @@ def hub_file(released: ReleasedModel) -> HubFile:
     if not released.repository or not released.file:
         raise InputError(f"{released.name}: {released.note or 'not on the Hub'}")
     return HubFile(released.repository, released.file, released.revision, released.sha256)
-
-
-Weights = Literal["auto", "model", "ema"]  # auto: EMA weights if there are any
 
 
 def tensors_sha256(tensors: Tensors) -> str:

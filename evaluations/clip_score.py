@@ -1,4 +1,4 @@
-"""CLIP score: how well sampled images match their prompts. Needs open_clip_torch (an extra).
+r"""CLIP score: how well sampled images match their prompts. Needs open_clip_torch (an extra).
 
     python -m evaluations.clip_score --samples samples/prompts --clip_weights ViT-B-32.pt \
         --out scores/prompts
@@ -7,25 +7,11 @@ Papers use three conventions, with or without a prefix: the mean cosine of image
 mean of 100 max(cosine, 0), and of 2.5 max(cosine, 0) (Hessel et al. 2021). Each has its own name.
 """
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors import SafetensorError
-from tqdm import tqdm
-
-from core.config import InputError, config_values, parse_config, run_command
-from core.data.arrays import DAMAGE
-from core.data.shards import read_index
-from core.distributed.world import DeviceName, World, distributed
-from core.files import check_regular_file, write_json
-from core.lock import writer_lock
-from core.weights import file_sha256
-from evaluations.image_source import open_image_source
+from core.config import InputError, config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,26 @@ class ClipScoreConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, must be >= 1")
+
+
+parse_first(ClipScoreConfig, __name__)
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from core.data.arrays import DAMAGE
+from core.data.shards import read_index
+from core.distributed.world import World, distributed
+from core.files import check_regular_file, write_json
+from core.lock import writer_lock
+from core.weights import file_sha256
+from evaluations.image_source import open_image_source
 
 
 def load_clip(config: ClipScoreConfig, device: torch.device) -> tuple[Any, Any, Any]:

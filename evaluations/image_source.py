@@ -10,18 +10,11 @@ import torch
 
 from core.config import InputError
 from core.data.arrays import npz_header, npz_names, read_npz_array
-from core.data.images import check_image_size
-from core.data.loader import CenterCrop, OrderedImages, check_num_workers, ordered_batches
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.npz import npz_images_shape, read_npz_images
 from core.data.open import Images, open_images
 from core.data.shards import read_index
 from core.data.skip_log import Skipped
-
-
-def check_reading(image_size: tuple[int, int], num_workers: int) -> None:
-    """Raise ValueError for settings with which no image can be read."""
-    check_image_size(*image_size)
-    check_num_workers(num_workers)
 
 
 @dataclass(frozen=True)

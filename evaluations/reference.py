@@ -7,18 +7,10 @@ torchrun --nproc-per-node 8 -m evaluations.reference ...
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from core.config import config_values, parse_config, run_command
-from core.data.npz import save_npz
-from core.distributed.world import DeviceName, World, distributed
-from core.files import write_json
-from core.lock import writer_lock
-from core.weights import file_sha256
-from evaluations.evaluator import extract_features
-from evaluations.features.extractors import ExtractorConfig, note_of
-from evaluations.image_source import check_reading, open_image_source
-from evaluations.reference_stats import Kind, statistics_arrays
+from core.config import config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
+from evaluations.config import Kind, check_reading
+from evaluations.features.config import ExtractorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +47,24 @@ class ReferenceConfig:
             raise ValueError(f"out is {self.out}, must end in .npz")
 
 
+parse_first(ReferenceConfig, __name__)
+
+import numpy as np
+
+from core.data.npz import save_npz
+from core.distributed.world import World, distributed
+from core.files import write_json
+from core.lock import writer_lock
+from core.weights import file_sha256
+from evaluations.evaluator import extract_features
+from evaluations.features.extractors import build_extractor, note_of
+from evaluations.image_source import open_image_source
+from evaluations.reference_stats import statistics_arrays
+
+
 def build_reference(config: ReferenceConfig, world: World) -> None:
     """Write the statistics of all images with ADM's keys, and the JSON that describes them."""
-    extractor = config.metrics.build_extractor(world)
+    extractor = build_extractor(config.metrics, world)
     images = open_image_source(config.images, config.image_size)
     reading = (config.metrics.batch_size, config.num_workers)
     statistics = extract_features(extractor, images, world, *reading, keep_features=False)

@@ -5,7 +5,7 @@ scores that compare single images. ADM's published files are read without conver
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from core.data.npz import npz_images_shape
 from core.download import WebFile
 from core.files import read_record
 from core.weights import file_sha256
+from evaluations.config import Kind
 from evaluations.features.extractors import FeatureExtractor
 from evaluations.metrics.frechet import Gaussian
-
-# Generated images are compared with training images (gFID), reconstructions with validation images
-# (rFID). The two numbers must not be confused.
-Kind = Literal["generation", "reconstruction"]
 
 # ADM's reference batch (Dhariwal and Nichol 2021), with which published FIDs compare.
 REFERENCE_URLS = {

@@ -1,4 +1,4 @@
-"""Score generated (or reconstructed) images against a reference file.
+r"""Score generated (or reconstructed) images against a reference file.
 
 python -m evaluations.score --samples samples/gpt_b_256 \
     --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/gpt_b_256
@@ -8,12 +8,8 @@ torchrun --nproc-per-node 8 -m evaluations.score ...
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import config_values, parse_config, run_command
-from core.distributed.world import World, distributed
-from core.lock import writer_lock
-from evaluations.image_source import open_image_source
-from evaluations.report import score_source
-from evaluations.scorer import ScoringConfig, open_scorer
+from core.config import config_values, parse_config, parse_first, run_command
+from evaluations.config import ScoringConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +23,15 @@ class ScoreConfig(ScoringConfig):
 
     samples: Path
     out: Path
+
+
+parse_first(ScoreConfig, __name__)
+
+from core.distributed.world import World, distributed
+from core.lock import writer_lock
+from evaluations.image_source import open_image_source
+from evaluations.report import score_source
+from evaluations.scorer import open_scorer
 
 
 def score_samples(config: ScoreConfig, world: World) -> dict[str, float]:

@@ -5,17 +5,17 @@ evaluator = scorer.evaluator(world)           # update it with images, from file
 score(scorer, evaluator.merge(world)).values  # {"gfid": 2.19, ...}
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 
 from core.config import InputError
-from core.distributed.world import DeviceName, World
+from core.distributed.world import World
+from evaluations.config import Kind, MetricsConfig
 from evaluations.evaluator import Evaluator, FeatureStatistics, extract_features
-from evaluations.features.extractors import ExtractorConfig, FeatureExtractor, full_float32
-from evaluations.image_source import check_reading, open_image_source
+from evaluations.features.extractors import FeatureExtractor, build_extractor, full_float32
+from evaluations.image_source import open_image_source
 from evaluations.metrics.frechet import frechet_at_infinity, frechet_distance, influence
 from evaluations.metrics.inception_score import inception_scores
 from evaluations.metrics.kid import kernel_distance
@@ -25,44 +25,7 @@ from evaluations.metrics.precision_recall import (
     density_coverage,
     precision_recall,
 )
-from evaluations.reference_stats import Kind, ReferenceStats, load_reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsConfig(ExtractorConfig):
-    """The reference to compare with, and the scores.
-
-    Args:
-        reference: An npz with mu and sigma: ADM's, or one made by evaluations.reference; null for
-            none.
-        extended: Also compute KID, density, coverage, the standard error of the distance and its
-            extrapolation to infinitely many samples.
-    """
-
-    reference: Path | None = None
-    extended: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
-    """How images are read and scored.
-
-    Args:
-        metrics: The reference, the feature extractor and the scores.
-        kind: generation (gFID) or reconstruction (rFID); the reference must be of the same kind.
-        image_size: Height and width of the centre crop of image files; an npz is not cropped.
-        num_workers: Loader processes per rank, for image files.
-        device: auto, cpu, cuda or mps.
-    """
-
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    kind: Kind = "generation"
-    image_size: tuple[int, int] = (256, 256)
-    num_workers: int = 8
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        check_reading(self.image_size, self.num_workers)
+from evaluations.reference_stats import ReferenceStats, load_reference
 
 
 class Scorer(NamedTuple):
@@ -106,7 +69,7 @@ def open_scorer(config: MetricsConfig, kind: Kind, world: World) -> Scorer:
         raise InputError(
             "metrics.reference: give an npz to compare with (see evaluations.reference)"
         )
-    extractor = config.build_extractor(world)
+    extractor = build_extractor(config, world)
     reference = load_reference(config.reference, extractor, kind)
     features = None
     if reference.image_size:

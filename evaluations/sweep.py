@@ -1,4 +1,4 @@
-"""Score several sample runs against one reference: guidance, top-k, top-p, temperature.
+r"""Score several sample runs against one reference: guidance, top-k, top-p, temperature.
 
 Sample the runs with autoregressive.sample (scripts/evaluations/sweep.sh does both), then
 
@@ -9,15 +9,8 @@ python -m evaluations.sweep --runs '[samples/cfg_1.5,samples/cfg_2.0]' \
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.config import config_values, parse_config, run_command
-from core.data.shards import read_index
-from core.distributed.world import World, distributed
-from core.files import write_json
-from core.lock import writer_lock
-from evaluations.features.extractors import note_of
-from evaluations.image_source import open_image_source
-from evaluations.report import score_source, write_comparison
-from evaluations.scorer import ScoringConfig, open_scorer
+from core.config import config_values, parse_config, parse_first, run_command
+from evaluations.config import ScoringConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +30,18 @@ class SweepConfig(ScoringConfig):
         super().__post_init__()
         if len({run.name for run in self.runs}) != len(self.runs) or not self.runs:
             raise ValueError("runs: give one or more folders with different names")
+
+
+parse_first(SweepConfig, __name__)
+
+from core.data.shards import read_index
+from core.distributed.world import World, distributed
+from core.files import write_json
+from core.lock import writer_lock
+from evaluations.features.extractors import note_of
+from evaluations.image_source import open_image_source
+from evaluations.report import score_source, write_comparison
+from evaluations.scorer import open_scorer
 
 
 def sweep(config: SweepConfig, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Check these metrics on ADM's public files: our values beside the published ones, pass or fail.
+r"""Check these metrics on ADM's public files: our values beside the published ones, pass or fail.
 
 python -m evaluations.verify_adm --samples admnet_guided_upsampled_imagenet256.npz \
     --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/verify
@@ -6,32 +6,10 @@ python -m evaluations.verify_adm --samples admnet_guided_upsampled_imagenet256.n
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from core.config import InputError, config_values, parse_config, run_command
-from core.distributed.world import DeviceName, World, distributed
-from core.lock import writer_lock
-from evaluations.image_source import open_image_source
-from evaluations.report import score_source
-from evaluations.scorer import MetricsConfig, open_scorer
-
-
-class Published(NamedTuple):
-    """A published value, and the relative deviation that a port to PyTorch may have."""
-
-    value: float
-    tolerance: float
-
-
-# From guided-diffusion's README, for the two files above. Ports of the network to PyTorch deviate
-# by at most 6e-4; precision and recall in float16 depend on the order of additions.
-PUBLISHED = {
-    "inception_score_adm": Published(215.8370, 2e-3),
-    "gfid": Published(3.94256, 2e-3),
-    "sfid": Published(6.14043, 2e-3),
-    "precision": Published(0.8265, 8e-3),
-    "recall": Published(0.5309, 8e-3),
-}
+from core.config import InputError, config_values, parse_config, parse_first, run_command
+from core.distributed.config import DeviceName
+from evaluations.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +31,35 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         if self.metrics.extractor != "inception":
             raise ValueError("verify_adm needs metrics.extractor inception")
+
+
+parse_first(VerifyConfig, __name__)
+
+from typing import NamedTuple
+
+from core.distributed.world import World, distributed
+from core.lock import writer_lock
+from evaluations.image_source import open_image_source
+from evaluations.report import score_source
+from evaluations.scorer import open_scorer
+
+
+class Published(NamedTuple):
+    """A published value, and the relative deviation that a port to PyTorch may have."""
+
+    value: float
+    tolerance: float
+
+
+# From guided-diffusion's README, for the two files above. Ports of the network to PyTorch deviate
+# by at most 6e-4; precision and recall in float16 depend on the order of additions.
+PUBLISHED = {
+    "inception_score_adm": Published(215.8370, 2e-3),
+    "gfid": Published(3.94256, 2e-3),
+    "sfid": Published(6.14043, 2e-3),
+    "precision": Published(0.8265, 8e-3),
+    "recall": Published(0.5309, 8e-3),
+}
 
 
 def verify(config: VerifyConfig, world: World) -> None:

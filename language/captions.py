@@ -12,10 +12,10 @@ import html.parser
 import re
 import urllib.parse
 from collections.abc import Iterable
-from typing import Literal
 
 import ftfy
 
+from core.data.config import Cleaning
 from core.data.image_text import CaptionError, ImageTextPairs
 
 _SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -135,9 +135,6 @@ def _without_markup(text: str) -> str:
     parser.feed(text)
     parser.close()
     return "".join(parser.found)
-
-
-Cleaning = Literal["clean", "reference", "none"]
 
 
 def all_captions(pairs: ImageTextPairs, index: int, clean: Cleaning) -> list[str]:

@@ -4,26 +4,13 @@ python -m language.encode --t5 google/flan-t5-xl --pairs.source laion-coco --out
 torchrun --nproc-per-node 8 -m language.encode ...
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from core.config import InputError, parse_config, run_command, save_config
-from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
-from core.data.shards import ShardWriter
-from core.data.skip_log import Skipped, write_skipped
-from core.distributed.world import DeviceName, World, distributed
-from core.lock import writer_lock
-from language.captions import Cleaning
-from language.features import DTYPES, ReferenceFeatures
-from language.text_encoder import TextEncoder, load_text_encoder
-
-MARKER_FACTS = {"skipped": list[list[str]], "cut": int}  # what a shard's marker records
+from core.config import InputError, parse_config, parse_first, run_command, save_config
+from core.data.config import Cleaning, ImageTextConfig
+from core.distributed.config import DeviceName
 
 
 @dataclass(frozen=True)
@@ -58,6 +45,25 @@ class EncodeConfig:
             raise ValueError("max_tokens and shard_size must be >= 1")
         if self.reference_features and len(self.pairs.variants) > 1:
             raise ValueError("reference_features contain one variant of each caption")
+
+
+parse_first(EncodeConfig, __name__)
+
+from collections import Counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from core.data.image_text import CaptionError, ImageTextPairs
+from core.data.shards import ShardWriter
+from core.data.skip_log import Skipped, write_skipped
+from core.distributed.world import World, distributed
+from core.lock import writer_lock
+from language.features import DTYPES, ReferenceFeatures
+from language.text_encoder import TextEncoder, load_text_encoder
+
+MARKER_FACTS = {"skipped": list[list[str]], "cut": int}  # what a shard's marker records
 
 
 def encode(config: EncodeConfig, world: World) -> None:

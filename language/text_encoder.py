@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from core.data.config import Cleaning
 from core.data.image_text import ImageTextPairs
-from language.captions import Cleaning, all_captions, clean_captions
+from language.captions import all_captions, clean_captions
 from language.t5 import T5, load_t5, pad
 
 

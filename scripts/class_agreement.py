@@ -1,4 +1,4 @@
-"""How often generated images show the class that was asked for, by a classifier of real images.
+r"""How often generated images show the class that was asked for, by a classifier of real images.
 
     python scripts/class_agreement.py --train scenes64/train --val scenes64/val \
         --samples runs/scenes64/samples

@@ -11,7 +11,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from core.distributed.world import distributed
-from evaluations.features.extractors import ExtractorConfig
+from evaluations.features.config import ExtractorConfig
 from evaluations.reference import ReferenceConfig, build_reference
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from autoregressive.models.transformer import TransformerConfig
+from autoregressive.models.config import TransformerConfig
 from benchmarks.scaling import ScalingConfig, draw, forecast, markdown, measure
 
 TINY = TransformerConfig(num_layers=1, num_heads=2, dim=32)

@@ -8,9 +8,8 @@ python -m tokenizer.convert --source runs/vq16 --push_to owner/vq16 --card.resul
 
 from dataclasses import dataclass
 
-from core.config import InputError, config_text, parse_config, run_command
-from core.model_card import ExportConfig, ModelDescription, export_model
-from tokenizer.models.pretrained import load_tokenizer
+from core.config import InputError, config_text, parse_config, parse_first, run_command
+from core.hub import ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,12 @@ class ConvertConfig(ExportConfig):
     """
 
     source: str
+
+
+parse_first(ConvertConfig, __name__)
+
+from core.model_card import ModelDescription, export_model
+from tokenizer.models.pretrained import load_tokenizer
 
 
 def convert(config: ConvertConfig) -> None:

@@ -1,42 +1,18 @@
-"""Encode images as codes in shards, to train the transformer on. Run it again to continue.
+r"""Encode images as codes in shards, to train the transformer on. Run it again to continue.
 
 python -m tokenizer.encode --tokenizer runs/vq16 --data imagenet/train --out codes/imagenet256 \
     --crop ten --crop_ranges '[1.1,1.05]'
 torchrun --nproc-per-node 8 -m tokenizer.encode ...
 """
 
-import dataclasses
-import math
-import os
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from tqdm import tqdm
-
-from core.config import InputError, parse_config, run_command, save_config
-from core.data.image_text import ImageTextConfig, ImageTextPairs
-from core.data.images import check_image_size
-from core.data.loader import OrderedImages, check_num_workers, ordered_batches
-from core.data.open import open_images
-from core.data.shards import ShardWriter, codes_dtype
-from core.data.skip_log import Skipped, write_skipped
-from core.distributed.world import DeviceName, Precision, World, distributed, dtype_of
-from core.files import fingerprint_of_files
-from core.lock import writer_lock
-from core.weights import Weights
-from tokenizer.crops import Crops, encode_crops
-from tokenizer.models.config import choose_image_size
-from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
-
-SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
-# Copying a data set changes the times of its files, so that they alone refuse no folder.
-OTHER_TIMES = (
-    "the times of the images' files have changed since these codes were begun. Names, sizes and a "
-    "sample of their content are the same; if you have replaced images, encode into another folder"
-)
+from core.config import InputError, parse_config, parse_first, run_command, save_config
+from core.data.config import ImageTextConfig, check_image_size, check_num_workers
+from core.distributed.config import DeviceName, Precision
+from core.hub import Weights
 
 
 @dataclass(frozen=True)
@@ -93,6 +69,36 @@ class EncodeConfig:
             raise ValueError(f"crop_ranges {self.crop_ranges}: give ranges in 1 .. 16")
         if self.flip and self.crop == "ten":
             raise ValueError("flip is for crop center; crop ten includes the flips")
+
+
+parse_first(EncodeConfig, __name__)
+
+import dataclasses
+import math
+import os
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from core.data.image_text import ImageTextPairs
+from core.data.loader import OrderedImages, ordered_batches
+from core.data.open import open_images
+from core.data.shards import ShardWriter, codes_dtype
+from core.data.skip_log import Skipped, write_skipped
+from core.distributed.world import World, distributed, dtype_of
+from core.files import fingerprint_of_files
+from core.lock import writer_lock
+from tokenizer.crops import Crops, encode_crops
+from tokenizer.models.config import choose_image_size
+from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
+
+SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
+# Copying a data set changes the times of its files, so that they alone refuse no folder.
+OTHER_TIMES = (
+    "the times of the images' files have changed since these codes were begun. Names, sizes and a "
+    "sample of their content are the same; if you have replaced images, encode into another folder"
+)
 
 
 def encode(config: EncodeConfig, world: World) -> None:

@@ -6,15 +6,20 @@ torchrun --nproc-per-node 8 -m tokenizer.reconstruct ...
 
 from dataclasses import dataclass
 
-from core.config import parse_config, run_command
-from core.distributed.world import distributed
-from core.lock import writer_lock
-from tokenizer.reconstruction import ReconstructionConfig, reconstruct
+from core.config import parse_config, parse_first, run_command
+from tokenizer.reconstruction_config import ReconstructionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ReconstructionConfig):
     """Settings of tokenizer.reconstruct: those of a reconstruction."""
+
+
+parse_first(ReconstructConfig, __name__)
+
+from core.distributed.world import distributed
+from core.lock import writer_lock
+from tokenizer.reconstruction import reconstruct
 
 
 def main() -> None:

@@ -4,8 +4,6 @@ tokenizer.reconstruct and autoregressive.reproduce call it.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,83 +11,25 @@ from tqdm import tqdm
 
 from core.config import InputError, config_values
 from core.data.grids import side_by_side
-from core.data.images import check_image_size, images_to_pixels, pixels_to_images, save_png
-from core.data.loader import CenterCrop, OrderedImages, check_num_workers, ordered_batches
+from core.data.images import images_to_pixels, pixels_to_images, save_png
+from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from core.data.skip_log import Skipped
-from core.distributed.world import DeviceName, Precision, World, dtype_of
+from core.distributed.world import World, dtype_of
 from core.files import write_json
 from core.rng import random_uniform
-from core.weights import Weights
 from evaluations.evaluator import Evaluator
+from evaluations.features.extractors import build_extractor
 from evaluations.metrics.lpips import LPIPS
 from evaluations.metrics.psnr_ssim import SSIM_WINDOW, psnr, ssim, ssim_reference_inflated
-from evaluations.scorer import MetricsConfig, check_size, open_scorer, score, scorer_from_originals
+from evaluations.scorer import check_size, open_scorer, score, scorer_from_originals
 from tokenizer.models.config import choose_image_size
 from tokenizer.models.pretrained import load_tokenizer
 from tokenizer.models.vq_model import VQModel
-from tokenizer.quantizers.perturbation import PerturbationConfig
+from tokenizer.quantizers.config import PerturbationConfig
+from tokenizer.quantizers.perturbation import perturbation_at
 from tokenizer.quantizers.usage import CodebookUsage
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
-    """Which tokenizer, which images, and which scores.
-
-    Args:
-        tokenizer: A run or checkpoint folder, a released file, or a Hub id.
-        data: Images: a folder of class folders, a flat folder, a list file, tars, or a folder of
-            jsonl files.
-        out: The folder for scores.json and reconstructions.png.
-        image_size: Height and width of the centre crop; null for the size that the tokenizer was
-            trained at.
-        rfid: Also compute rFID and the other scores of evaluations.score, which need the weights
-            of the feature extractor.
-        metrics: For rfid: the feature extractor, and the reference; without a reference, the
-            reconstructions are compared with `data` itself.
-        perturbation: Replace codes by near ones before decoding. The scores then have the prefix
-            perturbed_, and rfid is called pfid (RobustTok).
-        lpips: Also compute LPIPS, which needs the weights of VGG16.
-        vgg_weights: torchvision's vgg16-397923af.pth; null to use its cache or to download it.
-        grid_images: Number of images in reconstructions.png.
-        grid_columns: Images per row.
-        grid_spread: Show images spread evenly over the data, and so over its classes, instead of
-            the first ones.
-        weights: The weights to load; auto takes the EMA weights if there are any.
-        verify_weights: Compare the files of our checkpoints with their checksums.
-        batch_size: Images per forward pass on each process.
-        num_workers: Loader processes per rank.
-        precision: bf16 or fp32.
-        device: auto, cpu, cuda or mps.
-    """
-
-    tokenizer: str
-    data: Path
-    out: Path
-    image_size: tuple[int, int] | None = None
-    rfid: bool = False
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
-    lpips: bool = False
-    vgg_weights: Path | None = None
-    grid_images: int = 16
-    grid_columns: int = 8
-    grid_spread: bool = False
-    weights: Weights = "auto"
-    verify_weights: bool = True
-    batch_size: int = 32
-    num_workers: int = 8
-    precision: Precision = "fp32"
-    device: DeviceName = "auto"
-
-    def __post_init__(self) -> None:
-        check_num_workers(self.num_workers)
-        if self.image_size:
-            check_image_size(*self.image_size)
-        if min(self.grid_images, self.grid_columns, self.batch_size) < 1:
-            raise ValueError("grid_images, grid_columns and batch_size must be >= 1")
-        if self.perturbation.anneal_steps:
-            raise ValueError("perturbation.anneal_steps is for training; leave it null")
+from tokenizer.reconstruction_config import ReconstructionConfig
 
 
 def reconstruct(config: ReconstructionConfig, world: World) -> None:
@@ -150,7 +90,7 @@ class RFID:
         if metrics.reference:
             self.scorer = open_scorer(metrics, "reconstruction", world)
             check_size(size, config.data, self.scorer.reference)
-        extractor = self.scorer.extractor if self.scorer else metrics.build_extractor(world)
+        extractor = self.scorer.extractor if self.scorer else build_extractor(metrics, world)
         self.real = Evaluator(extractor, world.device, metrics.batch_size)
         self.fake = Evaluator(extractor, world.device, metrics.batch_size)
 
@@ -182,7 +122,7 @@ def rebuild(
     """
     codes = vq.encode(pixels_to_images(pixels))
     decoded = codes
-    if perturb := perturbation.at(0):
+    if perturb := perturbation_at(perturbation, 0):
         image = torch.as_tensor(ids, device=codes.device)[:, None, None]
         position = torch.arange(codes[0].numel(), device=codes.device).view(codes[0].shape)
         draw = [torch.full_like(position, number) for number in range(3)]

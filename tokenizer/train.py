@@ -1,4 +1,4 @@
-"""Train the tokenizer on images.
+r"""Train the tokenizer on images.
 
 Run the same command again to continue: the result is the same bit for bit.
 
@@ -6,6 +6,11 @@ python -m tokenizer.train --config configs/tokenizer/vq16.yaml --data imagenet/t
     --out runs/vq16
 torchrun --nproc-per-node 8 -m tokenizer.train ...
 """
+
+from core.config import parse_config, parse_first, run_command
+from tokenizer.training.config import TrainConfig
+
+parse_first(TrainConfig, __name__)
 
 import contextlib
 import dataclasses
@@ -17,7 +22,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core.config import parse_config, run_command
 from core.data.images import image_to_pixels, pixels_to_images, random_crop
 from core.data.loader import TrainingImages, training_batches
 from core.data.open import Images, open_images
@@ -33,7 +37,7 @@ from core.training.session import Session
 from tokenizer.models.discriminator import build_discriminator
 from tokenizer.models.layers import ResnetBlock
 from tokenizer.models.vq_model import VQModel
-from tokenizer.training.config import TrainConfig
+from tokenizer.quantizers.perturbation import perturbation_at
 from tokenizer.training.models import build_models
 from tokenizer.training.step import accumulate
 from tokenizer.training.validation import Totals, Validation, load_images
@@ -76,7 +80,7 @@ def train(config: TrainConfig, world: World) -> None:
         # One optimizer step of the tokenizer and, from its start step, of the discriminator.
         seed_step(config.training.seed, step, world.rank)
         adversarial = config.loss.adversarial_at(step)
-        perturbation = config.perturbation.at(step)
+        perturbation = perturbation_at(config.perturbation, step)
         for i in range(config.training.gradient_accumulation):
             with session.waiting_for_data():
                 pixels, skipped = next(batches)

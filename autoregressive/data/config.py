@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from core.data.image_text import ImageTextConfig
-from core.data.images import check_image_size
-from core.data.loader import check_num_workers
+from core.data.config import ImageTextConfig, check_image_size, check_num_workers
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoregressive.inference.quantized_linear import pack
-from autoregressive.models.transformer import Block, FeedForward, RMSNorm, TransformerConfig
+from autoregressive.models.config import TransformerConfig
+from autoregressive.models.transformer import Block, FeedForward, RMSNorm
 
 ALIGNMENT = 8  # attention kernels want head_dim to be a multiple of this
 

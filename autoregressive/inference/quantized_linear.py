@@ -12,10 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autoregressive.inference.sampling_config import DecodePrecision
 from core.config import InputError
 
-DecodePrecision = Literal["fp32", "bf16", "int8", "w8a8", "fp8"]
-QUANTIZED = {"int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
+QUANTIZED: dict[DecodePrecision, torch.dtype] = {
+    "int8": torch.int8,
+    "w8a8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, precision: str | None) -> nn.Module:

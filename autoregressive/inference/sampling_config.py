@@ -1,9 +1,10 @@
-"""How codes are sampled: guidance, temperature, filters, seed."""
+"""How codes are sampled: guidance, temperature, filters, seed; device and precision."""
 
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from core.distributed.config import DeviceName, Precision
 from core.errors import InputError
 
 # The usual (cfg_scale, top_k) of a model, by what it is conditioned on.
@@ -172,3 +173,45 @@ class SamplingConfig:
             return 1.0
         progress = progress**self.cfg_power
         return progress if self.cfg_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+
+
+DecodePrecision = Literal["fp32", "bf16", "int8", "w8a8", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Device and precision of sampling.
+
+    Args:
+        precision: fp32 or bf16 for the transformer. Quantised weights: int8 (all devices) or fp8
+            (GPUs). w8a8 (CPUs) quantises activations too, which is faster for larger batches. The
+            effect of quantisation on the distribution is measured and printed first.
+        cache_precision: int8 or fp8 for the key-value cache, half the memory of bf16; null for
+            the transformer's dtype. Measured and printed in the same way.
+        tokenizer_precision: fp32 or bf16 for the VQ decoder; bf16 is faster and changes pixels by
+            one or two levels of 255.
+        compile: torch.compile the transformer, and on CUDA the VQ decoder. null: compile for 5,000
+            generation steps or more (one step is one token of a batch) if there is a compiler.
+        device: auto, cpu, cuda or mps.
+    """
+
+    precision: DecodePrecision = "bf16"
+    cache_precision: Literal["int8", "fp8"] | None = None
+    tokenizer_precision: Precision = "fp32"
+    compile: bool | None = None
+    device: DeviceName = "auto"
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ImagePipeline.prepare, except the device: each rank has its own."""
+        return {
+            "precision": self.precision,
+            "cache_precision": self.cache_precision,
+            "tokenizer_precision": self.tokenizer_precision,
+            "compile": self.compile,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on; keys and values of settings.json stay those of older runs."""
+        cache = self.cache_precision or "model"
+        return {"precision": [self.precision, cache, self.tokenizer_precision]}

@@ -21,15 +21,10 @@ from autoregressive.models.conditioning import (
     as_condition,
     ragged_order,
 )
-from autoregressive.models.config import GPTConfig
+from autoregressive.models.config import PRESETS, GPTConfig
 from autoregressive.models.lora import add_lora, freeze_base, merge_lora
 from autoregressive.models.rope import rotary_table
-from autoregressive.models.transformer import (
-    PRESETS,
-    AdaptiveLinear,
-    Block,
-    RMSNorm,
-)
+from autoregressive.models.transformer import AdaptiveLinear, Block, RMSNorm
 from core.config import InputError, config_text
 from core.training.initialization import Constant, Normal, initialize
 from core.weights import save_model

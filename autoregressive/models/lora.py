@@ -7,79 +7,15 @@ the null class. Merging adds (alpha / rank) B A to W: the merged model is an ord
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# The linear layers of a block: q | k | v packed, the attention's output, and the three of SwiGLU.
-Target = Literal["wqkv", "wo", "w1", "w2", "w3"]
-TARGETS: tuple[Target, ...] = ("wqkv", "wo", "w1", "w2", "w3")
+from autoregressive.models.config import LoRAConfig
 
 CLASS_TABLE, NEW_CLASSES = "cls_embedding.embedding_table.weight", "cls_embedding.new_classes"
-
-
-@dataclass(frozen=True)
-class LoRAOptions:
-    """Fine-tuning with low-rank matrices; see models/lora.py. It needs init_from.
-
-    Args:
-        rank: Rank of the matrices that are added to linear layers; null to train all weights.
-        alpha: Their product is multiplied by alpha / rank.
-        targets: The linear layers of every block that get them: wqkv, wo (attention), w1, w2, w3
-            (feed-forward). All other weights stay as the base has them.
-    """
-
-    rank: int | None = None
-    alpha: float = 16.0
-    targets: tuple[Target, ...] = TARGETS
-
-    def __post_init__(self) -> None:
-        if self.rank is None and (self.alpha != 16.0 or self.targets != TARGETS):
-            raise ValueError("lora: give lora.rank, or leave out lora.alpha and lora.targets")
-        if self.rank is not None and (self.rank < 1 or self.alpha <= 0):
-            raise ValueError("lora: rank must be >= 1, or null, and alpha > 0")
-        if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError("lora.targets: name at least one layer, and each of them once")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """The low-rank matrices of a model, and the base model that they belong to.
-
-    Args:
-        rank: Rank of the matrices.
-        alpha: Their product is multiplied by alpha / rank.
-        targets: The linear layers of every block that have them.
-        base: The base model, as init_from named it: a path, a released name or a Hub id.
-        base_path: Path to the base from the checkpoint's folder; null if it is not a local path.
-        base_sha256: sha256 of the base's weights; see core.weights.tensors_sha256.
-        new_classes: Number of classes that the base does not have; they come after its classes.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[Target, ...]
-    base: str = ""
-    base_path: str | None = None
-    base_sha256: str = ""
-    new_classes: int = 0
-
-    @property
-    def scale(self) -> float:
-        """Factor of the product of the two matrices."""
-        return self.alpha / self.rank
-
-    def continues(self, other: "LoRAConfig | None") -> bool:
-        """Whether a run with `other` can continue with these settings: the base may have moved."""
-        names = ("rank", "alpha", "targets", "base_sha256", "new_classes")
-        return other is not None and all(getattr(self, n) == getattr(other, n) for n in names)
-
-    def __str__(self) -> str:
-        """The settings that a user chose, for messages."""
-        return f"lora.rank {self.rank}, alpha {self.alpha:g}, targets {','.join(self.targets)}"
 
 
 class LoRALinear(nn.Linear):

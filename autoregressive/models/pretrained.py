@@ -14,9 +14,9 @@ from autoregressive.models.lora import LoRAWeights, merge_lora
 from autoregressive.models.released_layouts import TransformerWeights, read_transformer
 from autoregressive.models.transformer import infer_transformer_fields
 from core.config import InputError, load_config
+from core.hub import Weights
 from core.released import released_architecture
 from core.weights import (
-    Weights,
     check_shapes,
     file_sha256,
     find_model,

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.hub import Weights
 from core.lightning import live_weights
-from core.weights import Weights, read_file
+from core.weights import read_file
 
 ROTARY = "freqs_cis"
 # Buffers that the reference registers when it samples, or keeps beside its weights.

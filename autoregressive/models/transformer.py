@@ -8,110 +8,18 @@ and keys and the values: causal attention by default, a key-value cache in the i
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autoregressive.models.config import PRESETS, TransformerConfig
 from autoregressive.models.rope import rotate
-
-# name: (num_layers, num_heads, dim)
-PRESETS = {
-    "GPT-B": (12, 12, 768),
-    "GPT-L": (24, 16, 1024),
-    "GPT-XL": (36, 20, 1280),
-    "GPT-XXL": (48, 24, 1536),
-    "GPT-XXXL": (48, 40, 2560),
-    "GPT-1B": (22, 32, 2048),
-    "GPT-3B": (24, 32, 3200),
-    "GPT-7B": (32, 32, 4096),
-}
 
 # (queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim))
 # -> (batch, length, heads, head_dim)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and regularisation of the transformer, without what the training data decides.
-
-    Args:
-        num_layers: Number of transformer blocks.
-        num_heads: Number of attention heads.
-        dim: Width of the residual stream; a multiple of 4 x num_heads (2-D rotary embedding).
-        num_kv_heads: Number of key and value heads, for grouped-query attention; 0: num_heads.
-        ffn_multiple: The FFN's hidden width, 8/3 dim, is rounded up to a multiple of this.
-        norm_eps: Epsilon of the RMSNorms.
-        rope_base: Base of the rotary frequencies.
-        rope_condition: Rotary rows of condition tokens: zero, as in the released models, or
-            identity, which leaves their queries and keys as they are.
-        token_dropout: Dropout rate on the embedded sequence.
-        residual_dropout: Dropout rate on the attention's output.
-        ffn_dropout: Dropout rate on the FFN's output.
-        drop_path: Stochastic depth rate; grows linearly over the blocks from 0 to this value. The
-            paper sets residual_dropout and ffn_dropout to 0 when it is used.
-        qk_norm: RMSNorm over head_dim on queries and keys, before the rotation (Henry et al.,
-            arXiv 2010.04245; Dehghani et al., arXiv 2302.05442): stabilises large models.
-        adaln: Adaptive norms, for a condition of one token: a class. none; full: in every block a
-            linear layer turns the condition into scales, shifts and gains of attention and FFN
-            (IBQ, arXiv 2412.02692); shared: one such layer for all blocks, and in each block a
-            table that is added (VAR, arXiv 2404.02905): 6 dim instead of 6 dim^2 weights per block.
-            With both, one more layer gives scale and shift of the last norm.
-        adaln_gain: Factor on the initial weights of the gains, with adaln; IBQ takes 1e-3 for its
-            B and L models, 1e-4 for XL and 1e-5 for XXL.
-    """
-
-    num_layers: int = 12
-    num_heads: int = 12
-    dim: int = 768
-    num_kv_heads: int = 0
-    ffn_multiple: int = 256
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    rope_condition: Literal["zero", "identity"] = "zero"
-    token_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    ffn_dropout: float = 0.0
-    drop_path: float = 0.0
-    qk_norm: bool = False
-    adaln: Literal["none", "shared", "full"] = "none"
-    adaln_gain: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
-            raise ValueError("model: num_layers, num_heads, dim and ffn_multiple must be >= 1")
-        if self.dim % (4 * self.num_heads):
-            raise ValueError(
-                f"model.dim {self.dim} must be a multiple of 4 x model.num_heads "
-                f"{self.num_heads}: the 2-D rotary embedding splits each head into four parts"
-            )
-        if self.norm_eps <= 0 or self.rope_base <= 0:
-            raise ValueError("model: norm_eps and rope_base must be > 0")
-        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
-            )
-        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}, must be in [0, 1)")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the FFN."""
-        return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
 
 
 def infer_transformer_fields(

@@ -6,8 +6,6 @@ training uses it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,42 +14,13 @@ import torch
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective, Projector, Projectors, mean_cosine
+from autoregressive.objectives.config import AlignmentOptions
 from core.config import InputError
 from core.data.arrays import load_array
 
 
-@dataclass(frozen=True)
-class AlignmentOptions:
-    """Options of the objective alignment.
-
-    Args:
-        features: A `.npy` file (images, codes, dim), float16 or float32: the features of an image
-            encoder at each code's grid position. Row i belongs to image i of data.codes, which
-            then has one crop of each image.
-        weight: Weight of the alignment; GEAR takes 0.5, Mirai and iFSQ take 2.
-        depth_share: The states after this share of the blocks are aligned.
-        shift: 0: the state that predicts a code is aligned with this code's features (GEAR); 1: the
-            state whose input is the code (Mirai).
-        hidden: Width of the network's hidden layers.
-    """
-
-    features: Path | None = None
-    weight: float = 0.5
-    depth_share: float = 1 / 3
-    shift: int = 0
-    hidden: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0 or not 0 < self.depth_share <= 1 or self.hidden < 1:
-            raise ValueError("objective.alignment: weight > 0, depth_share in (0, 1], hidden >= 1")
-        if self.shift not in (0, 1):
-            raise ValueError(f"objective.alignment.shift is {self.shift}, must be 0 or 1")
-
-
 class AlignmentLoss(Objective):
     """Cross-entropy, and hidden states aligned with features of the images (REPA)."""
-
-    options_type = AlignmentOptions
 
     needs_one_crop: ClassVar[bool] = True
 

@@ -41,7 +41,6 @@ class Objective(nn.Module):
     """A GPT and its loss as one module, which FSDP2 and DDP wrap, so that they see the head.
 
     A subclass defines `training_loss`. What else it may define:
-    options_type: The dataclass of its options.
     heads: A module with more trained parameters, saved with the optimizer's state.
     reference: A frozen GPT with the weights that training starts from.
     model_fields: Fields of GPTConfig that it needs.
@@ -55,10 +54,9 @@ class Objective(nn.Module):
         gpt: The model.
         chunk: Number of codes whose float32 logits exist at the same time.
         seed: Decides all random draws, with the positions of a batch.
-        options: The options, of `options_type`; None for an objective without any.
+        options: The options, of ObjectiveConfig; None for an objective without any.
     """
 
-    options_type: ClassVar[type | None] = None
     model_fields: ClassVar[dict[str, Any]] = {}
     needs_codebook: ClassVar[bool] = False
     needs_one_crop: ClassVar[bool] = False

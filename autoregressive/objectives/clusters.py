@@ -4,40 +4,19 @@ Codes with similar vectors form a cluster, so that a similar wrong code costs le
 the weights keep their order.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
+from autoregressive.objectives.config import ClustersOptions
 from core.config import InputError
 from core.training.linear_cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class ClustersOptions:
-    """Options of the objective clusters.
-
-    Args:
-        count: Number of clusters, of equal size.
-        weight: Weight of the cross-entropy of the cluster.
-        iterations: Largest number of iterations of k-means.
-    """
-
-    count: int = 128
-    weight: float = 1.0
-    iterations: int = 100
-
-    def __post_init__(self) -> None:
-        if self.count < 2 or self.weight <= 0 or self.iterations < 1:
-            raise ValueError("objective.clusters: count >= 2, weight > 0, iterations >= 1")
 
 
 class ClustersLoss(Objective):
     """Cross-entropy of codes and of clusters of similar codes (IAR)."""
 
-    options_type = ClustersOptions
     needs_codebook = True
     clusters: torch.Tensor
 

@@ -5,7 +5,6 @@ given another class falls, both against the model that the training starts from.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,8 @@ from autoregressive.models.conditioning import class_labels
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
+from autoregressive.objectives.config import ContrastiveOptions
 from core.config import InputError
-
-
-@dataclass(frozen=True)
-class ContrastiveOptions:
-    """Options of the objective contrastive.
-
-    Args:
-        beta: Factor on the differences of log-likelihoods, > 0.
-        negative_weight: Weight lambda of the images with another class; published: 1000 for B, XL
-            and XXL, 300 for L, 500 for 3B.
-    """
-
-    beta: float = 0.02
-    negative_weight: float = 1000.0
-
-    def __post_init__(self) -> None:
-        if self.beta <= 0 or self.negative_weight <= 0:
-            raise ValueError("objective.contrastive: beta and negative_weight must be > 0")
 
 
 class ContrastiveLoss(Objective):
@@ -44,7 +26,6 @@ class ContrastiveLoss(Objective):
     An image's negative class is the class of the next one of the batch.
     """
 
-    options_type = ContrastiveOptions
     sequences_per_image = 2
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: ContrastiveOptions) -> None:

@@ -4,29 +4,14 @@ The model samples with one row per image instead of two. Its logits, mixed with 
 unconditional ones in the proportion beta : 1 - beta, predict the codes.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
+from autoregressive.objectives.config import GuidanceFreeOptions
 from core.training.linear_cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class GuidanceFreeOptions:
-    """Options of the objective guidance_free.
-
-    Args:
-        least: Smallest guidance strength beta that is trained, in [0, 1); the largest is 1.
-    """
-
-    least: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.least < 1:
-            raise ValueError("objective.guidance_free.least must be in [0, 1)")
 
 
 class GuidanceFreeLoss(Objective):
@@ -35,7 +20,6 @@ class GuidanceFreeLoss(Objective):
     The logits are beta * conditional + (1 - beta) * unconditional ones.
     """
 
-    options_type = GuidanceFreeOptions
     model_fields: ClassVar[dict[str, Any]] = {"guidance_input": True}
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: GuidanceFreeOptions) -> None:

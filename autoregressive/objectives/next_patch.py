@@ -4,38 +4,18 @@ A patch's input is the mean of its codes' embeddings, and its one softmax predic
 A stage with patches of 2 x 2 is four times shorter. The weights stay those of the plain model.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
+from autoregressive.objectives.config import NextPatchOptions
 from core.config import InputError
 from core.training.linear_cross_entropy import linear_cross_entropy
 
 
-@dataclass(frozen=True)
-class NextPatchOptions:
-    """Options of the objective next_patch.
-
-    Args:
-        side: Side of a patch in codes, during the first stage.
-        until: Share of the training after which single codes are predicted, in [0, 1].
-    """
-
-    side: int = 2
-    until: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.side < 2 or not 0 < self.until <= 1:
-            raise ValueError("objective.next_patch: side must be >= 2, until in (0, 1]")
-
-
 class NextPatchLoss(Objective):
     """Cross-entropy, first of patches of codes, which are shorter sequences (NPP)."""
-
-    options_type = NextPatchOptions
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: NextPatchOptions) -> None:
         super().__init__(gpt, chunk, seed)

@@ -5,8 +5,6 @@ mistakes. One small network reads the vector of an input code from an early bloc
 vector of the code to predict from a late block. Both are for training alone.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
@@ -20,45 +18,13 @@ from autoregressive.objectives.base import (
     annealed,
     mean_cosine,
 )
+from autoregressive.objectives.config import NoisyContextOptions
 from core.config import InputError
-
-
-@dataclass(frozen=True)
-class NoisyContextOptions:
-    """Options of the objective noisy_context.
-
-    Args:
-        noise: Largest share of replaced input codes; each image draws its share below it.
-        noise_end: Share of the training at which the noise has fallen linearly to 0, in (0, 1].
-        embedding_weight: Weight of the two heads; 0 trains without them.
-        encode_block: The block (from 0) that the head of input codes reads.
-        decode_share: The head of predicted codes reads the block at this share of the depth; reAR
-            takes block 15 of 20 and 18 of 24.
-        hidden: Width of the heads' hidden layers.
-    """
-
-    noise: float = 1.0
-    noise_end: float = 0.75
-    embedding_weight: float = 1.0
-    encode_block: int = 0
-    decode_share: float = 0.75
-    hidden: int = 2048
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.noise <= 1 and 0 < self.noise_end <= 1 and 0 < self.decode_share <= 1):
-            raise ValueError(
-                "objective.noisy_context: noise in [0, 1], noise_end and decode_share in (0, 1]"
-            )
-        if self.embedding_weight < 0 or self.encode_block < 0 or self.hidden < 1:
-            raise ValueError(
-                "objective.noisy_context: embedding_weight and encode_block >= 0, hidden >= 1"
-            )
 
 
 class NoisyContextLoss(Objective):
     """Cross-entropy behind a noisy context, and heads that predict codes' vectors (reAR)."""
 
-    options_type = NoisyContextOptions
     needs_codebook = True
     codebook: torch.Tensor
 

@@ -4,36 +4,18 @@ An image's codes are predicted in a random order with a probability that falls f
 input also gets a learned vector of the grid position to predict (GPTConfig.target_position).
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective, annealed
-
-
-@dataclass(frozen=True)
-class RandomOrderOptions:
-    """Options of the objective random_order.
-
-    Args:
-        start: Until this share of the training, every order is random.
-        end: From this share on, every order is raster; linear between them.
-    """
-
-    start: float = 0.5
-    end: float = 0.75
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end <= 1:
-            raise ValueError("objective.random_order needs 0 <= start < end <= 1")
+from autoregressive.objectives.config import RandomOrderOptions
 
 
 class RandomOrderLoss(Objective):
     """Cross-entropy in random orders, which become raster order (RAR)."""
 
-    options_type = RandomOrderOptions
     model_fields: ClassVar[dict[str, Any]] = {"target_position": True}
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: RandomOrderOptions) -> None:

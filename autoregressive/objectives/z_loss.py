@@ -4,35 +4,17 @@ The normaliser Z is the sum of exp(logits) at a code. Cross-entropy does not see
 logits, so that Z can drift until bf16 cannot hold it; the loss adds weight * (log Z)^2.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
-
-
-@dataclass(frozen=True)
-class ZLossOptions:
-    """Options of the objective z_loss.
-
-    Args:
-        weight: Factor of the squared logarithm of the normaliser; 1e-5 in the paper.
-    """
-
-    weight: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"objective.z_loss.weight is {self.weight}, must be > 0")
+from autoregressive.objectives.config import ZLossOptions
 
 
 class ZLoss(Objective):
     """Cross-entropy that keeps the logits' normaliser near one (Chameleon)."""
-
-    options_type = ZLossOptions
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: ZLossOptions) -> None:
         super().__init__(gpt, chunk, seed)

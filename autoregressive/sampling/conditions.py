@@ -3,64 +3,25 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from autoregressive.models.conditioning import ClassCondition, Condition, TextCondition
 from autoregressive.models.config import GPTConfig
+from autoregressive.sampling.config import ConditionConfig
 from core.config import InputError
-from core.distributed.world import Precision, World, dtype_of
+from core.data.config import Cleaning
+from core.distributed.world import World, dtype_of
 from core.files import check_regular_file
 from core.rng import random_uniform
-from language.captions import Cleaning
 from language.text_encoder import TextEncoder, load_text_encoder
 
 LABEL_STREAM = 3  # random stream of the class labels, independent of all other random numbers
 CLASS_IMAGES = 50_000  # number of images behind a published FID
 PROMPT_FIELDS = ("prompt", "caption", "text")  # accepted names of a jsonl field or table column
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionConfig:
-    """The classes or prompts to sample.
-
-    Args:
-        classes: Image i has class classes[i % len(classes)]. Empty: follow `labels`.
-        labels: random (a random class per image, as in the published FIDs) or balanced (classes
-            in turn).
-        prompts: For a text model: a .txt (one prompt per line), a .tsv or .csv (with a column
-            named prompt, caption or text), a .jsonl (with such a field), or a folder of .txt files
-            with one prompt each.
-        prompt: A single prompt instead of a file.
-        images_per_prompt: Number of consecutive images of each prompt.
-        negative_prompt: Guidance leads away from this text; null for the null caption.
-        clean_prompts: clean (as language.encode cleans captions), reference (the published rules)
-            or none.
-        text_encoder: The T5 of the text model: a folder or a Hub id.
-        text_encoder_precision: bf16 or fp32.
-    """
-
-    classes: tuple[int, ...] = ()
-    labels: Literal["random", "balanced"] = "random"
-    prompts: Path | None = None
-    prompt: str | None = None
-    images_per_prompt: int = 1
-    negative_prompt: str | None = None
-    clean_prompts: Cleaning = "clean"
-    text_encoder: str = "google/flan-t5-xl"
-    text_encoder_precision: Precision = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.images_per_prompt < 1:
-            raise ValueError("images_per_prompt must be >= 1")
-        if self.prompts and self.prompt:
-            raise ValueError("give prompts or prompt, not both")
-        if self.prompt == "":
-            raise ValueError("prompt is empty")
 
 
 class ClassConditions:

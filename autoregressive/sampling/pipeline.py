@@ -20,8 +20,7 @@ from tqdm import tqdm
 from autoregressive.inference.compute import build_engine
 from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generate_rows, generation_request, sample_codes
-from autoregressive.inference.quantized_linear import DecodePrecision
-from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.sampling_config import DecodePrecision, SamplingConfig
 from autoregressive.models.conditioning import (
     ClassCondition,
     Condition,
@@ -30,12 +29,14 @@ from autoregressive.models.conditioning import (
 )
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
-from autoregressive.sampling.conditions import ConditionConfig, load_gpt_text_encoder
+from autoregressive.sampling.conditions import load_gpt_text_encoder
+from autoregressive.sampling.config import ConditionConfig, PipelineConfig
 from autoregressive.sampling.decode_overlap import DecodeOverlap
 from core.config import InputError
 from core.data.images import images_to_pixels
-from core.distributed.world import DeviceName, Precision, choose_device, dtype_of
-from core.weights import Weights
+from core.distributed.config import DeviceName, Precision
+from core.distributed.world import World, choose_device, dtype_of
+from core.hub import Weights
 from language.text_encoder import TextEncoder
 from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
 from tokenizer.models.vq_model import VQModel
@@ -318,3 +319,27 @@ def check_compatible(gpt: GPT, tokenizer: LoadedTokenizer, name: str) -> None:
             f"{name}: its weights (sha256 {tokenizer.identity()[:12]}) differ from the tokenizer "
             f"that the GPT was trained with ({expected[:12]})"
         )
+
+
+def load_pipeline(config: PipelineConfig) -> ImagePipeline:
+    """Load both models; InputError if one is missing or the two do not fit each other."""
+    return ImagePipeline.from_pretrained(
+        config.gpt,
+        config.tokenizer,
+        gpt_weights=config.weights.gpt,
+        tokenizer_weights=config.weights.tokenizer,
+        grid=config.grid,
+        verify_weights=config.verify_weights,
+    )
+
+
+def prepare_pipeline(
+    config: PipelineConfig, pipeline: ImagePipeline, batches: int, world: World
+) -> None:
+    """Put the models on this process's device, to sample `batches` batches of images."""
+    pipeline.prepare(
+        **config.compute.arguments(),
+        device=world.device,
+        num_steps=batches * pipeline.gpt.config.num_codes,
+        verbose=world.is_main,
+    )

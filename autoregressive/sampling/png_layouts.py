@@ -2,16 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from autoregressive.sampling.conditions import PromptList
+from autoregressive.sampling.config import Layout
 from core.config import InputError
 from core.data.grids import image_grid
 from core.data.images import save_png
-
-Layout = Literal["flat", "geneval", "dpg"]
 
 
 def check_layout(layout: Layout, prompts: PromptList | None) -> None:

@@ -7,23 +7,19 @@ autoregressive.reproduce call it.
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.sampling.conditions import (
-    ConditionConfig,
-    Conditions,
-    open_conditions,
+from autoregressive.sampling.conditions import Conditions, open_conditions
+from autoregressive.sampling.config import (
+    SampleRunConfig,
 )
 from autoregressive.sampling.loop import CodeBatch, decode_batches, sample_batches
-from autoregressive.sampling.pipeline import ImagePipeline
-from autoregressive.sampling.pipeline_config import PipelineConfig
-from autoregressive.sampling.png_layouts import Layout, check_layout, has_pngs, write_pngs
+from autoregressive.sampling.pipeline import ImagePipeline, load_pipeline, prepare_pipeline
+from autoregressive.sampling.png_layouts import check_layout, has_pngs, write_pngs
 from core.config import config_values, save_config
 from core.data.grids import image_grid
 from core.data.images import save_png
@@ -32,64 +28,12 @@ from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World
 from evaluations.evaluator import Evaluator
 from evaluations.report import Scored, publish
-from evaluations.scorer import MetricsConfig, check_size, open_scorer
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRunConfig(PipelineConfig):
-    """Settings of a sample run.
-
-    Args:
-        num_images: Number of images; null for 50,000 images of a class model, or for all prompts.
-        conditions: The classes or prompts.
-        sampling: Guidance, filters and seed.
-        metrics: With metrics.reference, the images are scored while they are sampled and
-            scores.json is written.
-        out: Output folder: samples.png, samples.npz and index.json.
-        resize: Resize to resize x resize pixels before rounding (bicubic, no antialiasing: how the
-            reference evaluates 384 px models at 256 px); null to keep the size.
-        batch_size: Images per batch on each process; does not change any image.
-        shard_size: Images per shard; a killed run loses at most one shard per process.
-        npz: Write samples.npz: arr_0 uint8 (n, height, width, 3), and the labels as arr_1. Without
-            it only the codes are kept (512 bytes per image of 16 x 16 codes).
-        png: Also write png files, in the folders of `layout`.
-        layout: flat: png/000000.png, as scorers of COCO-30k and PartiPrompts read. geneval:
-            png/00000/metadata.jsonl and png/00000/samples/0000.png. dpg: all images of a prompt in
-            one image png/NAME.png (DPG-Bench: conditions.images_per_prompt 4).
-        grid_rows: Rows of samples.png, one class per row where possible.
-        grid_columns: Images per row of samples.png.
-    """
-
-    out: Path
-    num_images: int | None = None
-    conditions: ConditionConfig = field(default_factory=ConditionConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    resize: int | None = None
-    batch_size: int = 32
-    shard_size: int = 500
-    npz: bool = True
-    png: bool = False
-    layout: Layout = "flat"
-    grid_rows: int = 10
-    grid_columns: int = 10
-
-    def __post_init__(self) -> None:
-        if self.num_images is not None and self.num_images < 1:
-            raise ValueError("num_images must be >= 1, or null")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError("resize must be >= 1, or null")
-        if min(self.batch_size, self.shard_size, self.grid_rows, self.grid_columns) < 1:
-            raise ValueError("batch_size, shard_size, grid_rows and grid_columns must be >= 1")
-        if self.layout != "flat" and not self.png:
-            raise ValueError(f"layout {self.layout} describes png files: set png true")
-        if self.layout == "dpg" and self.shard_size % self.conditions.images_per_prompt:
-            raise ValueError("layout dpg: shard_size must be a multiple of images_per_prompt")
+from evaluations.scorer import check_size, open_scorer
 
 
 def sample(config: SampleRunConfig, world: World) -> None:
     """Sample all images, each rank its own shards, then write npz, png, image grid and index."""
-    pipeline = config.load_pipeline()
+    pipeline = load_pipeline(config)
     gpt_config = pipeline.gpt.config
     conditions = open_conditions(
         config.conditions, config.num_images, gpt_config, config.sampling.seed, world
@@ -116,7 +60,7 @@ def sample(config: SampleRunConfig, world: World) -> None:
         if not (config.out / "index.json").exists():  # an npz would be left from other samples
             (config.out / "samples.npz").unlink(missing_ok=True)
     batches = math.ceil(conditions.count / config.batch_size / world.size)
-    config.prepare(pipeline, batches, world)
+    prepare_pipeline(config, pipeline, batches, world)
     write_shards(config, pipeline, conditions, writer, todo, finished, evaluator)
     writer.finish(conditions.index)
     if world.is_main:

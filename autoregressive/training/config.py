@@ -5,14 +5,16 @@ from pathlib import Path
 
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.lora import LoRAOptions
-from autoregressive.models.transformer import TransformerConfig
+from autoregressive.models.config import LoRAOptions, TransformerConfig
 from autoregressive.objectives.config import ObjectiveConfig
-from core.distributed.parallel import ParallelConfig
-from core.training.config import TrainingConfig
-from core.training.optimizer import OptimizerConfig
-from core.training.run import ReportConfig
-from evaluations.scorer import MetricsConfig
+from core.distributed.config import ParallelConfig
+from core.training.config import OptimizerConfig, ReportConfig, TrainingConfig
+from evaluations.config import MetricsConfig
+
+LORA_LACKS = (
+    "objective.kind {} needs parts that LoRA does not train; take another objective.kind, or leave "
+    "lora out"
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,5 @@ class TrainConfig:
         kind = self.objective.kind
         if self.init_from is None:
             raise ValueError("lora fine-tunes a model: give init_from")
-        if kind == "contrastive" or self.objective.loss.model_fields:
-            raise ValueError(
-                f"lora: objective.kind {kind} needs parts that LoRA does not train; take another "
-                "objective.kind, or leave lora out"
-            )
+        if kind == "contrastive":
+            raise ValueError(f"lora: {LORA_LACKS.format(kind)}")

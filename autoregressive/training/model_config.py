@@ -7,11 +7,10 @@ from typing import Any
 
 from autoregressive.data.codes import tokenizer_names
 from autoregressive.data.open import Dataset
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.lora import LoRAConfig
+from autoregressive.models.config import GPTConfig, LoRAConfig, TransformerConfig
 from autoregressive.models.pretrained import Stored, read_gpt
-from autoregressive.models.transformer import TransformerConfig
-from autoregressive.training.config import TrainConfig
+from autoregressive.objectives.build import LOSSES
+from autoregressive.training.config import LORA_LACKS, TrainConfig
 from core.config import InputError
 from core.distributed.world import World
 from core.weights import tensors_sha256
@@ -28,10 +27,12 @@ def resolve_model(
     All ranks call it. Raises InputError if the data do not fit the base of a LoRA.
     """
     if config.lora.rank is None:
-        added = config.objective.loss.model_fields
+        added = LOSSES[config.objective.kind].model_fields
         shape = dataclasses.asdict(config.model)
         return config, GPTConfig(**shape, **data.model_fields(), **added)
     assert config.init_from is not None
+    if LOSSES[config.objective.kind].model_fields:
+        raise InputError(f"lora: {LORA_LACKS.format(config.objective.kind)}")
     stored = read_gpt(config.init_from, grid=data.model_fields()["grid"])
     gpt_config = _lora_model(config, data, stored, world)
     names = [part.name for part in dataclasses.fields(TransformerConfig)]

@@ -5,7 +5,7 @@ import torch
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block
-from autoregressive.objectives.config import build_objective
+from autoregressive.objectives.build import build_objective
 from autoregressive.training.config import TrainConfig
 from core.distributed.world import World
 from core.training.memory_plan import (

@@ -27,8 +27,9 @@ from autoregressive.training.config import TrainConfig
 from core.checksums import checkpoint_folders, find_damage
 from core.config import InputError, load_config
 from core.data.grids import image_grid
+from core.distributed.config import Precision
 from core.distributed.parallel import full_state, local
-from core.distributed.world import Precision, World
+from core.distributed.world import World
 from core.training.initialization import copy_weights, initialize
 from core.training.prefetch import to_device
 from core.weights import load_weights

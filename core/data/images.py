@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from core.data.config import MAX_PIXELS
 from core.errors import InputError
 from core.files import atomic_write, check_regular_file
-
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow only warns there; we refuse
-
 
 # Formats that Pillow decodes by itself. PostScript, for example, would start another program.
 Image.init()
@@ -102,14 +100,6 @@ def _from_wide_grey(image: Image.Image) -> Image.Image:
 
 
 INTERPOLATION = "box halvings, then bicubic"  # of every crop here, as the table of models says it
-
-
-def check_image_size(height: int, width: int, name: str = "image_size") -> None:
-    """Raise InputError, a ValueError, for a size below 1 or of more than MAX_PIXELS pixels."""
-    if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise InputError(
-            f"{name} [{height}, {width}]: each side must be >= 1, and at most {MAX_PIXELS:,} pixels"
-        )
 
 
 def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:

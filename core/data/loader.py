@@ -20,16 +20,9 @@ from core.data.skip_log import Skipped
 logger = logging.getLogger(__name__)
 
 
-MAX_NUM_WORKERS = 1024  # per process; more is a typing mistake
 MAX_LOADER_DEATHS = (
     5  # in one run; after that, the machine has a fault that a new process does not repair
 )
-
-
-def check_num_workers(num_workers: int) -> None:
-    """Raise InputError, a ValueError, for a negative or an absurd number of loader processes."""
-    if not 0 <= num_workers <= MAX_NUM_WORKERS:
-        raise InputError(f"num_workers is {num_workers}, must be in 0 .. {MAX_NUM_WORKERS}")
 
 
 class TrainingImages(Dataset):

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.config import InputError
 from core.data.arrays import DAMAGE
-from core.data.images import check_image_size
+from core.data.config import check_image_size
 from core.files import atomic_write, check_regular_file
 
 

@@ -7,8 +7,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from core.data.config import ImageTextConfig
 from core.data.image_list import find_images
-from core.data.image_text import ImageTextConfig, ImageTextPairs, is_image_text
+from core.data.image_text import ImageTextPairs, is_image_text
 from core.errors import InputError
 
 NO_OPTIONS = ImageTextConfig()

@@ -11,9 +11,8 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,43 +26,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from core.distributed.world import Precision, World
-
-Strategy = Literal["ddp", "fsdp", "hsdp"]
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How a model is run for training.
-
-    Args:
-        strategy: ddp holds the whole model in every process; fsdp shards weights, gradients and
-            moments over all processes (FSDP2); hsdp shards them over groups of shard_size.
-        shard_size: Processes that share one copy of the model under hsdp; null for all processes of
-            a node.
-        compile: torch.compile each block; null for yes on CUDA and no elsewhere.
-        activation_checkpointing: none; selective keeps every second matrix product and the
-            attention, and recomputes the rest; full keeps only what enters a block.
-        timeout_minutes: A collective that takes longer ends the run with a message.
-    """
-
-    strategy: Strategy = "ddp"
-    shard_size: int | None = None
-    compile: bool | None = None
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    timeout_minutes: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"parallel.timeout_minutes is {self.timeout_minutes}, must be > 0")
-        if self.shard_size is not None and self.shard_size < 1:
-            raise ValueError(f"parallel.shard_size is {self.shard_size}, must be >= 1, or null")
-        if self.shard_size is not None and self.strategy != "hsdp":
-            raise ValueError("parallel.shard_size needs parallel.strategy hsdp")
-
-    def compiles(self, world: World) -> bool:
-        """Whether models are compiled on this device."""
-        return world.device.type == "cuda" if self.compile is None else self.compile
+from core.distributed.config import ParallelConfig, Precision
+from core.distributed.world import World
 
 
 def prepare(
@@ -80,7 +44,7 @@ def prepare(
     become DTensors. The keys of state dicts do not change.
     """
     _checkpoint_activations(model, config, block)
-    if config.compiles(world):
+    if config.compiles(world.device.type):
         compile_blocks([module for module in model.modules() if isinstance(module, block)])
     model = shard(model, config, world, precision, block)
     if config.strategy == "ddp" and world.size > 1:

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from core.config import InputError, fail, is_mistake
+from core.distributed.config import DeviceName, Precision
 
-Precision = Literal["fp32", "bf16"]
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 

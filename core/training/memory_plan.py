@@ -14,8 +14,8 @@ from typing import Any, get_args
 from torch import nn
 
 from core.config import InputError, config_text
+from core.distributed.config import ParallelConfig, Strategy
 from core.distributed.hardware import memory_bytes
-from core.distributed.parallel import ParallelConfig, Strategy
 from core.distributed.world import World
 from core.training.speed_plan import StepPlan
 

@@ -2,76 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from core.config import InputError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its learning-rate schedule.
-
-    Args:
-        kind: adamw; or muon for the matrices of the transformer's blocks, with AdamW for all other
-            weights (see MuonAdamW). With muon, lr and weight_decay can stay those of AdamW.
-        lr: Peak learning rate.
-        betas: Decay of the first and second moment.
-        momentum: Momentum of Muon; only for kind muon.
-        weight_decay: Decoupled weight decay of tensors with 2 or more dimensions; the others
-            (norms, biases) have none.
-        clip_norm: Gradients are scaled down to at most this L2 norm; null for no clipping.
-        schedule: constant; cosine (decays to lr * final_lr); wsd (constant, then linear decay).
-        warmup_steps: Steps of linear warmup from 0.
-        decay_steps: Steps of the linear decay at the end; only for schedule wsd.
-        final_lr: Learning rate at the end of cosine and wsd, as a fraction of lr.
-        on_nan: What to do when a gradient is not finite: stop the run, or skip the step.
-        spike_norm: A gradient with a larger L2 norm is treated like one that is not finite; null
-            for no limit.
-        max_skipped: With on_nan skip, the run stops after more than this many skipped steps in a
-            row.
-    """
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95
-    weight_decay: float = 0.05
-    clip_norm: float | None = 1.0
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    final_lr: float = 0.0
-    on_nan: Literal["stop", "skip"] = "stop"
-    spike_norm: float | None = None
-    max_skipped: int = 20
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}, must be > 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas is {self.betas}, each must be in [0, 1)")
-        if not 0 <= self.momentum < 1 or (self.kind == "adamw" and self.momentum != 0.95):
-            raise ValueError("optimizer.momentum must be in [0, 1), and needs optimizer.kind muon")
-        if self.kind == "muon" and self.on_nan == "skip":
-            raise ValueError(
-                "optimizer.kind muon cannot skip steps: leave optimizer.on_nan at stop"
-            )
-        counts = (self.warmup_steps, self.decay_steps, self.max_skipped)
-        if min(self.weight_decay, *counts) < 0:
-            raise ValueError("optimizer: weight_decay and all counts must be >= 0")
-        for name in ("clip_norm", "spike_norm"):
-            norm = getattr(self, name)
-            if norm is not None and norm <= 0:
-                raise ValueError(f"optimizer.{name} is {norm}, must be > 0, or null for no limit")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"optimizer.final_lr is {self.final_lr}, must be in [0, 1]")
-        if self.decay_steps and self.schedule != "wsd":
-            raise ValueError("optimizer.decay_steps needs optimizer.schedule wsd")
+from core.training.config import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:

@@ -9,9 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,59 +23,10 @@ from core.distributed.hardware import peak_flops, peak_memory_bytes
 from core.distributed.provenance import describe_start, now
 from core.distributed.world import World
 from core.files import read_json, write_json, write_text
+from core.training.config import ReportConfig
 from core.training.trackers import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """How often a run reports, evaluates and saves. All intervals count optimizer steps.
-
-    Args:
-        report_every: Interval between reports of the metrics, the only host sync of the loop.
-        sample_every: Interval between evaluations: the validation is run, and samples and curves
-            are drawn. There is also one before the first step and one at the end; null for never.
-        save_every: Interval between checkpoints. A run always ends with a checkpoint.
-        keep_last: Number of the newest checkpoints to keep.
-        keep_every: Checkpoints whose step is a multiple of this are never deleted; null for none.
-        profile_every: Interval between steps that are profiled to measure the share of time spent
-            in collectives; null for never.
-        trackers: Trackers that also get the metrics: wandb (WANDB_MODE=offline works), tensorboard.
-        project: Project name for wandb.
-    """
-
-    report_every: int = 100
-    sample_every: int | None = 5000
-    save_every: int = 5000
-    keep_last: int = 2
-    keep_every: int | None = None
-    profile_every: int | None = None
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    project: str = "llamagen"
-
-    def __post_init__(self) -> None:
-        if min(self.report_every, self.save_every, self.keep_last) < 1:
-            raise ValueError("report: report_every, save_every and keep_last must be >= 1")
-        optional = (self.sample_every, self.keep_every, self.profile_every)
-        if any(every is not None and every < 1 for every in optional):
-            raise ValueError(
-                "report: sample_every, keep_every and profile_every must be >= 1, or null for never"
-            )
-
-    def reports(self, step: int, num_steps: int) -> bool:
-        """Whether to report after `step` steps."""
-        return step % self.report_every == 0 or step == num_steps
-
-    def samples(self, step: int, num_steps: int) -> bool:
-        """Whether to draw samples and validate after `step` steps."""
-        if self.sample_every is None:
-            return False
-        return step % self.sample_every == 0 or step == num_steps
-
-    def saves(self, step: int, num_steps: int) -> bool:
-        """Whether to save after `step` steps."""
-        return step % self.save_every == 0 or step == num_steps
 
 
 STARTS = "run.json"  # one entry per start: commit, versions, command, host, devices, times

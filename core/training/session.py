@@ -23,8 +23,8 @@ from torch import nn
 from core.distributed.preemption import Preemption
 from core.distributed.world import World
 from core.training.checkpoint import Checkpointer
-from core.training.config import TrainingConfig
-from core.training.run import ReportConfig, Run, make_run_folder
+from core.training.config import ReportConfig, TrainingConfig
+from core.training.run import Run, make_run_folder
 
 
 class SessionConfig(Protocol):

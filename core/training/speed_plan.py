@@ -8,8 +8,8 @@ fitted to a measurement.
 
 from dataclasses import dataclass
 
-from core.distributed.hardware import CARDS, Card
-from core.distributed.parallel import Strategy
+from core.distributed.cards import CARDS, Card
+from core.distributed.config import Strategy
 
 NODE = 8  # GPUs, each with a network port, in a node of the named cards
 NAMED_CARDS = ("A100", "H100", "H200", "B200")

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from core.config import InputError
 from core.weights import file_sha256, find_weights, load_weights, read_file
+from evaluations.features.config import DINOV2_HUB_ID
 
 ARCHITECTURE = "vit_large_patch14_dinov2"
-HUB_ID = "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors"
 SIDE, PATCH = 224, 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFSET = 0.1  # DINOv2 adds this to the target size when it interpolates position embeddings
@@ -23,7 +23,7 @@ def load_dinov2(weights: str) -> tuple[nn.Module, str]:
     except InputError as error:
         raise InputError(
             f"{error}. FD-DINOv2 needs dinov2_vitl14_pretrain.pth (published by DINOv2) or "
-            f"{HUB_ID} (the Hub): give the file with --metrics.dinov2_weights, or use "
+            f"{DINOV2_HUB_ID} (the Hub): give the file with --metrics.dinov2_weights, or use "
             "--metrics.extractor proxy (which is NOT FID)"
         ) from error
     network = build_dinov2()

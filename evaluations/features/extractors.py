@@ -6,52 +6,16 @@ networks also rise with blur, noise and lost variety, but must not be compared w
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
 
 from core.distributed.world import World
 from evaluations.features import dinov2, efficientnet, inception
+from evaluations.features.config import ExtractorConfig
 from evaluations.features.efficientnet import EfficientNetLite0
-
-ExtractorName = Literal["inception", "dinov2", "efficientnet_lite0", "proxy", "random_inception"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorConfig:
-    """Which network extracts features.
-
-    Args:
-        extractor: inception (FID); dinov2 (FD-DINOv2); efficientnet_lite0, whose weights come with
-            requirements.txt; or, without weights, proxy or random_inception. Only the first is FID.
-        inception_weights: The file pt_inception-2015-12-05-6726825d.pth; null to use torch.hub's
-            cache or to download it.
-        dinov2_weights: DINOv2's ViT-L/14: dinov2_vitl14_pretrain.pth, timm's file, or a Hub id.
-        batch_size: Images per forward pass, on each process.
-    """
-
-    extractor: ExtractorName = "inception"
-    inception_weights: Path | None = None
-    dinov2_weights: str = dinov2.HUB_ID
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"metrics.batch_size is {self.batch_size}, must be >= 1")
-
-    def build_extractor(self, world: World) -> "FeatureExtractor":
-        """The network on this process's device; raises InputError if its weights are missing."""
-        if self.extractor == "proxy":
-            return ProxyExtractor(world.device)
-        if self.extractor == "efficientnet_lite0":
-            return EfficientNetExtractor(world.device)
-        if self.extractor == "dinov2":
-            return DinoV2Extractor(self.dinov2_weights, world.device)
-        random = self.extractor == "random_inception"
-        return InceptionExtractor(self.inception_weights, world.device, random)
 
 
 class Features(NamedTuple):
@@ -184,6 +148,18 @@ class EfficientNetExtractor:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp_(0, 255)
         with full_float32(self.device):
             return Features(self.network.pooled(x / 127.5 - 1), None)
+
+
+def build_extractor(config: ExtractorConfig, world: World) -> FeatureExtractor:
+    """The network on this process's device; raises InputError if its weights are missing."""
+    if config.extractor == "proxy":
+        return ProxyExtractor(world.device)
+    if config.extractor == "efficientnet_lite0":
+        return EfficientNetExtractor(world.device)
+    if config.extractor == "dinov2":
+        return DinoV2Extractor(config.dinov2_weights, world.device)
+    random = config.extractor == "random_inception"
+    return InceptionExtractor(config.inception_weights, world.device, random)
 
 
 @contextlib.contextmanager

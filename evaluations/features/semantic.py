@@ -3,15 +3,15 @@
 Tokenizers are distilled towards them, and hidden states of a GPT are aligned with them.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
+from evaluations.features.config import SemanticEncoderName
 from evaluations.features.dinov2 import MEAN, STD, load_patch_encoder
 from evaluations.features.efficientnet import STAGE_CHANNELS, EfficientNetLite0
 
-SemanticEncoderName = Literal["dinov2", "efficientnet_lite0"]
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"  # timm's name of DINOv2 ViT-B/14
 DINOV2_PATCH = 14
 

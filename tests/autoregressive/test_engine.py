@@ -10,7 +10,7 @@ from autoregressive import GPT, generate
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine
 from autoregressive.inference.precision_check import next_code_logits
 from autoregressive.models.conditioning import as_condition
-from autoregressive.models.transformer import PRESETS
+from autoregressive.models.config import PRESETS
 from core.config import InputError
 
 

@@ -18,13 +18,16 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from autoregressive import GPT, generate
-from autoregressive.objectives.alignment import AlignmentOptions
 from autoregressive.objectives.base import Objective
-from autoregressive.objectives.clusters import ClustersOptions
-from autoregressive.objectives.config import LOSSES, ObjectiveConfig, build_objective
-from autoregressive.objectives.next_patch import NextPatchOptions
-from autoregressive.objectives.noisy_context import NoisyContextOptions
-from autoregressive.objectives.z_loss import ZLossOptions
+from autoregressive.objectives.build import LOSSES, build_objective
+from autoregressive.objectives.config import (
+    AlignmentOptions,
+    ClustersOptions,
+    NextPatchOptions,
+    NoisyContextOptions,
+    ObjectiveConfig,
+    ZLossOptions,
+)
 from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, load_config, parse_config, save_config
@@ -57,9 +60,9 @@ def config(request, tmp_path) -> ObjectiveConfig:
 
 
 def build(config: ObjectiveConfig) -> Objective:
-    gpt = tiny(**config.loss.model_fields).train()
+    gpt = tiny(**LOSSES[config.kind].model_fields).train()
     codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    codebook = codebook if config.loss.needs_codebook else None
+    codebook = codebook if LOSSES[config.kind].needs_codebook else None
     objective = build_objective(config, gpt, 24, 3, codebook, IMAGES)
     objective.prepare(0, codebook)
     objective.begin_step(0.3)

@@ -14,8 +14,7 @@ from helpers.training import STEPS, flags, losses, weights
 
 from autoregressive import GPT
 from autoregressive.data.open import open_data
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
 from autoregressive.models.config import GPTConfig
 from autoregressive.sample import SampleConfig
 from autoregressive.sampling.run import sample

@@ -12,7 +12,8 @@ from helpers.training import flags, losses, weights
 
 from autoregressive import GPT, generate
 from autoregressive.convert import ConvertConfig, convert
-from autoregressive.models.lora import TARGETS, LoRAConfig, is_lora_weight
+from autoregressive.models.config import TARGETS, LoRAConfig
+from autoregressive.models.lora import is_lora_weight
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig

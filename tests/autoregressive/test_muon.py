@@ -11,7 +11,8 @@ from helpers.training import CPU, flags, weights
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, parse_config
-from core.training.optimizer import MuonAdamW, OptimizerConfig, Stepper, build_optimizer
+from core.training.config import OptimizerConfig
+from core.training.optimizer import MuonAdamW, Stepper, build_optimizer
 from tokenizer.training.config import TrainConfig as TokenizerTrainConfig
 
 MUON = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1, clip_norm=None)

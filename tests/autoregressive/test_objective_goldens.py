@@ -12,15 +12,17 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.objectives.alignment import alignment_loss
 from autoregressive.objectives.base import Batch, Objective, Projector, annealed
 from autoregressive.objectives.clusters import balanced_clusters
-from autoregressive.objectives.contrastive import ContrastiveOptions, contrastive_loss
-from autoregressive.objectives.guidance_free import GuidanceFreeLoss, GuidanceFreeOptions
-from autoregressive.objectives.next_patch import NextPatchLoss, NextPatchOptions
-from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.objectives.noisy_context import (
-    NoisyContextLoss,
+from autoregressive.objectives.config import (
+    ContrastiveOptions,
+    GuidanceFreeOptions,
+    NextPatchOptions,
     NoisyContextOptions,
-    embedding_similarity,
 )
+from autoregressive.objectives.contrastive import contrastive_loss
+from autoregressive.objectives.guidance_free import GuidanceFreeLoss
+from autoregressive.objectives.next_patch import NextPatchLoss
+from autoregressive.objectives.next_token import NextTokenLoss
+from autoregressive.objectives.noisy_context import NoisyContextLoss, embedding_similarity
 from core.training.linear_cross_entropy import linear_cross_entropy
 
 

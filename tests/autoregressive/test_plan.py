@@ -6,12 +6,14 @@ import torch
 from helpers.models import TINY
 
 from autoregressive.data.config import DataConfig
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.transformer import TransformerConfig
-from autoregressive.objectives.alignment import AlignmentOptions
-from autoregressive.objectives.clusters import ClustersOptions
-from autoregressive.objectives.config import LOSSES, ObjectiveConfig
-from autoregressive.objectives.noisy_context import NoisyContextOptions
+from autoregressive.models.config import GPTConfig, TransformerConfig
+from autoregressive.objectives.build import LOSSES
+from autoregressive.objectives.config import (
+    AlignmentOptions,
+    ClustersOptions,
+    NoisyContextOptions,
+    ObjectiveConfig,
+)
 from autoregressive.train import build_models
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.plan import plan_training

@@ -10,11 +10,11 @@ import torch
 from helpers.models import tiny, write_models
 from PIL import Image
 
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
 from autoregressive.inpaint import InpaintConfig, inpaint
 from autoregressive.sample import SampleConfig
-from autoregressive.sampling.conditions import ConditionConfig, read_prompts
+from autoregressive.sampling.conditions import read_prompts
+from autoregressive.sampling.config import ConditionConfig
 from autoregressive.sampling.run import sample
 from core.config import InputError
 from core.data.shards import ShardReader, read_index

@@ -16,17 +16,18 @@ from helpers.models import TINY, tiny, write_models
 from PIL import Image
 
 from autoregressive import reproduce as command
-from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import ComputeConfig
 from autoregressive.models.pretrained import load_gpt
-from autoregressive.reproduce import ReproduceConfig, reproduce
+from autoregressive.reproduce import reproduce
+from autoregressive.reproduce_config import ReproduceConfig
 from autoregressive.sampling import run as sample_run
 from core.config import InputError, load_config
 from core.data.npz import save_npz
 from core.released import PublishedScores, ReleasedModel
 from evaluations import reference_stats
-from evaluations.features.extractors import ExtractorConfig
+from evaluations.config import MetricsConfig
+from evaluations.features.config import ExtractorConfig
 from evaluations.reference import ReferenceConfig, build_reference
-from evaluations.scorer import MetricsConfig
 from tokenizer.models.pretrained import load_tokenizer
 
 COUNT = 240  # more than the proxy's features, so that the distance has an error bar

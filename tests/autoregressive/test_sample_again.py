@@ -9,7 +9,7 @@ import pytest
 from helpers.models import tiny, write_models
 
 from autoregressive import sample as sample_command
-from autoregressive.inference.compute import ComputeConfig
+from autoregressive.inference.sampling_config import ComputeConfig
 from autoregressive.sample import SampleConfig, sample
 from core.config import InputError
 from core.lock import writer_lock

@@ -8,19 +8,19 @@ from helpers.commands import kill_when, run_module
 from helpers.models import tiny, write_models
 from PIL import Image
 
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
 from autoregressive.sample import SampleConfig
-from autoregressive.sampling.conditions import ConditionConfig, image_grid_ids, sample_labels
+from autoregressive.sampling.conditions import image_grid_ids, sample_labels
+from autoregressive.sampling.config import ConditionConfig
 from autoregressive.sampling.run import sample
 from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz
 from core.data.shards import ShardReader
-from evaluations.features.extractors import ExtractorConfig
+from evaluations.config import MetricsConfig
+from evaluations.features.config import ExtractorConfig
 from evaluations.reference import ReferenceConfig, build_reference
 from evaluations.score import ScoreConfig, score_samples
-from evaluations.scorer import MetricsConfig
 
 COMPUTE = ComputeConfig(precision="fp32", device="cpu")
 BALANCED = ConditionConfig(labels="balanced")

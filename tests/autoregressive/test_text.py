@@ -25,7 +25,7 @@ from core.config import InputError, save_config
 from core.data.shards import ShardReader, read_index
 from core.distributed.world import World
 from core.files import write_json
-from core.training.run import ReportConfig
+from core.training.config import ReportConfig
 from core.weights import save_tensors
 from language.features import DTYPES
 from language.text_encoder import TextEncoder, load_text_encoder

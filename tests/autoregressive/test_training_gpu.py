@@ -15,14 +15,12 @@ from autoregressive.data.config import DataConfig
 from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generation_request
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.transformer import TransformerConfig
+from autoregressive.models.config import GPTConfig, TransformerConfig
 from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
-from core.distributed.parallel import ParallelConfig
+from core.distributed.config import ParallelConfig
 from core.distributed.world import World
-from core.training.config import TrainingConfig
-from core.training.run import ReportConfig
+from core.training.config import ReportConfig, TrainingConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,8 @@ from helpers.training import flags
 from autoregressive import GPT, ImagePipeline, generate
 from autoregressive.data.config import DataConfig
 from autoregressive.data.open import open_data
-from autoregressive.sampling.conditions import ConditionConfig, NoConditions
+from autoregressive.sampling.conditions import NoConditions
+from autoregressive.sampling.config import ConditionConfig
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.validation import find_tokenizer

@@ -10,8 +10,9 @@ from helpers.fake_cuda import fake_tensors, to_fake
 from helpers.training import CPU, network
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from core.training.config import OptimizerConfig
 from core.training.ema import EMA
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.training.optimizer import Stepper, build_adamw
 
 CONFIGS = [
     {},

@@ -5,7 +5,8 @@ from helpers.images import jpeg, write_tar
 from PIL import Image
 
 from core.config import InputError
-from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
+from core.data.config import ImageTextConfig
+from core.data.image_text import CaptionError, ImageTextPairs
 from core.data.images import ImageError
 from core.data.open import open_images
 

@@ -12,7 +12,8 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT, Block
 from autoregressive.objectives.next_token import NextTokenLoss
 from core.config import InputError
-from core.distributed.parallel import ParallelConfig, first_row, local, prepare, shard
+from core.distributed.config import ParallelConfig
+from core.distributed.parallel import first_row, local, prepare, shard
 from core.distributed.world import World
 from core.training import initialization
 from core.training.ema import EMA

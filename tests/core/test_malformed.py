@@ -20,12 +20,14 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sample import SampleConfig
-from autoregressive.sampling.conditions import ConditionConfig, read_prompts
+from autoregressive.sampling.conditions import read_prompts
+from autoregressive.sampling.config import ConditionConfig
 from core.config import InputError, load_config, parse_config, run_command
 from core.data.arrays import load_array, read_npz_array
+from core.data.config import ImageTextConfig, check_image_size
 from core.data.image_list import find_images
-from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
-from core.data.images import ImageError, check_image_size, load_image
+from core.data.image_text import CaptionError, ImageTextPairs
+from core.data.images import ImageError, load_image
 from core.distributed.world import choose_device
 from core.files import read_json, read_record
 from core.weights import load_tensors

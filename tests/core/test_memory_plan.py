@@ -15,8 +15,9 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from autoregressive.models.gpt import Block
 from core.distributed.parallel import prepare
+from core.training.config import OptimizerConfig
 from core.training.initialization import initialize
-from core.training.optimizer import OptimizerConfig, build_adamw
+from core.training.optimizer import build_adamw
 
 
 @pytest.mark.slow

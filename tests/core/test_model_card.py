@@ -15,7 +15,7 @@ from autoregressive.convert import ConvertConfig, convert
 from autoregressive.models.pretrained import load_gpt
 from core.checksums import FileSums, write_checksums
 from core.config import InputError
-from core.model_card import CardConfig
+from core.hub import CardConfig
 from tokenizer import VQModel
 from tokenizer.convert import ConvertConfig as TokenizerConfig
 from tokenizer.convert import convert as convert_tokenizer

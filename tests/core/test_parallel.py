@@ -17,11 +17,13 @@ from core.config import InputError
 from core.data.image_list import find_images
 from core.data.loader import TrainingImages, training_batches
 from core.data.skip_log import SkipLog, Skipped
+from core.distributed.config import ParallelConfig
 from core.distributed.hardware import peak_flops
-from core.distributed.parallel import ParallelConfig, prepare
+from core.distributed.parallel import prepare
+from core.training.config import OptimizerConfig
 from core.training.linear_cross_entropy import linear_cross_entropy
 from core.training.memory_plan import check_fits, plan_model
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.training.optimizer import Stepper, build_adamw
 from core.training.prefetch import prefetch
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from core.config import InputError
 from core.distributed.world import World
-from core.training.run import ReportConfig, Run, make_run_folder
+from core.training.config import ReportConfig
+from core.training.run import Run, make_run_folder
 from core.training.trackers import open_tracker
 
 

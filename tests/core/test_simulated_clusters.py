@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
-from autoregressive.models.config import GPTConfig
+from autoregressive.models.config import PRESETS, GPTConfig
 from autoregressive.models.gpt import GPT, Block
-from autoregressive.models.transformer import PRESETS
 from autoregressive.objectives.next_token import NextTokenLoss
-from core.distributed.parallel import ParallelConfig, local, prepare, written_here
+from core.distributed.config import ParallelConfig
+from core.distributed.parallel import local, prepare, written_here
 from core.distributed.world import World
 
 PARAMETERS = {"GPT-3B": 3_096_659_200, "GPT-7B": 6_614_589_440}

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT, Block
 from autoregressive.objectives.next_token import NextTokenLoss
-from core.distributed.hardware import CARDS
-from core.distributed.parallel import ParallelConfig, local, no_sync, prepare
+from core.distributed.cards import CARDS
+from core.distributed.config import ParallelConfig
+from core.distributed.parallel import local, no_sync, prepare
 from core.training.initialization import initialize
 from core.training.speed_plan import StepPlan
 

@@ -10,8 +10,9 @@ from helpers.training import CPU, network, train
 from torch import nn
 
 from core.config import InputError
+from core.training.config import OptimizerConfig
 from core.training.ema import EMA
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw, learning_rate
+from core.training.optimizer import Stepper, build_adamw, learning_rate
 
 
 def test_schedules_at_their_corners():

@@ -11,10 +11,11 @@ from core.data.npz import save_npz
 from core.distributed.world import World, choose_device
 from core.files import write_json
 from evaluations import clip_score, reference, score, sweep, verify_adm
-from evaluations.features.extractors import ExtractorConfig, ProxyExtractor
+from evaluations.config import MetricsConfig
+from evaluations.features.config import ExtractorConfig
+from evaluations.features.extractors import ProxyExtractor
 from evaluations.image_source import open_image_source
 from evaluations.reference_stats import load_reference
-from evaluations.scorer import MetricsConfig
 
 COUNT, SIDE = 45, 16
 READING = {"image_size": (SIDE, SIDE), "num_workers": 0, "device": "cpu"}

@@ -13,12 +13,14 @@ from torch import nn
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT, Block
 from autoregressive.objectives.next_token import NextTokenLoss
-from core.distributed.parallel import ParallelConfig, prepare, shard
+from core.distributed.config import ParallelConfig
+from core.distributed.parallel import prepare, shard
 from core.distributed.world import World, distributed
+from core.training.config import OptimizerConfig
 from core.training.ema import EMA
 from core.training.initialization import initialize
 from core.training.memory_plan import Plan, plan_model, transformer_activations
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.training.optimizer import Stepper, build_adamw
 
 TINY = GPTConfig(num_layers=2, num_heads=4, dim=64, vocab_size=512, grid=(8, 8))
 LARGE = GPTConfig(num_layers=10, num_heads=8, dim=768, vocab_size=4096, grid=(8, 8))

@@ -9,7 +9,8 @@ from torch import nn
 
 from core.distributed.world import World
 from core.training.checkpoint import Checkpointer
-from core.training.optimizer import OptimizerConfig, Stepper, build_adamw
+from core.training.config import OptimizerConfig
+from core.training.optimizer import Stepper, build_adamw
 from tokenizer import VQConfig
 
 CPU = torch.device("cpu")

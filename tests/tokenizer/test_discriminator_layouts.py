@@ -8,9 +8,9 @@ from helpers.models import SMALL
 from safetensors.torch import save_file
 
 from core.errors import InputError
-from tokenizer.losses.objective import LossConfig
-from tokenizer.models.config import VQConfig
-from tokenizer.models.discriminator import DiscriminatorConfig, build_discriminator
+from tokenizer.losses.config import LossConfig
+from tokenizer.models.config import DiscriminatorConfig, VQConfig
+from tokenizer.models.discriminator import build_discriminator
 from tokenizer.models.released_layouts import read_discriminator
 from tokenizer.training.config import TrainConfig
 from tokenizer.training.models import build_models

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from autoregressive.inference.compute import ComputeConfig
-from autoregressive.sampling.run import SampleRunConfig, sample
+from autoregressive.inference.sampling_config import ComputeConfig
+from autoregressive.sampling.config import SampleRunConfig
+from autoregressive.sampling.run import sample
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, config_values, load_config, parse_config, save_config
@@ -31,9 +32,7 @@ from tokenizer import VQConfig, VQModel
 from tokenizer.convert import ConvertConfig, convert
 from tokenizer.encode import EncodeConfig, encode
 from tokenizer.models.vq_model import build_quantizer
-from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
-from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
-from tokenizer.quantizers.vector import VectorOptions
+from tokenizer.quantizers.config import BinarySphericalOptions, FiniteScalarOptions, VectorOptions
 
 RAW = {"l2_normalize": False}
 CASES = {

@@ -10,11 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.quantizers import index_backprop
-from tokenizer.quantizers.binary_spherical import (
-    BinarySphericalOptions,
-    BinarySphericalQuantizer,
-)
-from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
+from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
+from tokenizer.quantizers.config import BinarySphericalOptions, FiniteScalarOptions
+from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.sim_vq import SimVQQuantizer

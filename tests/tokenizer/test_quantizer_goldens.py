@@ -6,14 +6,12 @@ import torch
 from helpers.quantizers import normal, relative_error
 
 from tokenizer.quantizers import vector
-from tokenizer.quantizers.binary_spherical import (
-    BinarySphericalOptions,
-    BinarySphericalQuantizer,
-)
-from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
+from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
+from tokenizer.quantizers.config import BinarySphericalOptions, FiniteScalarOptions, VectorOptions
+from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.sim_vq import SimVQQuantizer
-from tokenizer.quantizers.vector import VectorOptions, VectorQuantizer, nearest, rotate_to
+from tokenizer.quantizers.vector import VectorQuantizer, nearest, rotate_to
 
 
 @pytest.fixture

@@ -8,13 +8,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from core.data.images import pixels_to_images
 from core.distributed.world import World
-from tokenizer.losses.objective import (
-    LossConfig,
-    discriminator_loss,
-    generator_loss,
-    tokenizer_losses,
-)
-from tokenizer.models.discriminator import DiscriminatorConfig, build_discriminator
+from tokenizer.losses.config import LossConfig
+from tokenizer.losses.objective import discriminator_loss, generator_loss, tokenizer_losses
+from tokenizer.models.config import DiscriminatorConfig
+from tokenizer.models.discriminator import build_discriminator
 from tokenizer.models.vq_model import VQModel
 
 KINDS = {

@@ -12,9 +12,11 @@ from helpers.tokenizer_training import STEPS, flags, train_here, write_images
 from safetensors.torch import load_file
 
 from core.config import InputError, parse_config
-from tokenizer.losses.lecam import LeCam, LeCamConfig
-from tokenizer.losses.objective import LossConfig, discriminator_loss, generator_loss
-from tokenizer.quantizers.perturbation import LatentPerturbation, PerturbationConfig
+from tokenizer.losses.config import LeCamConfig, LossConfig
+from tokenizer.losses.lecam import LeCam
+from tokenizer.losses.objective import discriminator_loss, generator_loss
+from tokenizer.quantizers.config import PerturbationConfig
+from tokenizer.quantizers.perturbation import LatentPerturbation, perturbation_at
 from tokenizer.reconstruct import ReconstructionConfig, reconstruct
 from tokenizer.training.config import TrainConfig
 from tokenizer.training.models import build_models
@@ -119,7 +121,9 @@ def test_the_first_step_differs_only_in_the_terms_of_the_option(name, world, tmp
         models = build_models(config, world)
         images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         adversarial = bool(config.loss.lecam.weight)
-        return accumulate(models, images, config, world, adversarial, config.perturbation.at(0))[0]
+        return accumulate(
+            models, images, config, world, adversarial, perturbation_at(config.perturbation, 0)
+        )[0]
 
     plain = losses(*GAN)
     found = losses(*OPTIONS[name])
@@ -153,10 +157,10 @@ def test_perturbed_codes_are_among_the_nearest_and_gradients_pass_straight_throu
 
 def test_the_perturbation_falls_between_its_steps():
     config = PerturbationConfig(image_share=0.1, anneal_steps=(40, 120))
-    assert config.at(40) == LatentPerturbation(0.1, 1.0, 100)
-    assert config.at(80) == LatentPerturbation(0.1, 0.75, 75)
-    assert config.at(999) == LatentPerturbation(0.1, 0.5, 50)
-    assert PerturbationConfig().at(0) is None
+    assert perturbation_at(config, 40) == LatentPerturbation(0.1, 1.0, 100)
+    assert perturbation_at(config, 80) == LatentPerturbation(0.1, 0.75, 75)
+    assert perturbation_at(config, 999) == LatentPerturbation(0.1, 0.5, 50)
+    assert perturbation_at(PerturbationConfig(), 0) is None
 
 
 @pytest.mark.parametrize(

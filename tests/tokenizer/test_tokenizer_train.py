@@ -10,7 +10,7 @@ from helpers.tokenizer_training import STEPS, flags, train_here, write_images
 from safetensors.torch import load_file, save_file
 
 from core.config import InputError, parse_config
-from tokenizer.models.discriminator import DiscriminatorConfig
+from tokenizer.models.config import DiscriminatorConfig
 from tokenizer.train import TrainConfig, accumulate, build_models
 
 ADVERSARIAL = ("--loss.discriminator_start", 3, "--discriminator.base_channels", 8)

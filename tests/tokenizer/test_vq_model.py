@@ -12,13 +12,10 @@ from core.data.shards import codes_dtype
 from core.distributed.world import World, choose_device
 from tokenizer import VQConfig, VQModel
 from tokenizer.crops import encode_crops
-from tokenizer.losses.objective import (
-    LossConfig,
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-)
-from tokenizer.models.discriminator import DiscriminatorConfig, PatchGAN, build_discriminator
+from tokenizer.losses.config import LossConfig
+from tokenizer.losses.objective import adaptive_weight, discriminator_loss, generator_loss
+from tokenizer.models.config import DiscriminatorConfig
+from tokenizer.models.discriminator import PatchGAN, build_discriminator
 from tokenizer.quantizers.base import Quantized, Quantizer
 from tokenizer.quantizers.usage import CodebookUsage
 from tokenizer.quantizers.vector import VectorQuantizer, entropy_loss, nearest

@@ -4,36 +4,12 @@ It keeps the logits of real images near the running mean of the fake ones, and t
 which helps where images are few.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from core.distributed.world import World
-
-
-@dataclass(frozen=True)
-class LeCamConfig:
-    """LeCam regularisation.
-
-    Args:
-        weight: Weight in the discriminator's loss; 0 for none. Published: 0.05 (SEED), 0.001
-            (1d-tokenizer, MaskBit).
-        compare: logits regularises every logit and updates the running means before their use
-            (SEED, XQ-GAN); means regularises the batch's mean logits and updates them after it
-            (1d-tokenizer).
-        decay: Decay of the running means, per micro-batch.
-    """
-
-    weight: float = 0.0
-    compare: Literal["logits", "means"] = "logits"
-    decay: float = 0.999
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or not 0 < self.decay < 1:
-            raise ValueError("loss.lecam: weight must be >= 0, decay in (0, 1)")
+from tokenizer.losses.config import LeCamConfig
 
 
 class LeCam(nn.Module):

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from core.errors import InputError
-from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
-from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
-from tokenizer.quantizers.vector import VectorOptions
+from tokenizer.quantizers.config import BinarySphericalOptions, FiniteScalarOptions, VectorOptions
 
 
 @dataclass(frozen=True)
@@ -123,3 +121,22 @@ def choose_image_size(
         f"images of {size[0]} x {size[1]} pixels; the tokenizer was trained at "
         f"{trained[0]} x {trained[1]}"
     )
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Which discriminator.
+
+    Args:
+        kind: patchgan (Isola et al. 2017; with 3 layers it sees 70 x 70 patches), stylegan (the
+            residual network of StyleGAN2, for square images whose side is a power of two) or
+            stylegan_reference (LlamaGen's variant of it, with its shapes and keys).
+        base_channels: Width at full resolution, for patchgan.
+        num_layers: Strided layers, for patchgan.
+        max_channels: Width at the lowest resolution, for stylegan and stylegan_reference.
+    """
+
+    kind: Literal["patchgan", "stylegan", "stylegan_reference"] = "patchgan"
+    base_channels: int = 64
+    num_layers: int = 3
+    max_channels: int = 512

@@ -2,33 +2,13 @@
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from core.config import InputError
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """Which discriminator.
-
-    Args:
-        kind: patchgan (Isola et al. 2017; with 3 layers it sees 70 x 70 patches), stylegan (the
-            residual network of StyleGAN2, for square images whose side is a power of two) or
-            stylegan_reference (LlamaGen's variant of it, with its shapes and keys).
-        base_channels: Width at full resolution, for patchgan.
-        num_layers: Strided layers, for patchgan.
-        max_channels: Width at the lowest resolution, for stylegan and stylegan_reference.
-    """
-
-    kind: Literal["patchgan", "stylegan", "stylegan_reference"] = "patchgan"
-    base_channels: int = 64
-    num_layers: int = 3
-    max_channels: int = 512
+from tokenizer.models.config import DiscriminatorConfig
 
 
 def build_discriminator(config: DiscriminatorConfig, image_size: tuple[int, int]) -> nn.Module:

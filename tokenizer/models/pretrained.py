@@ -9,15 +9,9 @@ import torch
 
 from core.checksums import CHECKSUMS, read_checksums
 from core.config import InputError, load_config
+from core.hub import Weights
 from core.released import released_architecture
-from core.weights import (
-    Weights,
-    file_sha256,
-    find_model,
-    load_weights,
-    read_file,
-    tensors_sha256,
-)
+from core.weights import file_sha256, find_model, load_weights, read_file, tensors_sha256
 from tokenizer.models.config import VQConfig
 from tokenizer.models.released_layouts import read_tokenizer
 from tokenizer.models.vq_model import VQModel

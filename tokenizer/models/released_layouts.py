@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.hub import Weights
 from core.lightning import EMA_PREFIX, live_weights
-from core.weights import PART_KEYS, Weights, read_file
+from core.weights import PART_KEYS, read_file
 
 TOKENIZER_PARTS = {
     "model": (*PART_KEYS["model"], "vq"),

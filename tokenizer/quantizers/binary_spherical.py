@@ -3,40 +3,15 @@
 Zhao et al. 2024. Channel 0 is the highest bit of the code, as published.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
 from core.errors import InputError
 from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.config import BinarySphericalOptions
 from tokenizer.quantizers.lookup_free import check_bits, signs_of
 
 EPSILON = 1e-8  # added to probabilities inside the logarithm, as published
-
-
-@dataclass(frozen=True)
-class BinarySphericalOptions:
-    """Options of the quantizer bsq alone; entropy_weight is the published zeta.
-
-    Args:
-        group_size: Channels whose joint entropy is computed, a divisor of codebook_dim; entropies
-            of groups are added. 1 is the published "analytical" form.
-        inverse_temperature: Of the soft assignments; the entropy loss is divided by it.
-        sample_entropy_weight: Weight of the mean entropy of a vector, which is minimised.
-        codebook_entropy_weight: Weight of the entropy of the mean assignment, which is maximised.
-    """
-
-    group_size: int = 9
-    inverse_temperature: float = 1.0
-    sample_entropy_weight: float = 1.0
-    codebook_entropy_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.group_size < 1 or self.inverse_temperature <= 0:
-            raise ValueError("model.bsq: group_size must be >= 1, inverse_temperature > 0")
-        if min(self.sample_entropy_weight, self.codebook_entropy_weight) < 0:
-            raise ValueError("model.bsq: the weights must be >= 0")
 
 
 class BinarySphericalQuantizer(Quantizer):

@@ -6,31 +6,15 @@ the levels.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from core.errors import InputError
 from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.config import FiniteScalarOptions
 
 MARGIN = 1e-3  # tanh ends this share beyond the outer levels, so that they can be reached
 SIGMOID_SLOPE = 1.6  # of iFSQ
-
-
-@dataclass(frozen=True)
-class FiniteScalarOptions:
-    """Options of the quantizer fsq alone.
-
-    Args:
-        levels: Levels of each channel, at least 3: as many as codebook_dim, with the product
-            vocab_size. For two levels, the signs, take quantizer lfq or bsq: here the bound of the
-            published code would put their border at -3.8.
-        bound: tanh (FSQ), or sigmoid (iFSQ; odd levels only).
-    """
-
-    levels: tuple[int, ...] = (8, 8, 8, 8, 4)
-    bound: Literal["tanh", "sigmoid"] = "tanh"
 
 
 class FiniteScalarQuantizer(Quantizer):

@@ -8,60 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from core.config import InputError
 from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.config import PerturbationConfig
 from tokenizer.quantizers.index_backprop import row_chunks
-
-
-@dataclass(frozen=True)
-class PerturbationConfig:
-    """Which codes are replaced.
-
-    Args:
-        image_share: Share of the images of a batch with replaced codes (beta); 0 for none.
-            Published: 0.1.
-        probability: Probability of replacing a code of these images (alpha).
-        neighbors: A code is replaced by one of this many nearest codes, itself included, with equal
-            probability (delta).
-        anneal_steps: During training, probability and neighbors fall from the first of these
-            optimizer steps to the second, linearly; null for never.
-        final_ratio: They fall to this share of their values.
-    """
-
-    image_share: float = 0.0
-    probability: float = 1.0
-    neighbors: int = 100
-    anneal_steps: tuple[int, int] | None = None
-    final_ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        shares = (self.image_share, self.probability, self.final_ratio)
-        if min(shares) < 0 or max(shares) > 1 or self.neighbors < 1:
-            raise ValueError(
-                "perturbation: image_share, probability and final_ratio must be in [0, 1], "
-                "neighbors >= 1"
-            )
-        if self.anneal_steps and not 0 <= self.anneal_steps[0] < self.anneal_steps[1]:
-            raise ValueError(f"perturbation.anneal_steps {self.anneal_steps} must ascend from >= 0")
-
-    def check(self, vocab_size: int) -> None:
-        """Raise InputError for options without use, and for fewer codes than neighbors."""
-        if not self.image_share and self != PerturbationConfig():
-            raise InputError("perturbation: these options need perturbation.image_share > 0")
-        if self.image_share and self.neighbors > vocab_size:
-            raise InputError(f"perturbation.neighbors {self.neighbors}: only {vocab_size} codes")
-
-    def at(self, step: int) -> "LatentPerturbation | None":
-        """The perturbation in one optimizer step; None for none."""
-        if not self.image_share:
-            return None
-        ratio = 1.0
-        if self.anneal_steps:
-            first, last = self.anneal_steps
-            done = min(max((step - first) / (last - first), 0.0), 1.0)
-            ratio = 1 + done * (self.final_ratio - 1)
-        neighbors = max(1, int(self.neighbors * ratio))
-        return LatentPerturbation(self.image_share, self.probability * ratio, neighbors)
 
 
 @dataclass(frozen=True)
@@ -106,3 +55,16 @@ class LatentPerturbation:
         pick = (uniform[1].flatten() * self.neighbors).long().clamp_(max=self.neighbors - 1)
         chosen = torch.cat(near).gather(1, pick[:, None])[:, 0].view_as(codes)
         return torch.where(uniform[0] < self.probability, chosen, codes)
+
+
+def perturbation_at(config: PerturbationConfig, step: int) -> LatentPerturbation | None:
+    """The perturbation in one optimizer step; None for none."""
+    if not config.image_share:
+        return None
+    ratio = 1.0
+    if config.anneal_steps:
+        first, last = config.anneal_steps
+        done = min(max((step - first) / (last - first), 0.0), 1.0)
+        ratio = 1 + done * (config.final_ratio - 1)
+    neighbors = max(1, int(config.neighbors * ratio))
+    return LatentPerturbation(config.image_share, config.probability * ratio, neighbors)

@@ -1,34 +1,16 @@
 """Vector quantisation with a low-dimensional, l2-normalised codebook (LlamaGen, section 2.1)."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.config import VectorOptions
 from tokenizer.quantizers.dead_codes import revive_dead_codes
 
 SEARCH_ROWS = 8192  # vectors compared with the codebook at once, fewer if it is large:
 SEARCH_SCORES = 1 << 27  # scores held at once, 512 MiB in float32
 ROTATION_EPSILON = 1e-6  # added to every norm of the rotation trick, as published
-
-
-@dataclass(frozen=True)
-class VectorOptions:
-    """Options of the quantizer vq alone.
-
-    Args:
-        gradient: How the decoder's gradient reaches the encoder. straight_through: unchanged.
-            rotation: rotated and scaled by the map from a vector to its entry (Fifty et al. 2024,
-            section 4).
-        dead_codes: What happens to entries that no vector chooses. keep: nothing. cvq: each
-            micro-batch moves them to vectors of the batch (CVQ-VAE, section 3.2).
-    """
-
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    dead_codes: Literal["keep", "cvq"] = "keep"
 
 
 DEFAULT_OPTIONS = VectorOptions()

@@ -3,17 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.data.images import check_image_size
-from core.data.loader import check_num_workers
-from core.distributed.parallel import ParallelConfig
-from core.training.config import TrainingConfig
-from core.training.optimizer import OptimizerConfig
-from core.training.run import ReportConfig
-from evaluations.features.extractors import ExtractorConfig
-from tokenizer.losses.objective import LossConfig
-from tokenizer.models.config import VQConfig
-from tokenizer.models.discriminator import DiscriminatorConfig
-from tokenizer.quantizers.perturbation import PerturbationConfig
+from core.data.config import check_image_size, check_num_workers
+from core.distributed.config import ParallelConfig
+from core.training.config import OptimizerConfig, ReportConfig, TrainingConfig
+from evaluations.features.config import ExtractorConfig
+from tokenizer.losses.config import LossConfig
+from tokenizer.models.config import DiscriminatorConfig, VQConfig
+from tokenizer.quantizers.config import PerturbationConfig
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tokenizer.losses.objective import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    seen_logits,
     tokenizer_losses,
 )
 from tokenizer.quantizers.perturbation import LatentPerturbation
@@ -36,7 +37,7 @@ def accumulate(
             losses["distillation"] = config.loss.distillation.weight * distance
         if adversarial:
             generator_term = generator_loss(
-                config.loss.seen(frozen(models.discriminator, out.images)),
+                seen_logits(config.loss, frozen(models.discriminator, out.images)),
                 config.loss.generator_kind,
             )
             weight = config.loss.adversarial_weight
@@ -52,7 +53,7 @@ def accumulate(
             real = models.parallel_discriminator(images)
             fake = models.parallel_discriminator(out.images.detach())
         discriminator_term = discriminator_loss(
-            config.loss.seen(real), config.loss.seen(fake), config.loss.adversarial
+            seen_logits(config.loss, real), seen_logits(config.loss, fake), config.loss.adversarial
         )
         if config.loss.scale_discriminator:
             discriminator_term = config.loss.adversarial_weight * discriminator_term

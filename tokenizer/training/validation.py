@@ -13,7 +13,8 @@ from core.data.open import open_images
 from core.data.skip_log import SkipLog
 from core.distributed.world import World
 from core.training.session import Session
-from evaluations.features.extractors import ExtractorConfig, FeatureExtractor
+from evaluations.features.config import ExtractorConfig
+from evaluations.features.extractors import FeatureExtractor, build_extractor
 from evaluations.metrics.frechet import Gaussian, frechet_distance
 from evaluations.metrics.psnr_ssim import psnr
 from tokenizer.models.vq_model import VQModel
@@ -73,7 +74,7 @@ class Validation:
 
     def __init__(self, pixels: torch.Tensor, metrics: ExtractorConfig | None, world: World) -> None:
         self.pixels, self.world = pixels, world
-        self.extractor = metrics.build_extractor(world) if metrics and world.is_main else None
+        self.extractor = build_extractor(metrics, world) if metrics and world.is_main else None
         self.batch_size = metrics.batch_size if metrics else 1
         self.real: Gaussian | None = None
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: headless Chromium, driven by Playwright.
+r"""The page in a real browser: headless Chromium, driven by Playwright.
 
 The README's screenshot is made by this test, from models that draw something:
 

@@ -23,7 +23,8 @@ from helpers.http_server import pixels_of, wait_until
 
 from autoregressive import ImagePipeline
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.serve import ServeConfig, read_class_names, serve
+from autoregressive.serve import read_class_names, serve
+from autoregressive.serving.config import ServeConfig
 from core.config import InputError
 
 IMAGES = "/v1/images/generations"

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from autoregressive import GPT, convert
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.transformer import PRESETS
+from autoregressive.models.config import PRESETS, GPTConfig
 from autoregressive.serving.export import export_vllm, padded_head_dim
 from autoregressive.serving.guidance import guidance_scales, parse_guidance
 from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
