@@ -5,7 +5,7 @@ from pathlib import Path
 
 from autoregressive.inference.sampling_config import ComputeConfig
 from core.data.config import check_num_workers
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Literal
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.config import ConditionConfig, PipelineConfig
 from core.config import InputError, parse_config, parse_first, run_command, save_config
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from core.config import InputError, config_values, parse_config, parse_first, run_command
 from core.distributed.config import DeviceName
-from evaluations.config import check_reading
 from evaluations.features.config import ExtractorConfig
+from evaluations.metrics.config import check_reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
 from core.config import parse_config, parse_first, run_command
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)

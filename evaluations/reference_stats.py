@@ -16,8 +16,8 @@ from core.data.npz import npz_images_shape
 from core.download import WebFile
 from core.files import read_record
 from core.weights import file_sha256
-from evaluations.config import Kind
 from evaluations.features.extractors import FeatureExtractor
+from evaluations.metrics.config import Kind
 from evaluations.metrics.frechet import Gaussian
 
 # ADM's reference batch (Dhariwal and Nichol 2021), with which published FIDs compare.

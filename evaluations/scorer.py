@@ -12,10 +12,10 @@ import torch
 
 from core.config import InputError
 from core.distributed.world import World
-from evaluations.config import Kind, MetricsConfig
 from evaluations.evaluator import Evaluator, FeatureStatistics, extract_features
 from evaluations.features.extractors import FeatureExtractor, build_extractor, full_float32
 from evaluations.image_source import open_image_source
+from evaluations.metrics.config import Kind, MetricsConfig
 from evaluations.metrics.frechet import frechet_at_infinity, frechet_distance, influence
 from evaluations.metrics.inception_score import inception_scores
 from evaluations.metrics.kid import kernel_distance

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import config_values, parse_config, parse_first, run_command
-from evaluations.config import ScoringConfig
+from evaluations.metrics.config import ScoringConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.config import InputError, config_values, parse_config, parse_first, run_command
 from core.distributed.config import DeviceName
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from core.data.config import check_image_size, check_num_workers
 from core.distributed.config import DeviceName, Precision
 from core.hub import Weights
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 from tokenizer.quantizers.config import PerturbationConfig
 
 

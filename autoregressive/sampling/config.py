@@ -8,7 +8,7 @@ from autoregressive.inference.sampling_config import ComputeConfig, SamplingConf
 from core.data.config import Cleaning
 from core.distributed.config import Precision
 from core.hub import Weights
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)

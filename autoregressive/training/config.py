@@ -9,7 +9,7 @@ from autoregressive.models.config import LoRAOptions, TransformerConfig
 from autoregressive.objectives.config import ObjectiveConfig
 from core.distributed.config import ParallelConfig
 from core.training.config import OptimizerConfig, ReportConfig, TrainingConfig
-from evaluations.config import MetricsConfig
+from evaluations.metrics.config import MetricsConfig
 
 LORA_LACKS = (
     "objective.kind {} needs parts that LoRA does not train; take another objective.kind, or leave "

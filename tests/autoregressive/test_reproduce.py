@@ -25,8 +25,8 @@ from core.config import InputError, load_config
 from core.data.npz import save_npz
 from core.released import PublishedScores, ReleasedModel
 from evaluations import reference_stats
-from evaluations.config import MetricsConfig
 from evaluations.features.config import ExtractorConfig
+from evaluations.metrics.config import MetricsConfig
 from evaluations.reference import ReferenceConfig, build_reference
 from tokenizer.models.pretrained import load_tokenizer
 

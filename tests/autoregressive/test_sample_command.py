@@ -17,8 +17,8 @@ from autoregressive.tune_guidance import TuneConfig, tune_guidance
 from core.config import InputError, parse_config
 from core.data.npz import save_npz
 from core.data.shards import ShardReader
-from evaluations.config import MetricsConfig
 from evaluations.features.config import ExtractorConfig
+from evaluations.metrics.config import MetricsConfig
 from evaluations.reference import ReferenceConfig, build_reference
 from evaluations.score import ScoreConfig, score_samples
 

@@ -11,10 +11,10 @@ from core.data.npz import save_npz
 from core.distributed.world import World, choose_device
 from core.files import write_json
 from evaluations import clip_score, reference, score, sweep, verify_adm
-from evaluations.config import MetricsConfig
 from evaluations.features.config import ExtractorConfig
 from evaluations.features.extractors import ProxyExtractor
 from evaluations.image_source import open_image_source
+from evaluations.metrics.config import MetricsConfig
 from evaluations.reference_stats import load_reference
 
 COUNT, SIDE = 45, 16
