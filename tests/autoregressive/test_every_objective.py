@@ -230,6 +230,10 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
         build(ObjectiveConfig("next_patch", next_patch=NextPatchOptions(3)))
     with pytest.raises(InputError, match="features is missing"):
         build(ObjectiveConfig("alignment"))
+    np.save(tmp_path / "empty.npy", np.zeros((4, 16, 0), np.float32))
+    empty = AlignmentOptions(tmp_path / "empty.npy")
+    with pytest.raises(InputError, match=r"empty\.npy: float32 .*, expected floats"):
+        build(ObjectiveConfig("alignment", alignment=empty))
     with pytest.raises(InputError, match=r"clusters\.count 128 must divide"):
         build(ObjectiveConfig("clusters"))
     features = tmp_path / "features.npy"
