@@ -158,13 +158,14 @@ def worker(config: StepsConfig, engine: StepEngine, folder: Path) -> Iterator[St
             stderr=errors,
             text=True,
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    asked, answers = process.stdin, process.stdout
+    assert asked is not None
+    assert answers is not None
 
     def steps(batch: int) -> list[float]:
-        process.stdin.write(f"{batch}\n")
-        process.stdin.flush()
-        for line in process.stdout:
+        asked.write(f"{batch}\n")
+        asked.flush()
+        for line in answers:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
         raise RuntimeError(f"{engine}: {log.read_text()[-2000:]}")
@@ -172,7 +173,7 @@ def worker(config: StepsConfig, engine: StepEngine, folder: Path) -> Iterator[St
     try:
         yield steps
     finally:
-        process.stdin.close()
+        asked.close()
         process.terminate()
         process.wait(60)
 
@@ -225,7 +226,9 @@ def vllm_steps(models: Path, compiled: bool, most: int) -> Steps:
         engine = llm.llm_engine
         for label in range(batch):
             prompt = class_prompt(gpt, label % gpt.num_classes)
-            engine.add_request(f"{label}-{os.urandom(4).hex()}", prompt, SamplingParams(**arguments))
+            engine.add_request(
+                f"{label}-{os.urandom(4).hex()}", prompt, SamplingParams(**arguments)
+            )
         times = []
         while engine.has_unfinished_requests():
             begin = time.process_time()
