@@ -11,7 +11,6 @@ Run the same command again to continue: the result is the same bit for bit.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,13 @@ from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.lora import LoRAWeights
 from autoregressive.models.transformer import Block
 from autoregressive.objectives.base import Objective
 from autoregressive.objectives.config import build_objective
 from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.training.config import TrainConfig
+from autoregressive.training.model_config import resolve_model
 from autoregressive.training.plan import plan_training
 from autoregressive.training.validation import (
     SampleGrid,
@@ -46,7 +47,7 @@ from core.rng import seed_step
 from core.training.ema import EMA
 from core.training.initialization import initialize
 from core.training.memory_plan import approve
-from core.training.optimizer import Stepper, build_adamw, learning_rate
+from core.training.optimizer import Stepper, build_optimizer, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
 
@@ -55,14 +56,15 @@ def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
-    added = config.objective.loss.model_fields
-    gpt_config = GPTConfig(**asdict(config.model), **data.model_fields(), **added)
-    validation = open_validation(config, gpt_config, world)
+    config, gpt_config = resolve_model(config, data, world)
+    validation = open_validation(config, data, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
-    plan = plan_training(config, gpt_config, len(data), world)
+    needed = config.objective.loss.needs_codebook
+    codebook = read_codebook(data, config.data, world) if needed else None
+    plan = plan_training(config, gpt_config, len(data), world, codebook)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
-    models = build_models(config, gpt_config, world, not resumes, data)
+    models = build_models(config, gpt_config, world, not resumes, len(data), codebook)
     flops = gpt_config.training_flops
     session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
     batches = prefetch(
@@ -125,9 +127,12 @@ class TrainingModels(NamedTuple):
     @property
     def checkpointed(self) -> dict[str, nn.Module | torch.optim.Optimizer | None]:
         """The parts of a checkpoint."""
-        ema_model = self.ema.model if self.ema else None
+        model: nn.Module = self.objective.gpt
+        ema_model: nn.Module | None = self.ema.model if self.ema else None
+        if self.objective.gpt.config.lora:
+            model, ema_model = LoRAWeights(model), ema_model and LoRAWeights(ema_model)
         return {
-            "model": self.objective.gpt,
+            "model": model,
             "ema": ema_model,
             "optimizer": self.stepper.optimizer,
             "objective": self.objective.heads,
@@ -173,25 +178,23 @@ def build_models(
     gpt_config: GPTConfig,
     world: World,
     initialized: bool,
-    data: Dataset | None = None,
+    images: int = 0,
+    codebook: torch.Tensor | None = None,
 ) -> TrainingModels:
     """Build the transformer, its EMA and its optimizer, sharded over the processes.
 
     initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
-    data: The training data; only the default objective does without.
+    images, codebook: As for build_objective.
     """
     seed, chunk = config.training.seed, config.loss_chunk
-    codebook = None
-    if data and config.objective.loss.needs_codebook:
-        codebook = read_codebook(data, config.data, world)
     with torch.device("meta"):
         objective = build_objective(
-            config.objective, GPT(gpt_config), chunk, seed, codebook, len(data or ())
+            config.objective, GPT(gpt_config), chunk, seed, codebook, images
         )
     parallel = prepare(objective, config.parallel, world, config.training.precision, Block)
     gpt = objective.gpt
     gpt.build_rotary()
-    if initialized and config.init_from:
+    if config.init_from and (initialized or gpt_config.lora):  # no checkpoint of LoRA has its base
         start_from(gpt, config.init_from, seed)
     elif initialized:
         initialize(gpt, seed)
@@ -205,7 +208,7 @@ def build_models(
         ema_objective.requires_grad_(False).eval()
         shard(ema_objective, config.parallel, world, config.training.precision, Block)
         ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
-    optimizer = build_adamw(gpt, config.optimizer, objective.heads)
+    optimizer = build_optimizer(gpt, config.optimizer, gpt.hidden_matrices(), objective.heads)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)
 

@@ -49,7 +49,9 @@ class AlignmentOptions:
 
 
 class AlignmentLoss(Objective):
-    """Cross-entropy, minus the weighted cosine similarity with the features."""
+    """Cross-entropy, and hidden states aligned with features of the images (REPA)."""
+
+    options_type = AlignmentOptions
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: AlignmentOptions) -> None:
         super().__init__(gpt, chunk, seed)

@@ -21,6 +21,7 @@ from autoregressive.objectives.clusters import ClustersOptions
 from autoregressive.objectives.config import LOSSES, ObjectiveConfig, build_objective
 from autoregressive.objectives.next_patch import NextPatchOptions
 from autoregressive.objectives.noisy_context import NoisyContextOptions
+from autoregressive.objectives.z_loss import ZLossOptions
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, load_config, parse_config, save_config
@@ -35,6 +36,7 @@ CASES: dict[str, dict[str, typing.Any]] = {
     "contrastive": {},
     "clusters": {"clusters": ClustersOptions(count=10)},
     "random_order": {},
+    "z_loss": {},
 }
 IMAGES = 40
 
@@ -146,6 +148,19 @@ def test_the_engine_adds_the_vector_of_the_position_to_predict():
     labels = torch.tensor([0, 4, 2])
     codes = generate(gpt, labels, greedy=True, cfg_scale=1.0).flatten(1)
     assert torch.equal(gpt(codes, labels).argmax(-1), codes)
+
+
+def test_the_normaliser_is_squared_and_has_its_gradient():
+    objective = build(ObjectiveConfig("z_loss", z_loss=ZLossOptions(0.3)))
+    codes, labels, dropped, positions, _ = batch(objective, 4)
+    logits = objective.gpt(codes, labels, dropped)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    expected = expected + 0.3 * logits.logsumexp(-1).square().mean()
+    head = objective.gpt.output.weight
+    loss = objective(codes, labels, dropped, positions)
+    torch.testing.assert_close(loss, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(value, head) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_settings_that_make_no_sense_are_refused_by_name(tmp_path):
