@@ -1,5 +1,6 @@
 """autoregressive.serve as a process: with our engine, and with vLLM in its own environment."""
 
+import os
 import signal
 import socket
 import subprocess
