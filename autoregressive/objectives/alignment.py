@@ -8,7 +8,7 @@ training uses it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class AlignmentLoss(Objective):
 
     options_type = AlignmentOptions
 
+    needs_one_crop: ClassVar[bool] = True
+
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: AlignmentOptions) -> None:
         super().__init__(gpt, chunk, seed)
         if options.features is None:
@@ -60,7 +62,8 @@ class AlignmentLoss(Objective):
         self.options = options
         self.features = load_array(options.features, mapped=True)
         shape, codes = self.features.shape, gpt.config.num_codes
-        if len(shape) != 3 or shape[1] != codes or self.features.dtype.kind != "f":
+        fits = len(shape) == 3 and shape[1] == codes and shape[2] > 0
+        if not fits or self.features.dtype.kind != "f":
             raise InputError(
                 f"{options.features}: {self.features.dtype} {shape}, expected floats "
                 f"(images, {codes}, dim)"

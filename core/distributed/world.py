@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from core.config import InputError, fail, is_mistake
+from core.errors import memory_problem
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -149,7 +150,11 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
             raise
         # At once, because the other ranks would take the end of the group for a crash.
         fail(str(error), code=2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if too_large := memory_problem(error):
+            if size == 1:
+                raise InputError(too_large) from error
+            fail(too_large, code=2)
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]
