@@ -125,12 +125,18 @@ class SamplingConfig:
 
         condition is the model's: class, text or none. guidance_input: it takes guidance as an
         input.
-        Raises InputError for guidance of an unconditional model.
+        Raises InputError for guidance of an unconditional model, and for a cfg_scale where guidance
+        is an input.
         """
         if condition == "none" and self.cfg_scale not in (None, 1):
             raise InputError(
                 f"cfg_scale is {self.cfg_scale}, but guidance needs a condition, and this model is "
                 "unconditional: leave cfg_scale out"
+            )
+        if guidance_input and self.cfg_scale not in (None, 1):
+            raise InputError(
+                f"cfg_scale is {self.cfg_scale}, but this model takes guidance as an input: leave "
+                "cfg_scale out and set guidance, about 1 / cfg_scale of other models"
             )
         cfg_scale, top_k = USUAL[condition]
         guidance = self.guidance
