@@ -20,6 +20,8 @@ from autoregressive.sampling.config import ConditionConfig, PipelineConfig
 from core.config import InputError, parse_config, parse_first, run_command, save_config
 from evaluations.metrics.config import MetricsConfig
 
+MAX_SETTINGS = 10_000  # each of which samples num_images images
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(PipelineConfig):
@@ -57,6 +59,11 @@ class TuneConfig(PipelineConfig):
     def candidates(self) -> list[SamplingConfig]:
         """Every combination, once; raises ValueError for an invalid one."""
         axes = self.schedules, self.powers, self.starts, self.intervals, self.scales
+        if math.prod(map(len, axes)) > MAX_SETTINGS:
+            raise ValueError(
+                f"scales, schedules, powers, starts, intervals: {math.prod(map(len, axes)):,} "
+                f"combinations, at most {MAX_SETTINGS:,}"
+            )
         found = {}
         for schedule, power, start, interval, scale in itertools.product(*axes):
             candidate = dataclasses.replace(

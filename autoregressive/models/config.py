@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_LAYERS = 1000  # more would take minutes to build even without memory
+
 # name: (num_layers, num_heads, dim)
 PRESETS = {
     "GPT-B": (12, 12, 768),
@@ -65,6 +67,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
             raise ValueError("model: num_layers, num_heads, dim and ffn_multiple must be >= 1")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers is {self.num_layers}, must be <= {MAX_LAYERS}")
         if self.dim % (4 * self.num_heads):
             raise ValueError(
                 f"model.dim {self.dim} must be a multiple of 4 x model.num_heads "

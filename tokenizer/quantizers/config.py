@@ -5,6 +5,8 @@ from typing import Literal
 
 from core.errors import InputError
 
+LARGEST_GROUP = 20  # the entropy of a group takes 2 ** group_size probabilities of each vector
+
 
 @dataclass(frozen=True)
 class VectorOptions:
@@ -55,8 +57,10 @@ class BinarySphericalOptions:
     codebook_entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.inverse_temperature <= 0:
-            raise ValueError("model.bsq: group_size must be >= 1, inverse_temperature > 0")
+        if not 1 <= self.group_size <= LARGEST_GROUP or self.inverse_temperature <= 0:
+            raise ValueError(
+                f"model.bsq: group_size must be in 1 .. {LARGEST_GROUP}, inverse_temperature > 0"
+            )
         if min(self.sample_entropy_weight, self.codebook_entropy_weight) < 0:
             raise ValueError("model.bsq: the weights must be >= 0")
 
