@@ -23,6 +23,7 @@ from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.config import GPTConfig
 from autoregressive.sample import SampleConfig
+from autoregressive.sampling.conditions import read_prompts
 from autoregressive.sampling.config import ConditionConfig
 from core.config import InputError, load_config, parse_config, run_command, save_config
 from core.data.arrays import load_array, read_npz_array

@@ -25,6 +25,7 @@ from helpers.http_server import pixels_of, wait_until
 from autoregressive import ImagePipeline
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.conditions import prompt_encoder
+from autoregressive.serve import read_class_names, serve
 from autoregressive.serving.config import ServeConfig
 from core.config import InputError
 
