@@ -1,6 +1,7 @@
 """Every optional term of the tokenizer's training: published values, exact resume, refusals."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from core.config import InputError, parse_config
 from tokenizer.losses.config import LeCamConfig, LossConfig
 from tokenizer.losses.lecam import LeCam
-from tokenizer.losses.objective import discriminator_loss, generator_loss
+from tokenizer.losses.objective import discriminator_loss, generator_loss, seen_logits
 from tokenizer.quantizers.config import PerturbationConfig
 from tokenizer.quantizers.perturbation import LatentPerturbation, perturbation_at
 from tokenizer.reconstruct import ReconstructionConfig, reconstruct
@@ -68,7 +69,7 @@ def test_the_adversarial_losses_equal_the_published_code(goldens):
     fake = normal(6101, (4, 1, 6, 6), 3).requires_grad_()
     for kind, name in (("hinge", "hinge_disc"), ("vanilla", "vanilla_disc")):
         assert discriminator_loss(real, fake, kind).item() == pytest.approx(golden[name], rel=1e-4)
-    seen = LossConfig(logits="image_means").seen
+    seen = partial(seen_logits, LossConfig(logits="image_means"))
     generator = generator_loss(seen(fake), "non_saturating")
     assert generator.item() == pytest.approx(golden["ns_gen"], rel=1e-4)
     (gradient,) = torch.autograd.grad(generator, fake)
