@@ -53,6 +53,7 @@ class VQConfig:
         "lfq",
         "bsq",
         "simvq",
+        "latent",
     ] = "vq"
     image_size: tuple[int, int] | None = None
     vq: VectorOptions = field(default_factory=VectorOptions)
