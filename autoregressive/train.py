@@ -38,7 +38,7 @@ from autoregressive.training.validation import (
     unsharded_copy,
     validation_loss,
 )
-from core.config import parse_config, run_command
+from core.config import InputError, parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import no_sync, prepare, shard
 from core.distributed.world import World, distributed
@@ -59,6 +59,11 @@ def train(config: TrainConfig, world: World) -> None:
     config, gpt_config = resolve_model(config, data, world)
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
+    if config.objective.loss.needs_one_crop and data.crops != 1:
+        raise InputError(
+            f"objective.kind {config.objective.kind} needs codes of one crop of each image; these "
+            f"data have {data.crops or 'random'} crops per image"
+        )
     needed = config.objective.loss.needs_codebook
     codebook = read_codebook(data, config.data, world) if needed else None
     plan = plan_training(config, gpt_config, len(data), world, codebook)

@@ -142,6 +142,11 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def crops(self) -> int:
+        """Crops of an image, over all folders; a sample uses one of them at random."""
+        return sum(source.item_shape[0] for source in self.sources)
+
     def model_fields(self) -> dict[str, Any]:
         """The fields of GPTConfig that follow from the data.
 

@@ -81,10 +81,16 @@ def test_initial_adaptive_norms_have_the_published_spread(goldens):
     for i, block in enumerate(gpt.blocks):
         for part, rows in enumerate(block.ada_lin[1].weight.split(512)):
             found[f"blocks.{i}.ada_lin.1.weight[{part}]"] = rows.std().item()
+    for part, rows in enumerate(gpt.norm_ada_lin[1].weight.split(512)):
+        found[f"head_nm.ada_lin.1.weight[{part}]"] = rows.std().item()
     shown = {name: value for name, value in spread.items() if "ada_lin.1.weight" in name}
-    blocks = [value for name, value in shown.items() if name.startswith("blocks.")]
-    assert len(blocks) == len(found)
-    np.testing.assert_allclose(list(found.values()), blocks, rtol=0.03)
+    assert len(shown) == len(found)
+    np.testing.assert_allclose(list(found.values()), list(shown.values()), rtol=0.03)
+    ours = {seed_name(name): value for name, value in spread.items() if name not in shown}
+    state = gpt.state_dict()
+    assert set(ours) <= set(state)
+    for name, expected in ours.items():
+        assert state[name].std().item() == pytest.approx(expected, rel=0.03, abs=1e-7), name
 
 
 def varied(**overrides) -> GPT:
