@@ -179,6 +179,9 @@ def test_a_search_scores_every_guidance_once_and_names_the_best(
     best = min(rows, key=lambda row: row["proxy_fd"])
     assert f"--sampling.cfg_scale {best['cfg_scale']}" in capsys.readouterr().out
     assert (config.out / "search.png").exists()
+    many = tuple(1 + i / 1000 for i in range(3000))
+    with pytest.raises(ValueError, match="9,000,000 combinations, at most 10,000"):
+        dataclasses.replace(config, scales=many, powers=many, schedules=("cosine",))
     with pytest.raises(InputError, match="choose another folder"):
         tune_guidance(dataclasses.replace(config, conditions=BALANCED), world)
     path = config.out / "search.json"

@@ -64,6 +64,10 @@ class VQConfig:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)
         if not self.channel_multipliers or min(sizes) < 1 or self.vocab_size < 2:
             raise ValueError("model: all sizes must be >= 1, vocab_size >= 2")
+        if len(self.channel_multipliers) > MAX_LEVELS or self.num_res_blocks > MAX_BLOCKS:
+            raise ValueError(
+                f"model: at most {MAX_LEVELS} channel_multipliers and {MAX_BLOCKS} num_res_blocks"
+            )
         if self.base_channels < 1 or self.base_channels % NORM_GROUPS:
             raise ValueError(
                 f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
@@ -95,6 +99,7 @@ class VQConfig:
 
 
 NORM_GROUPS = 32
+MAX_LEVELS, MAX_BLOCKS = 16, 100  # more would take minutes to build even without memory
 USUAL_SIZE = (256, 256)  # of the published tokenizers, whose files do not tell it
 
 

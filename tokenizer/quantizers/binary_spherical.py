@@ -12,6 +12,7 @@ from core.errors import InputError
 from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 from tokenizer.quantizers.lookup_free import check_bits, signs_of
 
+LARGEST_GROUP = 20  # the entropy of a group takes 2 ** group_size probabilities of each vector
 EPSILON = 1e-8  # added to probabilities inside the logarithm, as published
 
 
@@ -33,8 +34,10 @@ class BinarySphericalOptions:
     codebook_entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.inverse_temperature <= 0:
-            raise ValueError("model.bsq: group_size must be >= 1, inverse_temperature > 0")
+        if not 1 <= self.group_size <= LARGEST_GROUP or self.inverse_temperature <= 0:
+            raise ValueError(
+                f"model.bsq: group_size must be in 1 .. {LARGEST_GROUP}, inverse_temperature > 0"
+            )
         if min(self.sample_entropy_weight, self.codebook_entropy_weight) < 0:
             raise ValueError("model.bsq: the weights must be >= 0")
 
