@@ -128,7 +128,10 @@ def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.devic
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    try:
+        return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name}: torch knows no such device") from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import time
 import zipfile
@@ -106,7 +107,7 @@ def test_null_is_refused_where_a_value_is_needed(tmp_path):
         load_config(Inner, tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("name", ["cuda", "mps"])
+@pytest.mark.parametrize("name", ["cuda", "mps", "tpu"])
 def test_a_device_that_is_not_there_gets_one_line(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -352,3 +353,31 @@ def test_models_that_would_take_minutes_to_build_are_refused():
     for changes in ({"num_res_blocks": 10**9}, {"channel_multipliers": (1,) * 70}):
         with pytest.raises(ValueError, match="at most 16 channel_multipliers and 100"):
             VQConfig(**changes)
+
+
+def test_python_calls_refuse_what_would_give_a_wrong_image(tmp_path):
+    for name in ("cfg_scale", "temperature", "top_p", "cfg_power", "guidance"):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} is {value}"):
+                SamplingConfig(**{name: value})
+    with pytest.raises(ValueError, match="seed is 9223372036854775808"):
+        SamplingConfig(seed=2**63)
+    vq = load_tokenizer(write_models(tmp_path, tiny())[1]).vq
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    for wrong, message in (
+        (codes - 1, r"codes -1 \.\. -1: the codebook has 50 entries"),
+        (codes + 50, r"codes 50 \.\. 50"),
+        (codes[0], r"codes \(4, 4\) torch.int64: expected"),
+        (codes.float(), "float32: expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vq.decode(wrong)
+    codes, label = codes.flatten(1), torch.tensor([1])
+    for wrong, message in (
+        (torch.zeros(1, 17, dtype=torch.int64), "N at most 16"),
+        (codes.float(), "float32: expected"),
+        (codes[0], r"codes \(16,\)"),
+        (codes.repeat(2, 1), "1 conditions for codes of 2 images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tiny()(wrong, label)

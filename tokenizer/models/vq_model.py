@@ -164,9 +164,25 @@ class VQModel(nn.Module):
         return self.quantize(self._project(images.to(self.quant_conv.weight.dtype))).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped."""
+        """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped.
+
+        Raises InputError for another shape or dtype and, on the CPU, for a code outside the
+        codebook; on a GPU this would wait for it.
+        """
+        self._check_codes(codes)
         vectors = self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(vectors))
+
+    def _check_codes(self, codes: torch.Tensor) -> None:
+        if codes.ndim != 3 or codes.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"codes {tuple(codes.shape)} {codes.dtype}: expected (batch, height, width) int64"
+            )
+        size = self.quantize.vocab_size
+        if codes.device.type == "cpu" and codes.numel():
+            least, greatest = (int(value) for value in codes.aminmax())
+            if not 0 <= least <= greatest < size:
+                raise InputError(f"codes {least} .. {greatest}: the codebook has {size} entries")
 
     def _project(self, images: torch.Tensor) -> torch.Tensor:
         f = self.config.downsample
