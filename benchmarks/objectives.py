@@ -72,7 +72,6 @@ import numpy as np
 import torch
 
 from autoregressive.data.config import DataConfig
-from autoregressive.data.open import open_data
 from autoregressive.models.conditioning import ClassCondition
 from autoregressive.models.config import TransformerConfig
 from autoregressive.models.pretrained import load_gpt
@@ -242,7 +241,7 @@ def scores(
 ) -> dict[str, float]:
     """The validation loss of raster next-token prediction, and the scores of sampled images."""
     gpt = load_gpt(str(run.out))[0].to(world.device).eval()
-    validation = open_validation(run, open_data(run.data, world, run.out), world)
+    validation = open_validation(run, gpt.config, world)
     assert validation is not None
     loss = float(validation_loss(NextTokenLoss(gpt, run.loss_chunk), validation, run, world))
     pipeline = ImagePipeline.from_pretrained(

@@ -8,6 +8,7 @@ figure is the mean over the steps near a position of each step's least time, bec
 processes only add time. The same command runs the processes, with --worker.
 """
 
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,8 @@ class StepsConfig:
         batches: Batch sizes.
         positions: Codes at which to report, of those of an image.
         window: Number of steps around a position that are averaged.
-        repeats: Number of runs of each engine at each batch size.
+        repeats: Number of runs of each engine at each batch size; compilation and warming up cost
+            the first one, so that a second is needed.
         threads: CPU threads of each engine.
         vllm_python: Interpreter with vLLM and this package; null for that of `make serve-test`.
         worker: Engine of this process, which the command itself sets; null to measure.
@@ -39,7 +41,7 @@ class StepsConfig:
     out: Path = Path("runs/benchmarks/serving_steps.json")
     size: str = "GPT-B"
     quick: bool = False
-    engines: tuple[StepEngine, ...] = ("native", "vllm_eager")
+    engines: tuple[StepEngine, ...] = typing.get_args(StepEngine)
     batches: tuple[int, ...] = (1, 8, 16, 32)
     positions: tuple[int, ...] = (16, 128, 240)
     window: int = 9
@@ -50,8 +52,10 @@ class StepsConfig:
     models: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.window, self.repeats, self.threads, *self.batches, *self.positions) < 1:
-            raise ValueError("window, repeats, threads, batches and positions must be >= 1")
+        if self.repeats < 2:
+            raise ValueError("repeats must be >= 2")
+        if min(self.window, self.threads, *self.batches, *self.positions) < 1:
+            raise ValueError("window, threads, batches and positions must be >= 1")
 
 
 parse_first(StepsConfig, __name__)
@@ -89,6 +93,7 @@ def measure(config: StepsConfig) -> dict[str, Any]:
     for name in config.engines:
         python_of(name, config.vllm_python)
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in config.engines}
+    values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         write_models(config.size, config.quick, folder)
@@ -96,10 +101,9 @@ def measure(config: StepsConfig) -> dict[str, Any]:
         workers = {e: stack.enter_context(worker(config, e, folder)) for e in config.engines}
         for batch in config.batches:
             runs: dict[str, list[list[float]]] = {engine: [] for engine in workers}
-            for turn in range(config.repeats + 1):  # the first warms up
+            for _ in range(config.repeats):
                 for engine, steps in workers.items():
-                    times = steps(batch)
-                    runs[engine] += [times] if turn else []
+                    runs[engine].append(steps(batch))
             for engine, times in runs.items():
                 rates[engine][str(batch)] = [
                     batch / least_time(times, position, config.window)
@@ -107,13 +111,21 @@ def measure(config: StepsConfig) -> dict[str, Any]:
                 ]
                 shown = ", ".join(f"{rate:.0f}" for rate in rates[engine][str(batch)])
                 print(f"batch {batch:>3} {engine:<16} {shown} codes per CPU second", flush=True)
+            values = write(config, rates)
+    print(table(config.positions, rates) + values["verdict"])
+    print(f"wrote {config.out} and {config.out.with_suffix('.md')}")
+    return values
+
+
+def write(config: StepsConfig, rates: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Write what is measured so far as JSON and as a Markdown table; returns what is written."""
     settings = {"positions": config.positions, "threads": config.threads, "size": config.size}
     values = {"settings": settings, "codes_per_cpu_second": rates, "verdict": verdict(rates)}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.out, values)
-    write_text(config.out.with_suffix(".md"), table(config.positions, rates))
-    print(table(config.positions, rates) + values["verdict"])
-    print(f"wrote {config.out} and {config.out.with_suffix('.md')}")
+    write_text(
+        config.out.with_suffix(".md"), f"{table(config.positions, rates)}\n{verdict(rates)}\n"
+    )
     return values
 
 

@@ -12,7 +12,6 @@ import argparse
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from shapes import Scene, all_scenes, check, draw
-from stages import run_stage
+from stages import Stages, run_stage
 
 from core.data.grids import enlarged_grid
+from core.files import fingerprint
 
+CONFIGS = Path("configs") / "demo_text"
 HELD_OUT = (350, 150)  # captions of one object, of two
 IMAGES = 4  # of each training caption
 T5_STEPS, T5_CONTEXT = 400, 3  # training steps; words on either side that a byte learns
@@ -39,34 +40,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo_text", help="its folder")
     parser.add_argument("--prompt", action="append", default=[], help="sample this too; repeatable")
     options = parser.parse_args()
-    out, started = options.out, time.monotonic()
-    held_out = write_images(out)
-    seen = {path.read_text() for path in (out / "train").glob("*.txt")}
-    write_t5(out / "t5", sorted(seen))
-    pairs = ("--pairs.source", out / "train")
-    tokenizer, gpt = out / "tokenizer", out / "gpt"
-    stage("tokenizer.train", "tokenizer.yaml", "--data", out / "train", "--out", tokenizer)
-    stage(
-        "tokenizer.encode",
-        "codes.yaml",
-        *("--tokenizer", tokenizer, *pairs, "--out", out / "codes"),
-    )
-    stage("language.encode", "features.yaml", "--t5", out / "t5", *pairs, "--out", out / "features")
-    stage(
-        "autoregressive.train",
-        "gpt.yaml",
-        *("--data.codes", f"[{out / 'codes'}]", "--data.features", out / "features"),
-        *("--out", gpt),
-    )
-    models = ("--gpt", gpt, "--tokenizer", tokenizer, "--conditions.text_encoder", out / "t5")
+    out = options.out
+    stages = Stages(out, CONFIGS)
+    held_out = train(out, stages)
+    models = ("--gpt", out / "gpt", "--tokenizer", out / "tokenizer")
+    models = (*models, "--conditions.text_encoder", out / "t5")
     if options.prompt:
-        sample_typed(out, options.prompt, models, seen)
-    stage(
-        "autoregressive.sample",
-        "sample.yaml",
-        *(*models, "--conditions.prompts", out / "held_out.txt", "--out", out / "samples"),
-    )
-    print_table(out, held_out, time.monotonic() - started)
+        sample_typed(out, options.prompt, models, training_captions(out))
+    prompts = ("--conditions.prompts", out / "held_out.txt")
+    stages.command("autoregressive.sample", "sample.yaml", out / "samples", *models, *prompts)
+    print_table(out, held_out, stages.times())
+
+
+def train(out: Path, stages: Stages) -> list[Scene]:
+    """Draw the images and train the three models, each once -> the scenes that are held out."""
+    images, t5, run = out / "train", out / "t5", stages.command
+    scenes = all_scenes()
+    held_out, training = split(scenes)
+    settings = fingerprint([scene.caption for scene in training])
+    stages.step(images, settings, lambda: write_images(out, training, held_out))
+    stages.step(t5, settings, lambda: write_t5(t5, sorted(training_captions(out))))
+    pairs = ("--pairs.source", images)
+    run("tokenizer.train", "tokenizer.yaml", out / "tokenizer", "--data", images)
+    codes, with_tokenizer = out / "codes", ("--tokenizer", out / "tokenizer")
+    run("tokenizer.encode", "codes.yaml", codes, *with_tokenizer, *pairs)
+    run("language.encode", "features.yaml", out / "features", "--t5", t5, *pairs)
+    trained_on = ("--data.codes", f"[{codes}]", "--data.features", out / "features")
+    run("autoregressive.train", "gpt.yaml", out / "gpt", *trained_on)
+    return held_out
+
+
+def training_captions(out: Path) -> set[str]:
+    """The captions of the training images."""
+    return {path.read_text() for path in (out / "train").glob("*.txt")}
 
 
 def sample_typed(
@@ -78,7 +84,8 @@ def sample_typed(
     typed.mkdir()
     (typed / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
     asked = ("--conditions.prompts", typed / "prompts.txt", "--conditions.images_per_prompt", 4)
-    stage("autoregressive.sample", "sample.yaml", *models, *asked, "--out", typed / "samples")
+    flags = (*models, *asked, "--out", typed / "samples")
+    run_stage("autoregressive.sample", CONFIGS / "sample.yaml", *flags)
     with np.load(typed / "samples" / "samples.npz", allow_pickle=False) as file:
         images = [Image.fromarray(image) for image in file["arr_0"]]
     enlarged_grid(images, columns=4, times=TYPED_TIMES).save(typed / "typed.png")
@@ -94,41 +101,36 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def stage(module: str, config: str, *flags: object) -> None:
-    """Run one command with this demo's configuration."""
-    run_stage(module, Path("configs") / "demo_text" / config, *flags)
-
-
-def write_images(out: Path) -> list[Scene]:
-    """Draw the training images once, and list the captions that are held out."""
-    random = np.random.default_rng(0)
-    scenes = all_scenes()
-    order = random.permutation(len(scenes))
+def split(scenes: list[Scene]) -> tuple[list[Scene], list[Scene]]:
+    """Scenes -> those that are held out, and those of the training images, IMAGES of each."""
+    order = np.random.default_rng(0).permutation(len(scenes))
     held = np.concatenate(
         [
             [i for i in order if len(scenes[i].things) == things][:count]
             for things, count in zip((1, 2), HELD_OUT, strict=True)
         ]
     )
-    held_out = [scenes[i] for i in held]
-    if (out / "train").exists():
-        return held_out
-    temporary = out / "train.tmp"
+    training = np.setdiff1d(order, held).repeat(IMAGES)
+    return [scenes[i] for i in held], [scenes[i] for i in training]
+
+
+def write_images(out: Path, training: list[Scene], held_out: list[Scene]) -> None:
+    """Draw the training images, and list the captions that are held out."""
+    temporary, random = out / "train.tmp", np.random.default_rng(0)
+    random.permutation(len(all_scenes()))  # the numbers that the split took
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for number, i in enumerate(np.setdiff1d(order, held).repeat(IMAGES)):
+    for number, scene in enumerate(training):
         path = temporary / f"{number:05d}.png"
-        Image.fromarray(draw(scenes[i], random)).save(path)
-        path.with_suffix(".txt").write_text(scenes[i].caption)
+        Image.fromarray(draw(scene, random)).save(path)
+        path.with_suffix(".txt").write_text(scene.caption)
     (out / "held_out.txt").write_text("".join(f"{scene.caption}\n" for scene in held_out))
+    shutil.rmtree(out / "train", ignore_errors=True)
     temporary.rename(out / "train")
-    return held_out
 
 
 def write_t5(folder: Path, captions: list[str]) -> None:
     """A tiny T5 encoder over bytes, trained for a minute, as a folder of transformers."""
-    if folder.exists():
-        return
     from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
@@ -137,8 +139,10 @@ def write_t5(folder: Path, captions: list[str]) -> None:
     print(f"\ntraining a tiny T5 on {len(captions)} captions", flush=True)
     train_t5(model, tokenizer, captions)
     temporary = folder.with_name("t5.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
@@ -178,7 +182,7 @@ def train_t5(model: Any, tokenizer: Any, captions: list[str]) -> None:  # noqa: 
             print(f"step {step + 1} of {T5_STEPS}: loss {loss.item():.3f}", flush=True)
 
 
-def print_table(out: Path, held_out: list[Scene], seconds: float) -> None:
+def print_table(out: Path, held_out: list[Scene], times: list[tuple[str, str]]) -> None:
     """Print the scores of the run and where its images are."""
     random = np.random.default_rng(1)
     scenes = all_scenes()
@@ -193,7 +197,7 @@ def print_table(out: Path, held_out: list[Scene], seconds: float) -> None:
         ("alignment, shape", f"{shape:.3f}"),
         ("alignment, both", f"{both:.3f}"),
         (f"the checker on {CHECKED} drawings", f"{checker:.3f}"),
-        ("time", f"{seconds:.0f} s"),
+        *times,
     ):
         print(f"{name:<46} {value}")
     print(f"\n{out / 'samples' / 'samples.png'}\n{out / 'gpt' / 'curves.png'}")

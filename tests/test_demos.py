@@ -3,8 +3,11 @@
 import math
 import sys
 
+import demo_text
+import numpy as np
 import pytest
 from demo_text import words_of
+from shapes import all_scenes, draw
 from stages import Stages
 
 # Stages
@@ -59,6 +62,31 @@ def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         Stages(tmp_path, tmp_path).command("m", "config.yaml", tmp_path / "a")
     assert stopped.value.code == 1
+
+
+def test_the_text_demo_trains_once_and_draws_the_same_images_again(tmp_path, monkeypatch, capsys):
+    scenes, ran = all_scenes()[::60], []
+
+    def run(module: str, config: object, *flags: object) -> None:
+        ran.append(module)
+        flags[flags.index("--out") + 1].mkdir()  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr("stages.run_stage", run)
+    monkeypatch.setattr(demo_text, "all_scenes", lambda: scenes)
+    monkeypatch.setattr(demo_text, "HELD_OUT", (2, 1))
+    monkeypatch.setattr(demo_text, "write_t5", lambda folder, captions: folder.mkdir())
+    held_out = [demo_text.train(tmp_path, Stages(tmp_path, demo_text.CONFIGS)) for _ in range(2)]
+    assert held_out[0] == held_out[1]
+    assert len(ran) == 4
+    assert capsys.readouterr().out.count("already there") == 6
+    captions = demo_text.training_captions(tmp_path)
+    assert len(captions) == len(scenes) - 3
+    assert not captions & {scene.caption for scene in held_out[0]}
+    random, (_, training) = np.random.default_rng(0), demo_text.split(scenes)
+    random.permutation(len(scenes))
+    first = draw(training[0], random)
+    with demo_text.Image.open(tmp_path / "train" / "00000.png") as image:
+        assert np.array_equal(np.asarray(image), first)
 
 
 def test_the_words_of_a_prompt_have_neither_case_nor_punctuation():

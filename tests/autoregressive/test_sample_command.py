@@ -154,6 +154,9 @@ def test_images_scored_while_they_are_sampled_get_the_scores_of_the_npz(
     (stream.out / "shard_00001.json").unlink()
     sample(stream, world)
     assert scores(stream.out) == expected
+    one = settings(models, tmp_path / "one", metrics=metrics, num_images=1)
+    with pytest.raises(InputError, match="scores need at least 2 images, there are 1"):
+        sample(one, world)
 
 
 def test_a_search_scores_every_guidance_once_and_names_the_best(

@@ -22,6 +22,7 @@ from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.config import GPTConfig
+from autoregressive.models.pretrained import load_gpt
 from autoregressive.sample import SampleConfig
 from autoregressive.sampling.conditions import read_prompts
 from autoregressive.sampling.config import ConditionConfig
@@ -345,6 +346,14 @@ def test_a_configuration_of_sizes_that_its_weights_do_not_have_takes_no_memory(t
     save_config(dataclasses.replace(config, **changes), folder / "config.yaml")
     with pytest.raises(InputError, match=r"model\.safetensors: weights of another architecture"):
         load_tokenizer(folder)
+
+
+def test_a_grid_that_cannot_be_is_one_line_for_folders_and_released_files(tmp_path):
+    folder = write_models(tmp_path, tiny())[0]
+    torch.save({"model": tiny(dim=64, num_heads=1).state_dict()}, tmp_path / "gpt.pt")
+    for source in (folder, tmp_path / "gpt.pt"):
+        with pytest.raises(InputError, match=f"{source}: model: vocab_size and grid must be >= 1"):
+            load_gpt(source, grid=(-1, -1))
 
 
 def test_models_that_would_take_minutes_to_build_are_refused():

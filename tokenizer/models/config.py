@@ -20,13 +20,8 @@ class VQConfig:
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
         codebook_dim: Width of an entry.
-        quantizer: How vectors become codes.
-            vq: the nearest entry (LlamaGen).
-            ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
-            lfq: the sign of every channel (MAGVIT-v2).
-            bsq: the signs of a unit vector (BSQ).
-            simvq: the nearest entry of a linear map of frozen vectors (SimVQ).
-            fsq: every channel rounded to a few levels (FSQ, iFSQ).
+        quantizer: How vectors become codes; each is explained in its file in tokenizer/quantizers.
+            vq (LlamaGen), ibq (SEED-Voken), fsq (FSQ, iFSQ), lfq (MAGVIT-v2), bsq, simvq.
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
         commitment_weight: Weight of the loss that pulls encoder outputs towards codebook entries;
@@ -56,6 +51,7 @@ class VQConfig:
         "lfq",
         "bsq",
         "simvq",
+        "latent",
     ] = "vq"
     image_size: tuple[int, int] | None = None
     vq: VectorOptions = field(default_factory=VectorOptions)

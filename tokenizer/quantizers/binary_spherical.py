@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from core.errors import InputError
-from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 from tokenizer.quantizers.config import BinarySphericalOptions
 from tokenizer.quantizers.lookup_free import check_bits, signs_of
 
@@ -17,6 +17,7 @@ EPSILON = 1e-8  # added to probabilities inside the logarithm, as published
 class BinarySphericalQuantizer(Quantizer):
     """Replaces u = z / |z| by sign(u) / sqrt(dim), with straight-through gradients."""
 
+    kind = "bsq"
     bits: torch.Tensor
 
     def __init__(
@@ -37,6 +38,12 @@ class BinarySphericalQuantizer(Quantizer):
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.options = options
         self.register_buffer("bits", torch.arange(dim - 1, -1, -1), persistent=False)
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "BinarySphericalQuantizer":
+        """See Quantizer."""
+        s = settings
+        return cls(s.vocab_size, s.dim, s.commitment_weight, s.entropy_weight, s.options)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (b, dim, h, w) -> codes, unit vectors, and the losses commitment and entropy."""

@@ -10,7 +10,7 @@ import math
 import torch
 
 from core.errors import InputError
-from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 from tokenizer.quantizers.config import FiniteScalarOptions
 
 MARGIN = 1e-3  # tanh ends this share beyond the outer levels, so that they can be reached
@@ -20,6 +20,7 @@ SIGMOID_SLOPE = 1.6  # of iFSQ
 class FiniteScalarQuantizer(Quantizer):
     """Rounds each channel to its levels, with straight-through gradients."""
 
+    kind = "fsq"
     levels: torch.Tensor
     basis: torch.Tensor
 
@@ -43,6 +44,12 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = [math.prod(levels[:i]) for i in range(dim)]
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "FiniteScalarQuantizer":
+        """See Quantizer."""
+        s = settings
+        return cls(s.vocab_size, s.dim, s.entropy_weight, s.options)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (b, dim, h, w) -> codes and vectors in about [-1, 1]; no losses."""
