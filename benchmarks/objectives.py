@@ -46,9 +46,9 @@ from evaluations.metrics.class_agreement import AgreementClassifier
 from evaluations.metrics.frechet import Gaussian, frechet_distance
 
 SHAPE = TransformerConfig(
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
-    dim=192,
+    dim=128,
     ffn_multiple=64,
     rope_condition="identity",
     token_dropout=0.0,
@@ -62,7 +62,7 @@ VARIANTS: dict[str, tuple[TransformerConfig, ObjectiveConfig]] = {
     "next_patch": (SHAPE, ObjectiveConfig("next_patch")),
     "noisy_context": (
         SHAPE,
-        ObjectiveConfig("noisy_context", noisy_context=NoisyContextOptions(hidden=384)),
+        ObjectiveConfig("noisy_context", noisy_context=NoisyContextOptions(hidden=256)),
     ),
     "random_order": (SHAPE, ObjectiveConfig("random_order")),
     "guidance_free": (SHAPE, ObjectiveConfig("guidance_free")),
@@ -106,11 +106,11 @@ class ObjectivesConfig:
     train: Path
     validation: Path
     out: Path
-    real_images: int = 900
-    num_images: int = 180
+    real_images: int = 480
+    num_images: int = 90
     seeds: int = 3
-    seconds: float = 18.0
-    batch_size: int = 32
+    seconds: float = 8.0
+    batch_size: int = 16
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg_scale=2.0))
     precision: Precision = "bf16"
     device: DeviceName = "auto"
