@@ -49,7 +49,7 @@ class ObjectivesConfig:
     real_images: int = 900
     num_images: int = 180
     seeds: int = 3
-    seconds: float = 18.0
+    seconds: float = 25.0
     batch_size: int = 32
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(cfg_scale=2.0))
     precision: Precision = "bf16"
