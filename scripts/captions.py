@@ -16,6 +16,7 @@ from shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 SINGLE_PLACES = [place for place in PLACES if not place.startswith("two")]
 ENDS = {"above": ("top", "bottom"), "left": ("left", "right")}
 REVERSE = {"above": "below", "below": "above", "left": "right", "right": "left", "beside": "beside"}
+LONGEST = 31  # words and punctuation marks; features.yaml has room for one token more
 HELD_OUT_PAIRS = 60  # of the 576 pairs of a colour and a shape each, in order of place
 # How often two objects, in a row or in a column, are worded by each rule.
 WORDINGS = {
@@ -84,7 +85,8 @@ class CaptionMaker:
             single = not held_out and self.random.random() >= self.pairs
             caption = self._single() if single else self._pair()
             kinds = tuple((thing.colour, thing.shape) for thing in caption.things)
-            if (kinds in self.held_out) == held_out and plain(caption.text) not in self.never:
+            fits = len(caption.words) <= LONGEST and (kinds in self.held_out) == held_out
+            if fits and plain(caption.text) not in self.never:
                 return caption
 
     def scene(self, caption: Caption) -> Scene:

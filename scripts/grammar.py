@@ -99,7 +99,7 @@ RULES = {
         {one} (,|:|-|) {one.where}
         the {one.where} {has} {one}
         {one.a} {one.noun} {one.at} (,|. it is|that is|, which is|) {one.values}
-        the {one.noun} {one.at} is {one.values}
+        {one.told here}
         {one.a} {one.values} {one.thing} {one.at} , (a|namely a|) {one.noun}""",
     "stand": """
         8*
@@ -162,7 +162,12 @@ RULES = {
     "near": "10* \n(directly|just|right|immediately|slightly|exactly|shown|somewhere)",
     "to": "3* \n4* to the\non the\nat the",
     "its above": "2* above it\n2* above\non top (of it|)\nover it\nat its top\nupon it\non it",
-    "its below": "2* below it\n2* below\nunder it\n(beneath|underneath) (it|)\nat its (foot|bottom)",
+    "its below": """
+        2* below it
+        2* below
+        under it
+        (beneath|underneath) (it|)
+        at its (foot|bottom)""",
     "its left": "(on|to|at) (its|the) left (side|) (of it|)\n{near} left of it",
     "its right": "(on|to|at) (its|the) right (side|) (of it|)\n{near} right of it",
     "its beside": "next to it\nbeside it\nby its side\nnear it\nclose to it\nalongside",
@@ -173,7 +178,8 @@ RULES = {
         2* {one.where} (:|,|-|is|.) {one} {join} {two.where} (:|,|-|is|.) {two}
         the {one.where} {has} {one} {join} the {two.where} {has} {two}
         the {one.where} {has} {one} {join} the {two.where} {two}
-        the {one.noun} {one.at} {be} {one.values} {join} the {two.noun} {two.at} {be} {two.values}""",
+        {one.told here} {join} {two.told here}""",
+    "told here": "the {noun} {at} {be} {values}",
     # Two objects in the order of reading, left to right
     "together": """
         6* {one} and {two} {aside}
@@ -194,7 +200,11 @@ RULES = {
         (a pair|a couple) of {things} (,|:|-|.)""",
     "things": "things\nshapes\nobjects\nfigures\nforms\nitems",
     # Around it all
-    "sentence": "12* {said}\n9* {before all} {said}\n3* {said} {after it}\n2* {before all} {said} {after it}",
+    "sentence": """
+        12* {said}
+        9* {before all} {said}
+        3* {said} {after it}
+        2* {before all} {said} {after it}""",
     "before all": """
         4* {please} (draw|paint|sketch|make|create|generate|render|show|give|design) (me|us|)
         2* (i|we) (want|need|see|have|like|imagine|am looking for|would like) (to see|to have|)
@@ -203,13 +213,15 @@ RULES = {
         {picture} (:|of|-)
         3* there (is|should be|must be|are|will be)
         (here is|this is|it is|that is|imagine|let us see|let there be|what about|how about)
-        (just|only|simply|nothing but|simply|maybe|title :|prompt :|task :)
+        (just|only|simply|nothing but|maybe|title :|prompt :|task :)
         (put|place|add)
         on {dark} , (there is|draw|)
         in {an} {picture} , (there is|)""",
     "please": "6* \nplease\nkindly\nnow\nok ,",
     "an": "a\nan\nthe\nthis\nmy",
-    "picture": "picture\nimage\ndrawing\nphoto\npainting\nicon\nsketch\nillustration\nscene\nlogo\nrendering",
+    "picture": """
+        (picture|image|drawing|photo|painting|icon)
+        (sketch|illustration|scene|logo|rendering)""",
     "dark": "black\na (dark|black|plain|grey|simple|night) (background|canvas|sky)",
     "after it": """
         5* (.|!|?)

@@ -1,7 +1,7 @@
 """A T5 of half a million parameters that reads the captions of the text demo.
 
 Its tokens are words. Each word learns to name the object that it speaks of and where this object
-stands in the image; every token learns to name the whole scene. A released T5 has read far more.
+stands in the image, which binds attributes and resolves relations. A released T5 has read far more.
 """
 
 import shutil
@@ -11,28 +11,23 @@ from random import Random
 from typing import Any
 
 import torch
-from captions import SINGLE_PLACES, Caption, CaptionMaker, Said
+from captions import SINGLE_PLACES, Caption, CaptionMaker
 from grammar import grammar_words
 from shapes import COLOURS, SHAPES, SIZES
 from torch.nn import functional as F
 
-STEPS, BATCH, LR = 1500, 64, 2e-3
+STEPS, BATCH, LR = 1000, 64, 3e-3
 WARM_UP = 0.1  # of the steps
 SORTED = 16  # batches of captions that are sorted by length together, so that little is padding
 PAIRS = 0.8  # captions of two objects: the single ones are learnt in no time
 # Each head of attention prefers one distance from the start, or it learns slowly what belongs
 # together: the words around a word, and None for two heads that are free.
 DISTANCES, PREFERENCE = (-1, 1, -2, 2, -3, 3, None, None), 4.0
-UNKNOWN = (
-    0.05  # chance that an unknown word stands before a word, or in place of a word of no object
-)
+UNKNOWN = 0.05  # chance that an unknown word precedes a word, or replaces one of no object
 SPECIAL = ("<pad>", "</s>", "<unk>")
-# What a word names: its object's number in the scene, and what the caption says of the object.
-KINDS = ("one", "above", "left")
+# What a word names: the facts of the object that it speaks of.
 FACTS = [tuple(COLOURS), SHAPES, (None, *SIZES), SINGLE_PLACES]
-OWN_WIDTHS = [2, *map(len, FACTS)]
-# What every token names: the arrangement, and the facts of two objects (0: there is no second).
-WIDTHS = [len(KINDS), *2 * [len(values) + 1 for values in FACTS]]
+WIDTHS = [len(values) for values in FACTS]
 IGNORED = -100  # the target of a word that speaks of no object
 
 
@@ -84,30 +79,19 @@ def word_tokenizer(words: list[str]) -> Any:  # noqa: ANN401 - a tokenizer of tr
     )
 
 
-def scene_facts(caption: Caption) -> list[int]:
-    """The index of each fact of the whole scene, in the order of WIDTHS."""
-    facts = [KINDS.index(caption.relation or "one")]
-    for thing in (*caption.things, None)[:2]:
-        facts += [1 + fact for fact in _said(thing)] if thing else [0] * len(FACTS)
-    return facts
-
-
 def word_facts(caption: Caption) -> list[list[int]]:
-    """The facts that each word and punctuation mark learns to name, in the order of OWN_WIDTHS."""
-    facts = [[number, *_said(thing)] for number, thing in enumerate(caption.things)]
-    return [facts[i - 1] if i else [IGNORED] * len(OWN_WIDTHS) for i in caption.owners]
-
-
-def _said(thing: Said) -> list[int]:
-    said = (thing.colour, thing.shape, thing.size, thing.place)
-    return [values.index(value) for values, value in zip(FACTS, said, strict=True)]
+    """The facts that each word and punctuation mark learns to name, as indices into FACTS."""
+    facts = [
+        [values.index(value) for values, value in zip(FACTS, thing, strict=True)]
+        for thing in caption.things
+    ]
+    return [facts[i - 1] if i else [IGNORED] * len(FACTS) for i in caption.owners]
 
 
 def train_t5(model: Any, tokenizer: Any, maker: CaptionMaker) -> None:  # noqa: ANN401
     """Train the encoder on new captions at every step."""
-    dim = model.config.d_model
-    heads = torch.nn.ModuleList([torch.nn.Linear(dim, sum(w)) for w in (WIDTHS, OWN_WIDTHS)])
-    parameters = [*model.parameters(), *heads.parameters()]
+    head = torch.nn.Linear(model.config.d_model, sum(WIDTHS))
+    parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=STEPS, pct_start=WARM_UP
@@ -115,25 +99,22 @@ def train_t5(model: Any, tokenizer: Any, maker: CaptionMaker) -> None:  # noqa: 
     vocabulary, stream = tokenizer.get_vocab(), batches(maker)
     print(f"\ntraining a tiny T5 for {STEPS} steps", flush=True)
     for step in range(STEPS):
-        ids, own, scenes = token_batch(next(stream), vocabulary, maker.random)
+        ids, facts = token_batch(next(stream), vocabulary, maker.random)
         mask = ids != vocabulary["<pad>"]
-        features = model(ids, attention_mask=mask.long()).last_hidden_state[mask]
-        of_scene = named(heads[0](features), scenes[:, None].expand(*ids.shape, -1)[mask], WIDTHS)
-        of_words = named(heads[1](features), own[mask], OWN_WIDTHS)
-        loss = of_scene + of_words
+        features = model(ids, attention_mask=mask.long()).last_hidden_state
+        loss = fact_loss(head(features[mask]), facts[mask])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            losses = f"scene {of_scene.item():.3f}, words {of_words.item():.3f}"
-            print(f"step {step + 1} of {STEPS}: loss {loss.item():.3f} ({losses})", flush=True)
+            print(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}", flush=True)
 
 
-def named(guesses: torch.Tensor, facts: torch.Tensor, widths: list[int]) -> torch.Tensor:
-    """The cross-entropy, summed over facts: guesses (n, sum(widths)), facts (n, len(widths))."""
-    parts = zip(guesses.split(widths, dim=1), facts.unbind(1), strict=True)
+def fact_loss(guesses: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy, summed over facts: guesses (n, sum(WIDTHS)), facts (n, len(FACTS))."""
+    parts = zip(guesses.split(WIDTHS, dim=1), facts.unbind(1), strict=True)
     return torch.stack([F.cross_entropy(guess, fact) for guess, fact in parts]).sum()
 
 
@@ -149,12 +130,12 @@ def batches(maker: CaptionMaker) -> Iterator[list[Caption]]:
 
 def token_batch(
     captions: list[Caption], vocabulary: dict[str, int], random: Random
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids (n, T), facts of each token (n, T, len(OWN_WIDTHS)), of scenes (n, len(WIDTHS)).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (n, T) and the facts of each token (n, T, len(FACTS)).
 
     Unknown words are strewn in, as people's prompts have them.
     """
-    chance, ignored = random.random, [IGNORED] * len(OWN_WIDTHS)
+    chance, ignored = random.random, [IGNORED] * len(FACTS)
     unknown = (vocabulary["<unk>"], ignored)
     rows = []
     for caption in captions:
@@ -170,5 +151,4 @@ def token_batch(
     return (
         torch.tensor([[token for token, _ in row] for row in rows]),
         torch.tensor([[facts for _, facts in row] for row in rows]),
-        torch.tensor([scene_facts(caption) for caption in captions]),
     )

@@ -13,7 +13,7 @@ from demo_text import WRITTEN, held_out_prompts, read_prompts, scores, unknown_w
 from grammar import RULES, Writer, grammar_words, parse
 from shapes import COLOURS, SHAPES, SIZES, Asked, describe, draw, judge
 from stages import Stages
-from tiny_t5 import OWN_WIDTHS, WIDTHS, batches, scene_facts, token_batch, word_tokenizer, write_t5
+from tiny_t5 import FACTS, IGNORED, WIDTHS, batches, token_batch, word_tokenizer, write_t5
 
 from language.t5 import load_t5
 
@@ -178,17 +178,16 @@ def test_words_that_training_never_saw_are_named(tmp_path, monkeypatch):
     assert not torch.equal(one[-1], two[-1])
 
 
-def test_the_facts_of_captions_and_words_are_classes_of_the_heads():
+def test_each_token_has_the_facts_of_its_object_and_unknown_words_none():
     maker = CaptionMaker(seed=10)
     captions = [maker.caption() for _ in range(300)]
-    facts = [scene_facts(caption) for caption in captions]
-    assert {len(row) for row in facts} == {len(WIDTHS)}
-    assert (np.max(facts, axis=0) < WIDTHS).all()
     vocabulary = word_tokenizer(grammar_words()).get_vocab()
-    ids, of_words, of_scenes = token_batch(captions, vocabulary, maker.random)
-    assert of_words.shape == (*ids.shape, len(OWN_WIDTHS))
-    assert of_scenes.tolist() == facts
-    assert (of_words.amax((0, 1)) < torch.tensor(OWN_WIDTHS)).all()
+    ids, facts = token_batch(captions, vocabulary, maker.random)
+    assert facts.shape == (*ids.shape, len(FACTS))
+    assert (facts.amax((0, 1)) < torch.tensor(WIDTHS)).all()
+    assert (facts[ids == vocabulary["<unk>"]] == IGNORED).all()
+    for colour, words in (("red", "red"), ("purple", "violet")):
+        assert set(facts[ids == vocabulary[words]][:, 0].tolist()) == {[*COLOURS].index(colour)}
 
 
 def test_a_caption_has_the_tokens_of_its_text():
