@@ -13,7 +13,7 @@ from autoregressive.models.pretrained import load_gpt
 from autoregressive.serving.export import export_vllm
 from core.config import InputError, config_text, parse_config, run_command
 from core.model_card import ExportConfig, ModelDescription, export_model
-from core.released import released_models, released_table
+from core.released import released_models, released_table, unpinned_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class ConvertConfig(ExportConfig):
 def convert(config: ConvertConfig) -> None:
     """Write the model to config.out, upload it, or print the table."""
     if config.list:
-        print(released_table(released_models().values()))
+        models = list(released_models().values())
+        print(released_table(models), unpinned_text(models), sep="\n\n")
         return
     if not config.source or not (config.out or config.push_to):
         raise InputError("give --source and --out or --push_to, or --list true")

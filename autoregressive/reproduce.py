@@ -10,7 +10,6 @@ Run it again to continue after a stop, whatever it was doing.
 """
 
 import dataclasses
-import datetime
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +21,13 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.run import SampleRunConfig, sample
 from core.config import InputError, config_values, parse_config, run_command, save_config
 from core.data.images import INTERPOLATION
+from core.data.loader import check_num_workers
 from core.data.shards import codes_dtype
 from core.distributed.hardware import device_name
-from core.distributed.provenance import versions
+from core.distributed.provenance import now, versions
 from core.distributed.world import World, distributed
 from core.download import Download, check_plan, fetch_web, web_size
-from core.files import file_sha256, read_json, write_json, write_text
+from core.files import file_sha256, read_record, write_json, write_text
 from core.hub import cache_folder, download_size, fetch
 from core.lock import writer_lock
 from core.released import (
@@ -36,6 +36,7 @@ from core.released import (
     find_released,
     released_models,
     released_table,
+    unpinned_text,
 )
 from core.weights import hub_file
 from evaluations.features.inception import inception_file
@@ -87,8 +88,9 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
             raise ValueError("num_images must be >= 1, or null")
-        if self.batch_size < 1 or self.num_workers < 0 or self.sigmas <= 0:
-            raise ValueError("batch_size must be >= 1, num_workers >= 0, sigmas > 0")
+        check_num_workers(self.num_workers)
+        if self.batch_size < 1 or self.sigmas <= 0:
+            raise ValueError("batch_size must be >= 1, sigmas > 0")
 
 
 class Target(NamedTuple):
@@ -215,9 +217,6 @@ def stage_config(
     if metrics.reference is None:
         file = reference_file(published.reference or "")
         metrics = dataclasses.replace(metrics, reference=file.path if file else None)
-    tokenizer = find_released(model.tokenizer)
-    downsample = VQConfig(**tokenizer.architecture).downsample if tokenizer else 0
-    native = downsample * model.grid[0] if model.grid else 0
     return SampleRunConfig(
         gpt=model.name,
         tokenizer=str(model.tokenizer),
@@ -226,7 +225,7 @@ def stage_config(
         compute=config.compute,
         sampling=SamplingConfig(**model.sampling),
         metrics=metrics,
-        resize=None if native == size else size,
+        resize=None if native_size(model) == size else size,
         batch_size=config.batch_size,
         npz=False,
     )
@@ -237,9 +236,10 @@ class Progress:
 
     def __init__(self, out: Path, world: World) -> None:
         self.path, self.world = out / "progress.json", world
-        stored = read_json(self.path) if self.path.is_file() else {"starts": [], "seconds": {}}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.starts: list[str] = [*stored["starts"], now]
+        stored: dict[str, Any] = {"starts": [], "seconds": {}}
+        if self.path.is_file():
+            stored = read_record(self.path, {"starts": list[str], "seconds": dict})
+        self.starts: list[str] = [*stored["starts"], now()]
         self.seconds: dict[str, float] = stored["seconds"]
         self._write()
 
@@ -257,7 +257,9 @@ class Progress:
 def is_scored(target: Target) -> bool:
     """Whether scores.json is there and is of these settings."""
     path = target.stage.out / "scores.json"
-    return path.is_file() and read_json(path)["settings"] == config_values(target.stage)
+    if not path.is_file():
+        return False
+    return read_record(path, {"settings": dict})["settings"] == config_values(target.stage)
 
 
 def differences(target: Target, scores: dict[str, Any]) -> list[str]:
@@ -273,19 +275,40 @@ def differences(target: Target, scores: dict[str, Any]) -> list[str]:
     if distance and distance not in scores:
         ours = next((name for name in scores if is_distance(name)), "no distance")
         found.append(f"{ours} was measured, {distance} is published")
+    resized = interpolation(target)
+    if resized and published.interpolation != resized:
+        there = published.interpolation or "an interpolation that the source does not state"
+        found.append(
+            f"images resized by {resized}, published with {there}{MOVES[target.model.kind]}"
+        )
     if isinstance(target.stage, SampleRunConfig):
-        ours = scores["reference"]
+        ours = scores.get("reference")
         if published.reference not in (None, ours):
             found.append(f"compared with {ours}, published with {published.reference}")
-    else:
-        if published.interpolation not in (None, INTERPOLATION):
-            found.append(
-                f"validation images resized by {INTERPOLATION}, published with "
-                f"{published.interpolation}: this alone moves rFID by about 0.2"
-            )
-        if target.stage.metrics.reference:
-            found.append("compared with a reference file, published with the originals")
+    elif target.stage.metrics.reference:
+        found.append("compared with a reference file, published with the originals")
     return found
+
+
+# What is known about the effect of the interpolation alone.
+MOVES = {"tokenizer": ": this alone moves rFID by about 0.2", "gpt": ""}
+
+
+def interpolation(target: Target) -> str | None:
+    """How the compared images are resized, as the table says it; None where they are not."""
+    if not isinstance(target.stage, SampleRunConfig):
+        return INTERPOLATION
+    if target.stage.resize is None:
+        return None
+    return f"{native_size(target.model)} to {target.stage.resize} bicubic, no antialiasing"
+
+
+def native_size(model: ReleasedModel) -> int:
+    """Side in pixels of what a GPT samples; 0 if the table does not tell."""
+    tokenizer = find_released(model.tokenizer)
+    if tokenizer is None or model.grid is None:
+        return 0
+    return VQConfig(**tokenizer.architecture).downsample * model.grid[0]
 
 
 def write_report(
@@ -296,7 +319,8 @@ def write_report(
     world: World,
 ) -> None:
     """Write report.json and report.md, and print the table."""
-    out, scores = Path(str(config.out)), read_json(target.stage.out / "scores.json")
+    out, scores = Path(str(config.out)), read_record(target.stage.out / "scores.json", {"n": int})
+    models = target.model, find_released(target.model.tokenizer)
     numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
     reasons = differences(target, scores)
     rows = compare(numbers, target.published.metrics, config.sigmas, not reasons)
@@ -309,16 +333,14 @@ def write_report(
         "scores": [row._asdict() for row in rows],
         "published": dataclasses.asdict(target.published),
         "sampling": dict(target.model.sampling),
-        "interpolation": INTERPOLATION if target.model.kind == "tokenizer" else None,
+        "interpolation": interpolation(target),
         "precision": config_values(config.compute),
         "starts": progress.starts,
         "seconds": progress.seconds,
         "hardware": f"{world.size} x {device_name(world.device)}",
-        "versions": {
-            **versions(),
-            "commit": scores.get("commit", ""),
-        },
+        "versions": {**versions(), "commit": scores.get("commit", "")},
         "files": {what: file_sha256(path) for what, path in paths.items()},
+        "not_pinned": unpinned_text(filter(None, models)),
         "commands": [f"{launcher} -m {again}", f"{launcher} -m {target.command}"],
     }
     write_json(out / "report.json", report)
@@ -346,6 +368,7 @@ def report_text(report: dict[str, Any], rows: list[ComparedScore], sigmas: float
 
 ± is the standard error of ours. A distance passes within {sigmas:g} standard errors of the
 difference of two independent samples. Seconds are those of the start that finished a step.
+{report["not_pinned"]}
 
 {chr(10).join(lines)}
 
@@ -357,8 +380,8 @@ difference of two independent samples. Seconds are those of the start that finis
 
 def print_list() -> None:
     """Print the released models that can be reproduced."""
-    models = released_models().values()
-    print(released_table(m for m in models if m.scores and m.repository and m.file))
+    listed = [m for m in released_models().values() if m.scores and m.repository and m.file]
+    print(released_table(listed), unpinned_text(listed), sep="\n\n")
 
 
 def main() -> None:

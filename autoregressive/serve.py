@@ -7,6 +7,7 @@ Needs fastapi, uvicorn and prometheus-client; the page needs gradio (requirement
 """
 
 import contextlib
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,11 +24,15 @@ from autoregressive.serving.http.native_engine import NativeEngine
 from autoregressive.serving.http.vllm_engine import VLLMEngine
 from core.config import InputError, parse_config, run_command
 from core.distributed.world import choose_device, dtype_of
+from core.files import check_regular_file
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from autoregressive.serving.http.service import ImageService
+
+
+LARGEST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,11 @@ class ServeConfig(PipelineConfig):
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError("batch_size must be >= 1")
-        if self.api_key == "":
+        if not 1 <= self.port <= LARGEST_PORT:
+            raise ValueError(f"port is {self.port}, must be in 1 .. {LARGEST_PORT}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key: a header carries printable ASCII characters only")
+        if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key is empty; null for no key")
         if self.vllm_options and self.engine != "vllm":
             raise ValueError("vllm_options needs engine: vllm")
@@ -87,6 +96,7 @@ def serve(config: ServeConfig) -> None:
         raise InputError(f"{error.name} is not installed; serving needs it: {needed}") from error
 
     names = read_class_names(config.class_names)
+    check_address(config.host, config.port)
     pipeline = config.load_pipeline()
     if pipeline.gpt.config.condition == "none":
         raise InputError(f"{config.gpt}: unconditional; the server draws classes or prompts")
@@ -142,9 +152,25 @@ def read_class_names(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
+        check_regular_file(path)
         return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, InputError, UnicodeDecodeError) as error:
         raise InputError(f"class_names: {path} cannot be read ({error})") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise InputError unless a server can listen there: models take minutes to load."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"host {host}, port {port}: cannot listen there ({error}); choose another"
+        ) from error
 
 
 def main() -> None:

@@ -59,10 +59,12 @@ def train(config: TrainConfig, world: World) -> None:
     gpt_config = GPTConfig(**asdict(config.model), **data.model_fields(), **added)
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
-    plan = plan_training(config, gpt_config, len(data), world)
+    needed = config.objective.loss.needs_codebook
+    codebook = read_codebook(data, config.data, world) if needed else None
+    plan = plan_training(config, gpt_config, len(data), world, codebook)
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
-    models = build_models(config, gpt_config, world, not resumes, data)
+    models = build_models(config, gpt_config, world, not resumes, len(data), codebook)
     flops = gpt_config.training_flops
     session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
     batches = prefetch(
@@ -173,20 +175,18 @@ def build_models(
     gpt_config: GPTConfig,
     world: World,
     initialized: bool,
-    data: Dataset | None = None,
+    images: int = 0,
+    codebook: torch.Tensor | None = None,
 ) -> TrainingModels:
     """Build the transformer, its EMA and its optimizer, sharded over the processes.
 
     initialized: False where a checkpoint is about to be loaded; the weights are then undefined.
-    data: The training data; only the default objective does without.
+    images, codebook: As for build_objective.
     """
     seed, chunk = config.training.seed, config.loss_chunk
-    codebook = None
-    if data and config.objective.loss.needs_codebook:
-        codebook = read_codebook(data, config.data, world)
     with torch.device("meta"):
         objective = build_objective(
-            config.objective, GPT(gpt_config), chunk, seed, codebook, len(data or ())
+            config.objective, GPT(gpt_config), chunk, seed, codebook, images
         )
     parallel = prepare(objective, config.parallel, world, config.training.precision, Block)
     gpt = objective.gpt

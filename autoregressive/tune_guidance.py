@@ -99,7 +99,8 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     settings |= {"images": conditions.count, "distance": scorer.distance}
     settings |= {"reference": scorer.reference.sha256}
     path = config.out / "search.json"
-    rows = world.broadcast(_resume(path, settings) if world.is_main else None)
+    earlier = _resume(path, settings, scorer.distance) if world.is_main else None
+    rows = world.broadcast(earlier)
     candidates = [
         candidate.resolved(gpt.condition, gpt.guidance_input) for candidate in config.candidates()
     ]
@@ -141,8 +142,8 @@ def print_best(rows: list[dict[str, Any]], distance: str, count: int) -> None:
     print(f"best {distance} {best[distance]:.4f} ({count} images): {flags}")
 
 
-def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier search with the same settings."""
+def _resume(path: Path, settings: dict[str, Any], distance: str) -> list[dict[str, Any]]:
+    """The rows of an earlier search with the same settings, each with its distance."""
     if not path.exists():
         return []
     found = read_record(path, {"settings": dict, "rows": list[dict]})
@@ -150,6 +151,8 @@ def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         raise InputError(
             f"{path}: made with other models, images or reference; choose another folder"
         )
+    if not all(isinstance(row.get(distance), float) for row in found["rows"]):
+        raise InputError(f"{path}: a row has no {distance}; remove the file to score again")
     return found["rows"]
 
 

@@ -1,20 +1,23 @@
-"""Quantizers side by side: a small tokenizer, equal steps and data, the mean and range over seeds.
+"""Quantizers side by side: a small tokenizer, equal steps and data, mean and range over seeds.
 
 python -m benchmarks.quantizers --data scenes64/train --validation scenes64/val \
     --out runs/quantizers
 
-Run it again to continue: finished runs are kept. table.md counts only finished runs.
+Run it again to continue: finished runs are kept in results.json, from which table.md and
+scores.png are made.
 """
 
 import dataclasses
-import json
-import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from benchmarks.evidence import Results
 from core.config import parse_config, run_command
+from core.data.images import pixels_to_images
 from core.distributed.world import DeviceName, Precision, World, distributed
-from core.files import write_text
 from core.lock import writer_lock
 from core.training.config import TrainingConfig
 from core.training.optimizer import OptimizerConfig
@@ -22,9 +25,13 @@ from core.training.run import ReportConfig
 from evaluations.features.extractors import ExtractorConfig
 from tokenizer.losses.objective import LossConfig
 from tokenizer.models.config import VQConfig
+from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.models.vq_model import VQModel
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions
+from tokenizer.quantizers.usage import CodebookUsage
 from tokenizer.train import train
 from tokenizer.training.config import TrainConfig
+from tokenizer.training.validation import Validation, load_images, reconstruct
 
 SHAPE = VQConfig(
     base_channels=32,
@@ -44,10 +51,11 @@ QUANTIZERS = {
     "lfq": dataclasses.replace(SHAPE, quantizer="lfq", codebook_dim=9, entropy_weight=0.1),
 }
 SCORES = {
-    "validation_psnr": "PSNR, dB",
-    "validation_efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
-    "codebook_usage": "codes in use",
+    "psnr": "PSNR, dB",
+    "efficientnet_lite0_fd": "FD, EfficientNet-lite0 (NOT FID)",
+    "codebook_usage": "share of codes in use",
 }
+COSTS = {"process_seconds": "process seconds"}
 
 
 @dataclass(frozen=True)
@@ -57,25 +65,25 @@ class QuantizersConfig:
     Args:
         data: Training images: a folder of class folders, a flat folder, or a list file.
         validation: Images that are reconstructed for the scores.
-        out: A folder for the runs and table.md.
+        out: A folder for the runs, results.json, table.md and scores.png.
         validation_images: How many of them. A Frechet distance depends on this number.
         image_size: Height and width of the crops, divisible by 8.
         seeds: Runs per quantizer.
         num_steps: Optimizer steps of a run.
         batch_size: Images per step.
-        precision: bf16 or fp32.
+        precision: bf16 or fp32. On CPUs fp32 is faster, because of GroupNorm's backward pass.
         device: auto, cpu, cuda or mps.
     """
 
     data: Path
     validation: Path
     out: Path
-    validation_images: int = 256
+    validation_images: int = 240
     image_size: tuple[int, int] = (64, 64)
     seeds: int = 3
-    num_steps: int = 200
-    batch_size: int = 8
-    precision: Precision = "bf16"
+    num_steps: int = 120
+    batch_size: int = 4
+    precision: Precision = "fp32"
     device: DeviceName = "auto"
 
     def __post_init__(self) -> None:
@@ -84,33 +92,39 @@ class QuantizersConfig:
 
 
 def compare(config: QuantizersConfig, world: World) -> None:
-    """Train every quantizer with every seed, and write the table after each run."""
+    """Train every quantizer with every seed, and write table and plot after each run."""
+    names = ("validation_images", "image_size", "num_steps", "batch_size", "precision")
+    settings = {name: getattr(config, name) for name in names}
+    settings["image_size"] = list(config.image_size)
+    results = Results(config.out / "results.json", settings)
+    pixels = load_images(config.validation, config.validation_images, config.image_size)
+    validation = Validation(pixels, ExtractorConfig(extractor="efficientnet_lite0"), world)
     for seed in range(config.seeds):
         for name in QUANTIZERS:
+            if results.has(name, seed):
+                continue
             run = training_run(config, name, seed)
-            if not last_scores(run.out, config.num_steps):
-                train(run, world)
-            if world.is_main:
-                write_text(config.out / "table.md", table(config))
-    if world.is_main:
-        print(f"\n{table(config)}\n{config.out / 'table.md'}")
+            start = time.process_time()
+            train(run, world)
+            seconds = time.process_time() - start
+            vq = load_tokenizer(run.out).vq.for_inference(world.device, torch.float32)
+            scores = reconstruction_scores(vq, validation, world)
+            results.add({"variant": name, "seed": seed, "process_seconds": seconds, **scores})
+            print(f"\n{results.write(SCORES, COSTS)}\n{results.path.with_name('table.md')}")
 
 
 def training_run(config: QuantizersConfig, name: str, seed: int) -> TrainConfig:
-    """The run of one quantizer with one seed."""
+    """The run of one quantizer with one seed. It is not evaluated, so that its time is training."""
     return TrainConfig(
         data=config.data,
         out=config.out / f"{name}_{seed}",
-        validation=config.validation,
-        validation_images=config.validation_images,
-        rfid=True,
-        metrics=ExtractorConfig(extractor="efficientnet_lite0"),
+        validation_images=2,
         image_size=config.image_size,
         crop_scale=1.0,
         training=TrainingConfig(
             config.num_steps,
             config.batch_size,
-            ema_decay=0.98,
+            ema_decay=0.95,
             precision=config.precision,
             seed=seed,
             device=config.device,
@@ -125,44 +139,23 @@ def training_run(config: QuantizersConfig, name: str, seed: int) -> TrainConfig:
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, schedule="cosine", warmup_steps=20),
         report=ReportConfig(
             report_every=max(1, config.num_steps // 4),
-            sample_every=config.num_steps,
-            save_every=max(1, config.num_steps // 4),
+            sample_every=None,
+            save_every=config.num_steps,
             keep_last=1,
         ),
         num_workers=0,
     )
 
 
-def last_scores(run: Path, num_steps: int) -> dict[str, float]:
-    """The scores after the last step by name; {} if the run is not finished."""
-    path, found = run / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        values = json.loads(line)
-        if values["step"] == num_steps:
-            found |= values
-    return {name: found[name] for name in SCORES} if SCORES.keys() <= found.keys() else {}
-
-
-def table(config: QuantizersConfig) -> str:
-    """A Markdown table of the mean and the range over seeds, of quantizers with a finished run."""
-    lines = [
-        f"| quantizer | seeds | {' | '.join(SCORES.values())} |",
-        "|---" * (len(SCORES) + 2) + "|",
-    ]
-    for name in QUANTIZERS:
-        runs = [
-            last_scores(config.out / f"{name}_{s}", config.num_steps) for s in range(config.seeds)
-        ]
-        done = [scores for scores in runs if scores]
-        if done:
-            values = [spread([scores[score] for scores in done]) for score in SCORES]
-            lines.append(f"| `{name}` | {len(done)} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    """The mean and, in brackets, the smallest and the largest value."""
-    return f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+def reconstruction_scores(vq: VQModel, validation: Validation, world: World) -> dict[str, float]:
+    """PSNR, Frechet distance and the share of codes in use, on the validation images."""
+    usage = CodebookUsage(vq.config.vocab_size, world.device)
+    with torch.inference_mode():
+        for part in validation.pixels.split(16):
+            usage.update(vq.encode(pixels_to_images(part.to(world.device))))
+    scores = validation.scores(reconstruct(vq, validation.pixels, world))
+    scores = {name.removeprefix("validation_"): value for name, value in scores.items()}
+    return scores | {"codebook_usage": usage.result(world)["codebook_usage"]}
 
 
 def main() -> None:

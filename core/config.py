@@ -32,7 +32,7 @@ from core.config_checks import (
     name_flags,
     nearest_name,
 )
-from core.errors import InputError
+from core.errors import InputError, shorten
 from core.files import write_text
 
 Config = TypeVar("Config")
@@ -48,6 +48,8 @@ MISTAKES = (
     NotADirectoryError,
     PermissionError,
 )
+# Of other OSErrors: what a path alone can cause.
+_MISTAKE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 # What jsonargparse and the YAML reader raise for text that is no configuration.
@@ -198,14 +200,22 @@ def run_command(main: Callable[[], None]) -> None:
     _set_environment()
     try:
         main()
-    except MISTAKES as error:
+    except InputError as error:
         fail(str(error), code=2)
     except OSError as error:
+        if is_mistake(error):
+            fail(str(error), code=2)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space there, then " if full else ""
         fail(f"{error}; {advice}run the same command again to continue", code=1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue", code=2)
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether only the user can put this right: the command ends with one line, exit code 2."""
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MISTAKES) or number in _MISTAKE_NUMBERS
 
 
 def _set_environment() -> None:
@@ -226,7 +236,9 @@ def fail(message: str, code: int) -> NoReturn:
     """Print one line and leave with an exit code, without waiting for other ranks."""
     name = sys.modules["__main__"].__spec__
     # tqdm's own print: a line of its own, not the end of a progress bar's.
-    tqdm.write(f"{name.name if name else 'error'}: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(
+        f"{name.name if name else 'error'}: {shorten(' '.join(message.split()))}", file=sys.stderr
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 2 and "SIGUSR2" in os.environ.get("PET_SIGNALS_TO_HANDLE", ""):

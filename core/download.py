@@ -50,7 +50,7 @@ def web_size(file: WebFile) -> int:
     try:
         with urlopen(Request(file.url, method="HEAD"), timeout=TIMEOUT) as answer:
             total = int(answer.headers["Content-Length"] or 0)
-    except (URLError, OSError, http.client.HTTPException) as error:
+    except (URLError, OSError, ValueError, http.client.HTTPException) as error:
         raise _missing(file, error) from error
     return max(0, total - _size(_part(file)))
 
@@ -71,7 +71,7 @@ def fetch_web(file: WebFile) -> Path:
                     break
             except HTTPError as refused:
                 raise _missing(file, refused) from refused
-            except (URLError, OSError, http.client.HTTPException) as broken:
+            except (URLError, OSError, ValueError, http.client.HTTPException) as broken:
                 error = broken
         else:
             raise _missing(file, error or "the transfer keeps breaking") from error

@@ -1,9 +1,30 @@
 """The error that every command reports as one line."""
 
+import re
+
+LONGEST_WORD = 400  # characters; a path is rarely longer, a damaged file may claim any
+LONGEST_MESSAGE = 1200
+
 
 class InputError(ValueError):
     """The user asked for something that cannot work.
 
     The message says what is wrong, where, and what to do about it. A command prints it as one line
-    and exits with code 2.
+    and exits with code 2. What it quotes is cut where nobody would read it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shorten(message))
+
+
+def shorten(message: str) -> str:
+    """A message whose longest words, names that a file holds, have lost their middle."""
+    short = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: _without_middle(word[0], 200), message)
+    return _without_middle(short, LONGEST_MESSAGE)
+
+
+def _without_middle(text: str, length: int) -> str:
+    """At most `length` characters of a text: its beginning and its end."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length - 60]} ... {text[-50:]}"

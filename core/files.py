@@ -155,8 +155,9 @@ SAMPLED_BYTES = 1 << 16
 class FilesFingerprint(NamedTuple):
     """Whether files are still the same: by content, and as older versions did, by their times.
 
-    content: a hash of all names and sizes, and of the beginning of some files, spread evenly.
-    times: a hash of names, sizes and times of change.
+    content: a hash of all names and sizes, and of the first 64 KiB of at least 256 files (of all
+        where there are fewer), spread evenly.
+    times: a hash of all names, sizes and times of change.
     """
 
     content: str

@@ -14,8 +14,9 @@ import yaml
 from torch import nn
 
 from core.checksums import CHECKSUMS, FileSums, write_checksums
+from core.config_checks import check_config_file
 from core.errors import InputError
-from core.files import read_json, write_text
+from core.files import read_record, write_text
 from core.hub import HubFile, parse_hub_id, push_to_hub
 from core.lock import writer_lock
 from core.released import find_released
@@ -110,6 +111,7 @@ def export_model(model: nn.Module, description: ModelDescription, config: Export
     if config.push_to:
         check_target(config.push_to)
         check_results(description, config.card)
+        _training_config(Path(description.source))
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.out or Path(temporary)
         with writer_lock(folder):
@@ -153,9 +155,16 @@ def publish_model(
 
 def check_target(push_to: str) -> HubFile:
     """The repository and branch of `owner/name[@branch]`; raises InputError for another form."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     target = parse_hub_id(push_to)
     if target is None or target.filename:
         raise InputError(f"push_to is {push_to}, must be owner/name or owner/name@branch")
+    try:
+        validate_repo_id(target.repository)
+    except HFValidationError as error:
+        raise InputError(f"push_to: {error}") from error
     return target
 
 
@@ -246,10 +255,16 @@ def _scores_text(results: list[Result]) -> str:
 
 
 def _training_config(source: Path) -> Path | None:
-    """The configuration of the run that a run or checkpoint folder belongs to."""
+    """The configuration of the run that a run or checkpoint folder belongs to.
+
+    Raises InputError if it is damaged.
+    """
     run = source.parent.parent if source.parent.name == "checkpoints" else source
     path = run / "config.yaml"
-    return path if (run / "checkpoints").is_dir() and path.is_file() else None
+    if not (run / "checkpoints").is_dir() or not path.is_file():
+        return None
+    check_config_file(path)
+    return path
 
 
 # What scores.json says about how it was measured, in the order of the card.
@@ -258,14 +273,17 @@ _SETTINGS = ("sampling", "resize", "image_size", "data")
 
 
 def _read_result(folder: Path, description: ModelDescription) -> Result:
-    stored = read_json(folder / "scores.json")
-    settings = stored.get("settings", {})
+    path = folder / "scores.json"
+    stored = {"settings": {}, **read_record(path, {})}
+    settings = stored["settings"]
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: settings is {str(settings)[:60]}, expected a JSON object")
     found = _measured_sha256(folder, stored, f"{description.kind}_sha256")
     if found is None:
         raise InputError(f"{folder}: does not say which weights were measured; nothing is uploaded")
     if found != description.sha256:
         raise InputError(
-            f"{folder}: measured on weights with sha256 {found[:12]}, these have "
+            f"{folder}: measured on weights with sha256 {str(found)[:12]}, these have "
             f"{description.sha256[:12]}"
         )
     scores = {name: value for name, value in stored.items() if isinstance(value, float)}
@@ -281,5 +299,5 @@ def _measured_sha256(folder: Path, stored: dict[str, Any], key: str) -> str | No
         return stored[key]
     for samples in (folder, Path(str(stored.get("settings", {}).get("samples", folder)))):
         if (samples / "settings.json").is_file():
-            return read_json(samples / "settings.json").get(key)
+            return read_record(samples / "settings.json", {}).get(key)
     return None

@@ -172,11 +172,26 @@ def released_table(models: Iterable[ReleasedModel]) -> str:
     return "\n".join(lines)
 
 
+def unpinned_text(models: Iterable[ReleasedModel]) -> str:
+    """A sentence about the files whose sha256 the table does not know; "" for none."""
+    files = [model for model in models if model.repository and model.file]
+    unknown = [model.name for model in files if model.sha256 is None]
+    if not unknown:
+        return ""
+    which = "any of these files" if len(unknown) == len(files) else ", ".join(unknown)
+    return (
+        f"No sha256 is known for {which}: a download is compared with the one that the Hub itself\n"
+        "gives, and reports record it."
+    )
+
+
 def _row(model: ReleasedModel) -> tuple[str, ...]:
     published = "; ".join(_score_text(score) for score in model.scores) or "-"
     settings = [f"{key} {value}" for key, value in model.sampling.items() if key in _SHOWN]
     settings += sorted({score.interpolation for score in model.scores if score.interpolation})
     weights = f"`{model.location}`" if model.repository else "not stated"
+    weights += f" @{model.revision[:7]}" if model.revision else ""
+    weights += f" sha256 {model.sha256[:8]}" if model.sha256 else ""
     return (
         f"`{model.name}`",
         model.kind,

@@ -7,6 +7,7 @@ Papers use three conventions, with or without a prefix: the mean cosine of image
 mean of 100 max(cosine, 0), and of 2.5 max(cosine, 0) (Hessel et al. 2021). Each has its own name.
 """
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from core.config import InputError, config_values, parse_config, run_command
+from core.data.arrays import DAMAGE
 from core.data.shards import read_index
 from core.distributed.world import DeviceName, World, distributed
-from core.files import write_json
+from core.files import check_regular_file, write_json
 from core.lock import writer_lock
 from core.weights import file_sha256
 from evaluations.image_source import open_image_source
@@ -67,9 +70,16 @@ def load_clip(config: ClipScoreConfig, device: torch.device) -> tuple[Any, Any, 
         )
     if config.clip_model not in open_clip.list_models():
         raise InputError(f"clip_model: open_clip knows no {config.clip_model}")
-    model, _, transform = open_clip.create_model_and_transforms(
-        config.clip_model, pretrained=str(config.clip_weights), device=device
-    )
+    check_regular_file(config.clip_weights)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            config.clip_model, pretrained=str(config.clip_weights), device=device
+        )
+    except (*DAMAGE, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{config.clip_weights}: not weights of {config.clip_model}, or damaged ({reason})"
+        ) from error
     return model.eval(), transform, open_clip.get_tokenizer(config.clip_model)
 
 
@@ -78,8 +88,13 @@ def clip_score(config: ClipScoreConfig, world: World) -> None:
     """Score every image against its prompt and write clip_scores.json."""
     fields = {"prompts": list[str], "images_per_prompt": int}
     index = read_index(config.samples, fields)
-    model, transform, tokenize = load_clip(config, world.device)
     images = open_image_source(config.samples, (1, 1))
+    if len(index["prompts"]) * index["images_per_prompt"] < images.count:
+        raise InputError(
+            f"{config.samples}: index.json has {len(index['prompts'])} prompts of "
+            f"{index['images_per_prompt']} images, the npz {images.count} images"
+        )
+    model, transform, tokenize = load_clip(config, world.device)
     mine = np.array_split(np.arange(images.count), world.size)[world.rank]
     cosines = []
     with tqdm(total=len(mine), unit="image", disable=not world.is_main) as bar:

@@ -87,8 +87,8 @@ def _gaussian(path: Path, mean_key: str, key: str, dim: int) -> Gaussian:
     found = npz_header(path, mean_key)[0], npz_header(path, key)[0]
     if found != ((dim,), (dim, dim)):
         raise InputError(
-            f"{path}: statistics of {found[0]} features, this extractor has {dim}; a reference "
-            "belongs to the extractor that it was built with"
+            f"{path}: {mean_key} is {found[0]} and {key} {found[1]}, expected {(dim,)} and "
+            f"{(dim, dim)}; a reference belongs to the extractor that it was built with"
         )
     mean, covariance = (
         torch.from_numpy(read_npz_array(path, name, shape, "f")).double()

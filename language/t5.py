@@ -80,6 +80,7 @@ def load_t5(
 
     Raises InputError if they cannot be loaded.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
 
@@ -92,7 +93,7 @@ def load_t5(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
         model = T5EncoderModel.from_pretrained(str(source), dtype=dtype)
-    except (*DAMAGE, AttributeError, ImportError, SafetensorError) as error:
+    except (*DAMAGE, AttributeError, ImportError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source}: not a T5 that can be loaded ({reason})") from error
     model = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from evaluations.features.extractors import EfficientNetExtractor
+from evaluations.metrics.class_agreement import AgreementClassifier
 
 DEVICE = torch.device("cpu")
 
@@ -35,14 +33,15 @@ def main() -> None:
         pixels, wanted = torch.from_numpy(file["arr_0"]), file["arr_1"]
     extractor = EfficientNetExtractor(DEVICE)
     size = tuple(pixels.shape[1:3])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-    classifier.fit(*real_features(extractor, arguments.train, arguments.images, size))
-    accuracy = classifier.score(*real_features(extractor, arguments.val, arguments.images, size))
-    found = classifier.predict(features(extractor, pixels))
-    print(f"accuracy on held-out real images {accuracy:.3f}")
-    print(f"agreement of {len(found)} generated images {(found == wanted).mean():.3f}")
+    classifier = AgreementClassifier(
+        *real_features(extractor, arguments.train, arguments.images, size)
+    )
+    real = real_features(extractor, arguments.val, arguments.images, size)
+    agrees = classifier.agrees(features(extractor, pixels), wanted)
+    print(f"accuracy on held-out real images {classifier.agreement(*real):.3f}")
+    print(f"agreement of {len(agrees)} generated images {agrees.mean():.3f}")
     for label in np.unique(wanted):
-        print(f"  class {label}: {(found[wanted == label] == label).mean():.3f}")
+        print(f"  class {label}: {agrees[wanted == label].mean():.3f}")
 
 
 def features(extractor: EfficientNetExtractor, pixels: torch.Tensor) -> np.ndarray:

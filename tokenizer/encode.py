@@ -32,6 +32,11 @@ from tokenizer.models.config import choose_image_size
 from tokenizer.models.pretrained import LoadedTokenizer, load_tokenizer
 
 SKIPPED = {"skipped": list[list[str]]}  # the fact that a shard's marker records
+# Copying a data set changes the times of its files, so that they alone refuse no folder.
+OTHER_TIMES = (
+    "the times of the images' files have changed since these codes were begun. Names, sizes and a "
+    "sample of their content are the same; if you have replaced images, encode into another folder"
+)
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,12 @@ def encode(config: EncodeConfig, world: World) -> None:
     if world.is_main:
         fingerprint = fingerprint_of_files(images.files)
         settings["images_fingerprint"] = fingerprint.content
+        settings["images_times"] = fingerprint.times
         earlier["images_fingerprint"] = [None, fingerprint.times]
-    writer = ShardWriter(config.out, len(images), config.shard_size, settings, world, earlier)
+    remarks = {"images_times": OTHER_TIMES}
+    writer = ShardWriter(
+        config.out, len(images), config.shard_size, settings, world, earlier, remarks
+    )
     todo = writer.begin()
     if world.is_main:
         save_config(config, config.out / "config.yaml")

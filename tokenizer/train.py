@@ -130,12 +130,12 @@ def plan_training(config: TrainConfig, num_images: int) -> Plan:
     """The memory that the run needs, counted on models on the meta device; no activations."""
     with torch.device("meta"):
         discriminator = build_discriminator(config.discriminator, config.image_size)
-        both = nn.ModuleList([VQModel(config.model), discriminator])
+        vq = VQModel(config.model)
     training = config.training
     return plan_model(
-        both,
+        nn.ModuleList([vq, discriminator]),
         ResnetBlock,
-        training.ema_decay is not None,
+        vq if training.ema_decay is not None else None,
         0.0,
         num_images,
         training.batch_size,

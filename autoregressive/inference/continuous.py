@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from autoregressive.inference.engine import (
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generation import (
     GenerationRequest,
     GenerationState,
-    InferenceEngine,
     num_guided_codes,
 )
 from autoregressive.inference.kv_cache import PrefixCache, VarlenCache
+from core.errors import InputError
 
 
 class ContinuousBatch:
@@ -54,7 +55,14 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def reset(self, request: GenerationRequest) -> None:
-        """Free all places, and take the scales and the sampler of a request."""
+        """Free all places, and take the scales and the sampler of a request.
+
+        Raises InputError for a request that samples several codes of an image per step.
+        """
+        several = "speculation_window" if request.speculation_window > 1 else ""
+        several = "zipar_window" if request.zipar_window else several
+        if several:
+            raise InputError(f"{several}: continuous batching samples one code per image and step")
         bits = torch.zeros(self.places, 1, dtype=torch.int64)
         self.settings = replace(request, sample_bits=bits, forced_codes=None)
         self.state.begin(self.settings)

@@ -3,19 +3,24 @@
 It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on hidden
 states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
 last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
-A step can verify several guessed codes (speculative Jacobi decoding, arXiv 2410.01699, with common
-random numbers): guesses that equal the codes sampled at their positions are accepted.
+A step can verify several guessed codes (speculation.py). zipar.py and continuous.py are other loops
+over the same steps.
 """
 
 import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from autoregressive.inference.generation import (
+    GenerationRequest,
+    GenerationState,
+    Sampler,
+    num_guided_codes,
+)
 from autoregressive.inference.kv_cache import (
     AttentionMetadata,
     Fp8Cache,
@@ -25,7 +30,7 @@ from autoregressive.inference.kv_cache import (
 )
 from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
-from autoregressive.models.conditioning import Condition
+from autoregressive.inference.speculation import accept, first_guesses
 from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
@@ -33,86 +38,6 @@ from core.distributed.parallel import compile_blocks
 # on CPUs fewer shapes, each of which leaves a kernel and fragmented memory behind.
 GRAPH_BUCKET, CPU_BUCKET = 64, 16
 QUANTIZED_CACHES = {"int8": Int8Cache, "fp8": Fp8Cache}
-
-# (logits (n, vocab) float32, sample bits (n, 1) int64, positions (n, 1) int64) -> codes (n,)
-Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A batch of images to sample.
-
-    Args:
-        condition: What each image is conditioned on.
-        negative: What guidance leads away from; None: the null condition.
-        cfg_scales: Guidance scale at each code; 1: no guidance.
-        sample_bits: (batch, 1) int64, random bits of each image.
-        sampler: Picks one code per row of logits. Hashable; equal samplers share CUDA graphs.
-        forced_codes: (batch, num_codes) int64, codes to use instead of sampled ones; -1: sample.
-        speculation_window: Codes verified per step; 1: no speculation.
-        eager: Run without CUDA graphs; required if the sampler has side effects.
-        guidance: Strength that a model with guidance_input gets as an input; None for others.
-    """
-
-    condition: Condition
-    negative: Condition | None
-    cfg_scales: list[float]
-    sample_bits: torch.Tensor
-    sampler: Sampler
-    forced_codes: torch.Tensor | None = None
-    speculation_window: int = 1
-    eager: bool = False
-    guidance: float | None = None
-
-
-def num_guided_codes(cfg_scales: list[float]) -> int:
-    """Number of codes up to and including the last guided one."""
-    return max((i + 1 for i, scale in enumerate(cfg_scales) if scale != 1), default=0)
-
-
-class GenerationState:
-    """Fixed buffers of one batch, which CUDA graphs read and write in place.
-
-    codes: (batch, num_codes + window) int64; codes from index `filled` on are guesses.
-    filled: (batch, 1) int64, number of final codes.
-    prefix_lengths: (2 batch,) int64, valid condition tokens of each row.
-    cfg_scales: (num_codes + window,) float32.
-    sample_bits: (batch, 1) int64, random bits of each image.
-    forced_codes: like codes; -1 where a code is sampled.
-    """
-
-    def __init__(self, batch: int, num_codes: int, window: int, device: torch.device) -> None:
-        def integers(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self.batch, self.window, self.num_codes = batch, window, num_codes
-        self.codes, self.forced_codes = (integers(batch, num_codes + window) for _ in range(2))
-        self.filled, self.sample_bits = integers(batch, 1), integers(batch, 1)
-        self.prefix_lengths = integers(2 * batch)
-        self.cfg_scales = torch.ones(num_codes + window, device=device)
-        self.offsets = torch.arange(window, device=device)
-        self.modulations: list[torch.Tensor] = []
-
-    def begin(self, request: GenerationRequest) -> None:
-        """Reset the buffers for a new request."""
-        self.codes.zero_()
-        self.filled.zero_()
-        self.cfg_scales[: self.num_codes] = torch.tensor(request.cfg_scales)
-        self.sample_bits.copy_(request.sample_bits)
-        self.forced_codes.fill_(-1)
-        if request.forced_codes is not None:
-            self.forced_codes[:, : self.num_codes] = request.forced_codes
-
-    def modulate(self, computed: list[torch.Tensor]) -> None:
-        """Keep each block's and the last norm's (rows, 1, parts * dim), the same at every step."""
-        size = 2 * self.batch
-        self.modulations = self.modulations or [c.new_zeros(size, *c.shape[1:]) for c in computed]
-        for buffer, part in zip(self.modulations, computed, strict=True):
-            buffer[: len(part)] = part
-
-    def modulation(self, layer: int, rows: int) -> torch.Tensor | None:
-        """What block `layer` (-1: the last norm) reads; None without adaln."""
-        return self.modulations[layer][:rows] if self.modulations else None
 
 
 class InferenceEngine:
@@ -146,7 +71,7 @@ class InferenceEngine:
         like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
         if gpt.target_position is not None:
             table = gpt.target_position.weight.detach()
-            self.targets = F.pad(table, (0, 0, 0, len(table))).to(like)
+            self.targets = F.pad(table, (0, 0, 0, 1)).to(like)
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
@@ -191,7 +116,8 @@ class InferenceEngine:
             kv_length = None if masked else length
             step = functools.partial(self._step, state, guided, kv_end, kv_length, request.sampler)
             if self.device.type == "cuda" and not request.eager:
-                key = (state.batch, window, guided, kv_end, masked, request.sampler)
+                rule = request.speculative_rule, request.speculative_guess
+                key = (state.batch, window, guided, kv_end, masked, request.sampler, rule)
                 self._replay(key, state, step)
             else:
                 step()
@@ -270,11 +196,10 @@ class InferenceEngine:
             x = block.forward(x, rotary, attend, state.modulation(i, rows))
         x = modulated(self.norm(x), state.modulation(-1, rows))
         last = x[torch.arange(rows, device=self.device), lengths - 1]
-        self._sample(state, last[:, None], state.filled, guided, request.sampler)
+        logits = self._logits(state, last[:, None], state.filled, guided)
+        state.sample(request.sampler, logits, state.filled)
         state.filled.add_(1)
-        # The first guesses: forced codes, elsewhere the first code.
-        guesses = torch.where(state.forced_codes < 0, state.codes[:, :1], state.forced_codes)
-        state.codes[:, 1:] = guesses[:, 1:]
+        first_guesses(state, self.config.vocab_size)
         return longest, ragged
 
     def _step(
@@ -289,22 +214,46 @@ class InferenceEngine:
 
         kv_length: None if the slots in use are not the same in every row: attend under a mask.
         """
-        assert self.cache is not None
         positions = state.filled - 1 + state.offsets
         inputs = state.codes.gather(1, positions)
-        x, rotary_rows = self.embedding[inputs], self.config.num_condition + positions
-        if self.targets is not None:
-            x = x + self.targets[positions + 1]
+        x = self._hidden(state, positions, guided, kv_end, kv_length)
+        logits = self._logits(state, x, positions + 1, guided)
+        accept(state, sampler, logits, inputs, self.config.grid[1])
+
+    def _hidden(
+        self,
+        state: GenerationState,
+        positions: torch.Tensor,
+        guided: bool,
+        kv_end: int,
+        kv_length: int | None,
+        written: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the codes at grid positions (batch, n) -> hidden states (rows, n, dim).
+
+        written: (num_codes,) bool, the positions to attend to, where some before a code's own have
+        no keys and values yet; None: all before it.
+        """
+        assert self.cache is not None
+        x = self.embedding[state.codes.gather(1, positions)]
+        rows = positions
         if state.window > 1:
-            rotary_rows = rotary_rows.clamp_(max=len(self.rotary) - 1)  # of finished rows
-        rotary = self.rotary[rotary_rows]
+            rows = rows.clamp(max=state.num_codes - 1)  # of finished images
+        if self.targets is not None:
+            x = x + self.targets[rows + 1]
+        rotary = self.rotary[self.config.num_condition + rows]
         if guided:
             x, rotary = x.repeat(2, 1, 1), rotary.repeat(2, 1, 1, 1)
             positions = positions.repeat(2, 1)
-        slots = state.prefix_lengths[: len(x), None] + positions
-        mask = None
+        prefix_lengths = state.prefix_lengths[: len(x), None]
+        slots, mask = prefix_lengths + positions, None
         if kv_length is None:
-            mask = torch.arange(kv_end, device=self.device) > slots[..., None]
+            every = torch.arange(kv_end, device=self.device)
+            mask = every > slots[..., None]
+            if written is not None:
+                position = every - prefix_lengths
+                empty = ~written[position.clamp(0, len(written) - 1)] & (position >= 0)
+                mask |= empty[:, None]
         row_lengths = (slots[:, -1] + 1).int()
         metadata = AttentionMetadata(
             self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask
@@ -313,38 +262,23 @@ class InferenceEngine:
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.attend, layer, metadata)
             x = block(x, rotary, attend, state.modulation(i, len(x)))
-        next_positions = state.filled + state.offsets
-        x = modulated(self.norm(x), state.modulation(-1, len(x)))
-        sampled = self._sample(state, x, next_positions, guided, sampler)
-        accepted = (sampled[:, :-1] == inputs[:, 1:]).cumprod(dim=1).sum(dim=1, keepdim=True)
-        state.filled.add_(accepted + 1).clamp_(max=state.num_codes)
+        return modulated(self.norm(x), state.modulation(-1, len(x)))
 
-    def _sample(
-        self,
-        state: GenerationState,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        guided: bool,
-        sampler: Sampler,
+    def _logits(
+        self, state: GenerationState, hidden: torch.Tensor, positions: torch.Tensor, guided: bool
     ) -> torch.Tensor:
-        """Hidden (rows, n, dim), positions (batch, n) -> codes (batch, n), stored in the state."""
+        """Hidden (rows, n, dim) before positions (batch, n) -> logits (batch, n, vocab) float32."""
         if guided:
             conditional, unconditional = hidden.float().chunk(2)
             scale = state.cfg_scales[positions][..., None]
             guided_hidden = unconditional + scale * (conditional - unconditional)
             hidden = guided_hidden.to(self.embedding.dtype)
-        logits = self.output(hidden.flatten(0, 1)).float()
-        sample_bits = state.sample_bits.expand_as(positions).reshape(-1, 1)
-        sampled = sampler(logits, sample_bits, positions.reshape(-1, 1)).view_as(positions)
-        forced = state.forced_codes.gather(1, positions)
-        sampled = torch.where(forced < 0, sampled, forced)
-        state.codes.scatter_(1, positions, sampled)
-        return sampled
+        return self.output(hidden.flatten(0, 1)).float().unflatten(0, positions.shape)
 
     def _replay(self, key: tuple, state: GenerationState, step: Callable[[], None]) -> None:
         """Run `step` as a CUDA graph; capture it first if its key is new."""
         if key not in self.graphs:
-            changed = (state.codes, state.filled)
+            changed = state.changed_by_a_step
             before = [part.clone() for part in changed]
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))

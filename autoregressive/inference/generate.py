@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from autoregressive.inference.engine import GenerationRequest, InferenceEngine, engine_of
+from autoregressive.inference.engine import InferenceEngine, engine_of
+from autoregressive.inference.generation import GenerationRequest
 from autoregressive.inference.sampler import TopKTopPSampler
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
@@ -84,7 +86,7 @@ def generate_steps(
     """Sample step by step: yields one buffer (batch, codes) int64, and how many are final."""
     if not isinstance(engine, InferenceEngine):
         engine = engine_of(engine)
-    return engine.steps(request)
+    return zipar_steps(engine, request) if request.zipar_window else engine.steps(request)
 
 
 def generation_request(
@@ -121,6 +123,9 @@ def generation_request(
         None if forced_codes is None else _flat_codes(config, forced_codes, len(condition)),
         sampling.speculation_window,
         guidance=sampling.guidance,
+        speculative_rule=sampling.speculative_rule,
+        speculative_guess=sampling.speculative_guess,
+        zipar_window=sampling.zipar_window,
     )
 
 

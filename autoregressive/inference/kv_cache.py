@@ -268,6 +268,11 @@ class VarlenCache(PrefixCache):
         return newer and torch.cuda.get_device_capability(like.device) >= (8, 0)
 
     @classmethod
+    def read(cls, buffer: KVBuffer, rows: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `end` slots of the first rows, (rows, kv_heads, end, head_dim) in `dtype`."""
+        return buffer[0][:rows, :end].transpose(1, 2)
+
+    @classmethod
     def write(cls, buffer: KVBuffer, metadata: AttentionMetadata, new: torch.Tensor) -> None:
         """Store (rows, new, kv_heads, head_dim) at each row's slots."""
         buffer[0][torch.arange(len(new), device=new.device)[:, None], metadata.slots] = new
@@ -276,7 +281,12 @@ class VarlenCache(PrefixCache):
     def attention(
         cls, layer: LayerCache, metadata: AttentionMetadata, queries: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of queries (rows, new, heads, head_dim), the last of their rows."""
+        """Attention of queries (rows, new, heads, head_dim); without a mask the last of their rows.
+
+        The kernel knows no masks: with one, this is plain attention.
+        """
+        if metadata.mask is not None:
+            return super().attention(layer, metadata, queries)
         from torch.nn.attention.varlen import varlen_attn
 
         rows, new, heads = queries.shape[:3]

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from autoregressive.inference.engine import GenerationRequest, InferenceEngine, Sampler
+from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generation import GenerationRequest, Sampler
 
 
 @torch.no_grad()

@@ -48,6 +48,14 @@ class TopKTopPSampler:
         entries = torch.arange(logits.shape[-1], device=logits.device)
         return (logits + gumbel(bits, entries)).argmax(dim=-1)
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (n, vocab) float32 -> the distribution that codes are drawn from, same shape.
+
+        Not for greedy.
+        """
+        logits = logits / max(self.temperature, 1e-5)
+        return filter_logits(logits, self.top_k, self.top_p).softmax(dim=-1)
+
 
 def gumbel(bits: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise float32 from random bits and code numbers (int64, broadcast)."""

@@ -9,6 +9,9 @@ from core.errors import InputError
 # The usual (cfg_scale, top_k) of a model, by what it is conditioned on.
 USUAL = {"class": (2.0, 0), "text": (7.5, 1000), "none": (1.0, 0)}
 
+Rule = Literal["same_images", "same_distribution"]
+Guess = Literal["first", "left", "above"]
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -34,8 +37,18 @@ class SamplingConfig:
             above 1 is the power-cosine of RAR (arXiv 2411.00776).
         speculation_window: Codes verified per step; 1: no speculation. The images are the same.
             How much time it saves depends on the model; it pays only at small batches.
+        speculative_rule: Which guessed codes a step accepts. same_images: those that plain sampling
+            draws. same_distribution: more of them, by the rejection rule of speculative Jacobi
+            decoding (arXiv 2410.01699); images then follow the same distribution, but are others,
+            and depend on speculation_window and speculative_guess.
+        speculative_guess: The guess at a position that no step has sampled yet: the image's first
+            code, or the code to the left or above.
         guidance: Guidance strength in (0, 1], for models that take it as an input (GFT); about
             1 / cfg_scale of other models. null: 1, none, for those models.
+        zipar_window: ZipAR: a row of codes begins once the row above has this many, and open rows
+            are sampled side by side. Fewer steps (a grid of 32 x 32 takes 304 at 8, instead of
+            1024) and other images, usually worse ones at small windows; nothing is trained. null:
+            raster order.
     """
 
     cfg_scale: float | None = None
@@ -50,6 +63,9 @@ class SamplingConfig:
     cfg_power: float = 1.0
     speculation_window: int = 1
     guidance: float | None = None
+    speculative_rule: Rule = "same_images"
+    speculative_guess: Guess = "first"
+    zipar_window: int | None = None
 
     def __post_init__(self) -> None:
         # The spelling of the reference and of configurations saved before null was accepted.
@@ -76,6 +92,27 @@ class SamplingConfig:
             raise ValueError(
                 f"speculation_window is {self.speculation_window}, must be >= 1 (1: no speculation)"
             )
+        self._check_parallel_decoding()
+
+    def _check_parallel_decoding(self) -> None:
+        """Refuse what cannot be combined."""
+        for name, usual in (("speculative_rule", "same_images"), ("speculative_guess", "first")):
+            value = getattr(self, name)
+            if value != usual and self.speculation_window == 1:
+                raise ValueError(f"{name} {value} needs speculation_window > 1")
+        if self.greedy and self.speculative_rule == "same_distribution":
+            raise ValueError("greedy draws nothing: use speculative_rule same_images")
+        if self.zipar_window is not None and self.zipar_window < 1:
+            raise ValueError(f"zipar_window is {self.zipar_window}, must be >= 1 (null: off)")
+        if self.zipar_window is not None and self.speculation_window > 1:
+            raise ValueError("zipar_window and speculation_window > 1 cannot be combined")
+
+    @property
+    def several_codes_per_step(self) -> str:
+        """The method that samples several codes of an image per step; "" for none."""
+        if self.zipar_window:
+            return "ZipAR"
+        return "speculative decoding" if self.speculation_window > 1 else ""
 
     def resolved(self, condition: str, guidance_input: bool = False) -> "SamplingConfig":
         """A copy whose cfg_scale, top_k and guidance are set.
@@ -111,6 +148,11 @@ class SamplingConfig:
         if self.cfg_interval is None:
             values["cfg_interval"] = -1
         window = values.pop("speculation_window")
+        rule, guess = values.pop("speculative_rule"), values.pop("speculative_guess")
+        if rule != "same_images":  # else the images do not depend on them
+            values |= {"speculative_rule": rule, "speculative_guess": guess}
+        if values["zipar_window"] is None:
+            del values["zipar_window"]
         return {**values, "speculative": window if window > 1 else 0}
 
     def cfg_scales(self, num_codes: int) -> list[float]:

@@ -46,6 +46,7 @@ class Objective(nn.Module):
     model_fields: Fields of GPTConfig that it needs.
     check: Refuses a model or a run that it cannot train.
     needs_codebook: `set_codebook` gets the tokenizer's vectors (vocab, codebook_dim) float32.
+    sequences_per_image: How many sequences of codes it trains on for an image of the batch.
     extra: More data for a micro-batch.
 
     Args:
@@ -56,6 +57,7 @@ class Objective(nn.Module):
 
     model_fields: ClassVar[dict[str, Any]] = {}
     needs_codebook: ClassVar[bool] = False
+    sequences_per_image: ClassVar[int] = 1
 
     def __init__(self, gpt: GPT, chunk: int, seed: int = 0) -> None:
         super().__init__()

@@ -41,6 +41,8 @@ class ContrastiveOptions:
 class ContrastiveLoss(Objective):
     """The loss of CCA; an image's negative class is the class of the next one of the batch."""
 
+    sequences_per_image = 2
+
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: ContrastiveOptions) -> None:
         super().__init__(gpt, chunk, seed)
         self.options = options

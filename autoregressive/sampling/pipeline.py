@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from autoregressive.inference.compute import build_engine
-from autoregressive.inference.decode_overlap import DecodeOverlap
 from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generate_rows, generation_request, sample_codes
 from autoregressive.inference.quantized_linear import DecodePrecision
@@ -32,6 +31,7 @@ from autoregressive.models.conditioning import (
 from autoregressive.models.gpt import GPT
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.sampling.conditions import ConditionConfig, load_gpt_text_encoder
+from autoregressive.sampling.decode_overlap import DecodeOverlap
 from core.config import InputError
 from core.data.images import images_to_pixels
 from core.distributed.world import DeviceName, Precision, choose_device, dtype_of

@@ -170,10 +170,11 @@ def write_shards(
             )
         if written:
             written.result()
-    if world.is_main and config.sampling.speculation_window > 1 and engine.steps_taken:
+    method = config.sampling.several_codes_per_step
+    if world.is_main and method and engine.steps_taken:
         batch_count = sum(math.ceil(len(writer.items(shard)) / size) for shard in todo)
         tokens = (engine.config.num_codes - 1) * batch_count
-        print(f"speculative decoding: {tokens / engine.steps_taken:.2f} codes per step")
+        print(f"{method}: {tokens / engine.steps_taken:.2f} codes per step")
 
 
 def read_batches(

@@ -5,21 +5,38 @@ import torch
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block
+from autoregressive.objectives.config import build_objective
 from autoregressive.training.config import TrainConfig
 from core.distributed.world import World
-from core.training.memory_plan import Plan, plan_model, transformer_activations
+from core.training.memory_plan import (
+    Plan,
+    count_parameters,
+    plan_model,
+    transformer_activations,
+)
 from core.training.speed_plan import StepPlan
 
 
-def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, world: World) -> Plan:
+def plan_training(
+    config: TrainConfig,
+    gpt_config: GPTConfig,
+    samples: int,
+    world: World,
+    codebook: torch.Tensor | None = None,
+) -> Plan:
     """The memory and the least time that the run needs, counted on a model on the meta device.
 
-    samples: Number of training samples.
+    samples: Number of training samples. codebook: As for build_objective.
     """
+    seed, chunk = config.training.seed, config.loss_chunk
     with torch.device("meta"):
-        gpt = GPT(gpt_config)
+        objective = build_objective(
+            config.objective, GPT(gpt_config), chunk, seed, codebook, samples
+        )
+    gpt = objective.gpt
     length = gpt_config.num_condition + gpt_config.num_codes - 1
     rows = config.training.batch_size // (world.size * config.training.gradient_accumulation)
+    rows *= objective.sequences_per_image
     kept = transformer_activations(
         rows * length,
         gpt_config.dim,
@@ -28,8 +45,8 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         config.parallel.activation_checkpointing,
     )
     logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
-    training, parameters = config.training, sum(p.numel() for p in gpt.parameters())
-    in_blocks = sum(p.numel() for block in gpt.blocks for p in block.parameters())
+    training, parameters = config.training, count_parameters(gpt)
+    in_blocks = sum(count_parameters(block) for block in gpt.blocks)
     compute_bytes = 2 if training.precision == "bf16" else 4
     step = StepPlan(
         parameters,
@@ -42,9 +59,9 @@ def plan_training(config: TrainConfig, gpt_config: GPTConfig, samples: int, worl
         training.ema_decay is not None,
     )
     return plan_model(
-        gpt,
+        objective,
         Block,
-        training.ema_decay is not None,
+        gpt if training.ema_decay is not None else None,
         kept + logits,
         samples,
         training.batch_size,

@@ -8,8 +8,6 @@ folder is writable.
 
 import json
 import tarfile
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from core.data.arrays import DAMAGE
 from core.data.image_list import IMAGE_SUFFIXES, fingerprint_of, image_files
 from core.data.images import ImageError, load_image
 from core.errors import InputError
@@ -113,13 +112,20 @@ class ImageTextPairs:
             raise ImageError(name, reason)
         data = self.source.read(index, "image")
         if data is None:
-            raise ImageError(name, "no such file")
+            raise ImageError(name, self._why_missing(index))
         image = load_image(data, name)
         if min(image.size) < config.min_side:
             raise ImageError(name, f"smaller than {config.min_side} pixels")
         if config.max_aspect is not None and max(image.size) > config.max_aspect * min(image.size):
             raise ImageError(name, f"aspect beyond {config.max_aspect}")
         return image
+
+    def _why_missing(self, index: int) -> str:
+        try:
+            self._record(index)
+        except CaptionError as error:  # a line that names no image
+            return str(error)
+        return "no such file"
 
     def captions(self, index: int) -> list[str]:
         """The caption in every variant of ImageTextConfig.captions; raises CaptionError."""
@@ -278,7 +284,7 @@ def _tar_index(path: Path) -> tuple[list[str], np.ndarray]:
         with np.load(cached, allow_pickle=False) as file:
             if np.array_equal(file["version"], version):
                 return file["keys"].tolist(), file["places"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except DAMAGE:
         pass  # missing or damaged: compute it again
     found: dict[str, np.ndarray] = {}
     try:

@@ -43,6 +43,7 @@ class ShardWriter:
 
     settings: everything that the arrays depend on. `begin` refuses a folder with other settings.
     earlier: values of settings that folders of older versions may have instead; None: not there.
+    remarks: settings that may differ, each with the warning that the user then gets.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class ShardWriter:
     settings: Mapping[str, Any]
     world: World
     earlier: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def begin(self) -> list[int]:
         """Create or check the folder -> the shards that this rank still has to write.
@@ -82,12 +84,16 @@ class ShardWriter:
             for key in expected | found
             if expected.get(key) != found.get(key)
             and found.get(key) not in self.earlier.get(key, ())
+            and key not in self.remarks
         )
         if different:
             raise InputError(
                 f"{self.folder}: was begun with other settings ({', '.join(different)}); "
                 "choose another folder or remove it"
             )
+        for key, remark in self.remarks.items():
+            if found.get(key) not in (None, expected.get(key)):  # None: of an older version
+                logger.warning("%s: %s", self.folder, remark)
 
     def _share(self, written: bool) -> list[int]:
         found = [s for s in self._shards if (s in self._intact) == written]

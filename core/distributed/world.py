@@ -22,7 +22,7 @@ from torch.distributed import HashStore, PrefixStore  # pyright: ignore[reportPr
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from core.config import MISTAKES, InputError, fail
+from core.config import InputError, fail, is_mistake
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -144,8 +144,8 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
         if size > 1:
             _join(chosen, datetime.timedelta(minutes=timeout_minutes))
         yield World(rank, size, chosen)
-    except MISTAKES as error:
-        if size == 1:
+    except (InputError, OSError) as error:
+        if size == 1 or not is_mistake(error):
             raise
         # At once, because the other ranks would take the end of the group for a crash.
         fail(str(error), code=2)

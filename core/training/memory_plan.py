@@ -29,10 +29,11 @@ CLUSTERS = (8, 64, 256)  # processes for which the time of a step is shown, besi
 class Plan:
     """The sizes that decide how much memory a training run needs."""
 
-    parameters: int
+    parameters: int  # that are trained
+    frozen: int  # parameters that only compute, such as those of a reference model
+    ema_parameters: int  # parameters of which an EMA is kept
     largest_block: int  # parameters of the largest transformer block (or other repeated layer)
     outside_blocks: int  # parameters outside of all blocks
-    ema: bool  # whether an EMA of the weights is kept
     activations: float  # estimated bytes for a micro-batch on one process
     steps_per_epoch: float
     num_steps: int
@@ -47,8 +48,10 @@ class Plan:
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
         own = self.parameters / shards
         parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
-        if self.ema:
-            parts["EMA weights"] = 4 * own
+        if self.ema_parameters:
+            parts["EMA weights"] = 4 * self.ema_parameters / shards
+        if self.frozen:
+            parts["frozen weights"] = 4 * self.frozen / shards
         # DDP reduces gradients in place (gradient_as_bucket_view).
         if strategy != "ddp":
             # At the same time: two blocks and everything outside the blocks, with their gradients.
@@ -73,18 +76,19 @@ class Plan:
         The first process gathers all weights of a sharded model to draw samples, and every process
         gathers them to score samples.
         """
-        copied = STATE_BYTES - 4 + 4 * self.ema  # no gradients
+        # No gradients, and nothing that is frozen.
+        copied = (STATE_BYTES - 4) * self.parameters + 4 * self.ema_parameters
         if strategy == "ddp":
-            return self.parameters * copied
+            return copied
         shards = min(size, shared) if strategy == "hsdp" else size
         gathering = here if self.scored else 1
-        return self.parameters * (copied / shards * min(here, shards) + 4 * gathering)
+        return copied / shards * min(here, shards) + 4 * self.parameters * gathering
 
 
 def plan_model(
     model: nn.Module,
     block: type[nn.Module],
-    ema: bool,
+    ema_model: nn.Module | None,
     activations: float,
     samples: int,
     batch_size: int,
@@ -95,18 +99,19 @@ def plan_model(
     step: StepPlan | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """Plan the memory of a model, which may be on the meta device."""
-    sizes = [
-        sum(p.numel() for p in module.parameters())
-        for module in model.modules()
-        if isinstance(module, block)
-    ]
-    parameters = sum(p.numel() for p in model.parameters())
+    """Plan the memory of a model, which may be on the meta device.
+
+    model: Everything on the device, frozen parts too. ema_model: the part that has an EMA, if any.
+    """
+    sizes = [count_parameters(part) for part in model.modules() if isinstance(part, block)]
+    everything = count_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Plan(
-        parameters,
+        trained,
+        everything - trained,
+        count_parameters(ema_model) if ema_model else 0,
         max(sizes, default=0),
-        parameters - sum(sizes),
-        ema,
+        everything - sum(sizes),
         activations,
         samples / batch_size,
         num_steps,
@@ -116,6 +121,11 @@ def plan_model(
         step,
         processes,
     )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def check_fits(plan: Plan, config: ParallelConfig, world: World) -> None:
@@ -169,29 +179,29 @@ def print_plan(plan: Plan, config: Any, parallel: ParallelConfig, world: World) 
     if not world.is_main:
         return
     print(config_text(config))
-    print(f"parameters            {plan.parameters:,}")
+    frozen = f", and {plan.frozen:,} frozen" if plan.frozen else ""
+    print(f"parameters            {plan.parameters:,}{frozen}")
     print(f"steps per epoch       {plan.steps_per_epoch:,.1f}")
     print(f"epochs                {plan.num_steps / max(plan.steps_per_epoch, 1e-9):,.2f}")
     print(f"memory of the device  {memory_bytes(world.device) / 2**30:,.1f} GiB")
-    print(f"GiB per process of this run, {parallel.strategy} on {world.size}:")
-    for part, count in plan.parts(parallel.strategy, world.size, _shared(parallel, world)).items():
-        note = "(estimate)" if part == "activations" else ""
-        print(f"  {part:<34}{count / 2**30:>9.2f} {note}".rstrip())
-    sizes = sorted({1, 8, 32, 128, world.size})
-    node = _node_size()
+    sizes, node = sorted({1, *CLUSTERS, world.size}), _node_size()
+    columns = {n: plan.parts(parallel.strategy, n, _shared(parallel, world, n)) for n in sizes}
+    title = f"GiB per process, {parallel.strategy} on"
+    print(f"{title:<34}" + "".join(f"{size:>9}" for size in sizes))
+    for part in dict.fromkeys(name for parts in columns.values() for name in parts):
+        note = " (estimate)" if part == "activations" else ""
+        counts = (parts.get(part, 0) / 2**30 for parts in columns.values())
+        print(f"  {part:<32}" + "".join(f"{count:>9.2f}" for count in counts) + note)
     for title, count in (
         ("GiB per process on", plan.bytes_per_process),
         ("host GiB, process 0", plan.host_bytes),
         ("host GiB per node", lambda *of: plan.host_bytes(*of, here=min(of[1], node))),
     ):
-        print(f"{title:<21}" + "".join(f"{size:>9}" for size in sizes))
+        print(f"{title:<34}" + "".join(f"{size:>9}" for size in sizes))
         for strategy in get_args(Strategy):
-            columns = []
-            for size in sizes:
-                needed = count(strategy, size, _shared(parallel, world, size))
-                columns.append(f"{needed / 2**30:>9.1f}")
+            needed = (count(strategy, size, _shared(parallel, world, size)) for size in sizes)
             mark = "<- chosen" if strategy == parallel.strategy else ""
-            print(f"  {strategy:<19}" + "".join(columns), mark)
+            print(f"  {strategy:<32}" + "".join(f"{n / 2**30:>9.1f}" for n in needed), mark)
     print(
         f"Host memory is for checkpoints and samples, with {node} processes per node; the start "
         "needs none, because the model is built on its device shard by shard."

@@ -93,7 +93,7 @@ class StepPlan:
     def table(self, strategy: Strategy, size: int, shared: int, num_steps: int) -> list[str]:
         """Lines that show, for named cards, the least time of a step and of the whole run."""
         lines = [
-            f"{size} processes, {strategy}: least time (roofline, everything overlapped)",
+            f"{strategy} on {size}: least time (roofline, everything overlapped)",
             "  card    s per step   bound by    MFU at most      hours    GPU-hours",
         ]
         for name in NAMED_CARDS:

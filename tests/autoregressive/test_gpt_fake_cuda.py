@@ -17,6 +17,7 @@ from autoregressive.inference.engine import GenerationRequest, InferenceEngine, 
 from autoregressive.inference.generate import generation_request
 from autoregressive.inference.kv_cache import Fp8Cache, Int8Cache, PrefixCache, VarlenCache
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import as_condition
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.next_token import NextTokenLoss
@@ -105,6 +106,25 @@ def test_prefill_and_steps_with_every_sampler_guidance_and_window(sampler, guida
     gpt = fake_gpt()
     settings = SAMPLERS[sampler] | GUIDANCE[guidance]
     two_steps(gpt, request_of(gpt, speculation_window=window, **settings), "bf16", None)
+
+
+@pytest.mark.parametrize("guess", ["left", "above"])
+@pytest.mark.parametrize("rule", ["same_images", "same_distribution"])
+def test_prefill_and_steps_with_every_rule_and_guess(rule, guess):
+    settings = {"speculation_window": 3, "speculative_rule": rule, "speculative_guess": guess}
+    two_steps(fake_gpt(), request_of(fake_gpt(), **settings, top_k=9, top_p=0.9), "bf16", None)
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_all_steps_of_zipar(condition, varlen):
+    gpt = fake_gpt(condition)
+    request = request_of(gpt, zipar_window=2, cfg_interval=4, top_k=9)
+    with fake_tensors((9, 0) if varlen else (7, 0)), torch.no_grad():
+        engine = InferenceEngine(to_fake(gpt), "bf16")
+        assert (engine.cache_type is VarlenCache) == (varlen and VARLEN)
+        *_, (codes, done) = zipar_steps(engine, request)
+        assert (codes.device, done) == (CUDA, 16)
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])

@@ -1,6 +1,7 @@
 """Reproduction end to end against a hub on loopback: tiny models, the proxy network."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -92,8 +93,13 @@ def hub(monkeypatch, tmp_path, world):
         yield server
 
 
-def publish(monkeypatch, distance: float, **changes: object) -> None:
-    """Make the table say that both models have this distance."""
+def publish(
+    monkeypatch,
+    distance: float,
+    models: tuple[ReleasedModel, ...] = (GPT, VQ),
+    **changes: object,
+) -> None:
+    """Make the table say that these models have this distance."""
     row = PublishedScores(
         **{
             "metrics": {"proxy_fd": distance},
@@ -104,7 +110,7 @@ def publish(monkeypatch, distance: float, **changes: object) -> None:
             **changes,
         }
     )
-    table = {m.name: dataclasses.replace(m, scores=(row,)) for m in (GPT, VQ)}
+    table = {m.name: dataclasses.replace(m, scores=(row,)) for m in models}
     monkeypatch.setattr("core.released.released_models", lambda: table)
 
 
@@ -161,6 +167,8 @@ def test_a_run_that_is_stopped_at_every_stage_continues_and_its_report_says_pass
     }
     assert {len(sha256) for sha256 in found["files"].values()} == {64}
     text = (out / "report.md").read_text()
+    assert found["not_pinned"].startswith("No sha256 is known for any of these files")
+    assert found["not_pinned"] in text
     for text_part in ("**pass**", "± ", "1 x ", "torch", "cfg_scale", "published num_images: 240"):
         assert text_part in text, text_part
     again = found["commands"][0].split("--config ")[1]
@@ -201,6 +209,36 @@ def test_a_full_disk_is_noticed_before_the_download(hub, tmp_path, world, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_known_sha256_is_enforced_and_the_report_names_the_files_without_one(
+    hub, tmp_path, world, monkeypatch
+):
+    wrong = dataclasses.replace(GPT, sha256="0" * 64)
+    publish(monkeypatch, 1.0, (wrong, VQ))
+    with pytest.raises(InputError, match=r"gpt\.pt: downloaded with sha256 .* expected 0000"):
+        reproduce(settings(tmp_path / "out"), world)
+    known = hashlib.sha256(hub.repositories["owner/models"].branches["main"]["gpt.pt"])
+    right = dataclasses.replace(GPT, sha256=known.hexdigest())
+    publish(monkeypatch, 1.0, (right, VQ))
+    reproduce(settings(tmp_path / "out", num_images=20), world)
+    assert report(tmp_path / "out")["not_pinned"].startswith("No sha256 is known for tiny_vq:")
+
+
+@pytest.mark.parametrize("theirs", [None, "4 to 8 bicubic, with antialiasing"])
+def test_resized_samples_are_compared_only_under_the_published_interpolation(
+    hub, tmp_path, world, monkeypatch, theirs
+):
+    out, target = tmp_path / "out", namedtuple("target", "model stage published")
+    publish(monkeypatch, 1.0)
+    stage = sample_run.SampleRunConfig(gpt="a", tokenizer="b", out=out, resize=16)
+    row = PublishedScores({"proxy_fd": 1.0}, 16, "this test", COUNT, None, theirs)
+    scores = {"n": COUNT, "proxy_fd": 1.0, "reference": "reference.npz"}
+    (reason,) = command.differences(target(GPT, stage, row), scores)
+    said = theirs or "an interpolation that the source does not state"
+    assert reason == f"images resized by 8 to 16 bicubic, no antialiasing, published with {said}"
+    same = dataclasses.replace(row, interpolation="8 to 16 bicubic, no antialiasing")
+    assert command.differences(target(GPT, stage, same), scores) == []
+
+
 def test_a_tokenizer_is_compared_only_under_the_interpolation_of_the_published_row(
     hub, tmp_path, world, monkeypatch
 ):
@@ -211,11 +249,13 @@ def test_a_tokenizer_is_compared_only_under_the_interpolation_of_the_published_r
         Image.fromarray(image).save(data / f"{number:03}.png")
     out = tmp_path / "out"
     config = settings(out, name="tiny_vq", data=data)
-    publish(monkeypatch, 1.0, image_size=16, interpolation="bilinear")
-    reproduce(config, world)
-    found = report(out)
-    assert found["interpolation"] == "box halvings, then bicubic"
-    assert "published with bilinear" in found["not_compared_because"][0]
+    for theirs, said in (("bilinear", "published with bilinear"), (None, "does not state")):
+        publish(monkeypatch, 1.0, image_size=16, interpolation=theirs)
+        reproduce(config, world)
+        found = report(out)
+        assert found["interpolation"] == "box halvings, then bicubic"
+        assert found["verdict"] == "not compared"
+        assert said in found["not_compared_because"][0]
     ours, interpolation = found["scores"][0]["ours"], found["interpolation"]
     publish(monkeypatch, ours, image_size=16, interpolation=interpolation)
     reproduce(config, world)
@@ -236,3 +276,20 @@ def test_what_cannot_be_reproduced_is_refused_in_one_line(hub, tmp_path, world, 
             reproduce(settings(**{"out": tmp_path / "out", **changes}), world)
     assert not (tmp_path / "out").exists()
     command.print_list()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("progress.json", "[]", "holds a list"),
+        ("progress.json", '{"starts": 3, "seconds": {}}', "starts is 3"),
+        ("samples/scores.json", "{}", "settings is missing"),
+        ("samples/scores.json", '{"settings": []}', r"settings is \[\]"),
+    ],
+)
+def test_a_damaged_record_of_an_earlier_start_is_named(hub, tmp_path, world, file, text, message):
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"{file}: {message}"):
+        reproduce(settings(tmp_path / "out", num_images=20), world)

@@ -181,6 +181,12 @@ def test_a_search_scores_every_guidance_once_and_names_the_best(
     assert (config.out / "search.png").exists()
     with pytest.raises(InputError, match="choose another folder"):
         tune_guidance(dataclasses.replace(config, conditions=BALANCED), world)
+    path = config.out / "search.json"
+    stored = json.loads(path.read_text())
+    del stored["rows"][1]["proxy_fd"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"search\.json: a row has no proxy_fd"):
+        tune_guidance(config, world)
 
 
 def test_quantised_precision_reports_its_effect_and_speculative_decoding_has_none(

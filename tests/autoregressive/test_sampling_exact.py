@@ -210,11 +210,23 @@ def test_guessing_ahead_draws_the_same_images(window, settings):
     )
 
 
-def test_guessing_ahead_follows_the_exact_distribution():
-    gpt = tiny(seed=1, vocab_size=6, grid=(1, 3))
+@pytest.mark.parametrize(
+    ("rule", "guess", "window", "grid"),
+    [
+        ("same_images", "first", 2, (1, 3)),
+        ("same_distribution", "first", 2, (1, 3)),
+        ("same_distribution", "left", 3, (1, 3)),
+        ("same_distribution", "above", 4, (3, 1)),
+    ],
+)
+def test_guessing_ahead_follows_the_exact_distribution(rule, guess, window, grid):
+    gpt = tiny(seed=1, vocab_size=6, grid=grid)
     with torch.no_grad():
         gpt.output.weight.mul_(0.3)
-    config = SamplingConfig(3.0, top_k=4, top_p=0.9, seed=12, speculation_window=2)
+    speculation = {"speculative_rule": rule, "speculative_guess": guess}
+    config = SamplingConfig(
+        3.0, top_k=4, top_p=0.9, seed=12, speculation_window=window, **speculation
+    )
     draws = 20_000
     codes = generate(gpt, torch.full((draws,), 2), **vars(config)).flatten(1)
     check_chi_square(codes, joint_distribution(gpt, 2, config) * draws)

@@ -84,7 +84,7 @@ def test_the_references_lists_are_read_line_by_line(tmp_path):
     assert pairs.captions(0) == ["a long one", "short"]
     assert pairs.load(0).size == (40, 40)
     assert [reason(pairs.captions, i) for i in (1, 2)] == ["no caption", "damaged json"]
-    assert [reason(pairs.load, i) for i in (1, 2)] == ["no such file", "no such file"]
+    assert [reason(pairs.load, i) for i in (1, 2)] == ["no such file", "damaged json"]
     assert pairs.name(1) == "part/000000001"
 
 

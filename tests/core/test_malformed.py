@@ -64,10 +64,10 @@ def test_yaml_that_multiplies_or_contains_itself_is_refused_at_once(tmp_path):
     for text in texts:
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        begun = time.perf_counter()
+        begun = time.process_time()
         with pytest.raises(InputError, match=r"config\.yaml|kind"):
             load_config(Inner, path)
-        assert time.perf_counter() - begun < 5
+        assert time.process_time() - begun < 5
 
 
 def test_a_pipe_or_device_is_refused_instead_of_read(tmp_path):
@@ -303,3 +303,18 @@ def test_a_message_about_a_configuration_names_the_file_or_the_flag(tmp_path):
         parse_config(SampleConfig, ["--config", str(path)])
     with pytest.raises(InputError, match=r"--metrics"):
         parse_config(SampleConfig, [*SAMPLE, f"--metrics={'1' * 5000}"])
+
+
+def test_a_name_of_60000_characters_is_cut_in_every_message(tmp_path, world):
+    path = tmp_path / "list.txt"
+    path.write_text("[" * 60_000 + "\n")
+    vq = write_models(tmp_path, tiny())[1]
+    config = EncodeConfig(
+        str(vq), tmp_path / "out", path, image_size=(8, 8), num_workers=0, device="cpu"
+    )
+    with pytest.raises(InputError, match="no image can be read") as error:
+        encode(config, world)
+    assert len(str(error.value)) < 1000
+    assert "list.txt" in str(error.value)
+    assert len(str(InputError("many words " * 1000))) < 1500
+    assert str(InputError("x: as it was")) == "x: as it was"

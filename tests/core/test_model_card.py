@@ -123,9 +123,45 @@ def test_scores_of_other_weights_and_wrong_targets_are_refused_before_anything_i
         ({"push_to": "owner/x", "card": CardConfig(results=(unnamed,))}, "does not say which"),
         ({"push_to": "name"}, "must be owner/name"),
         ({"push_to": "owner/x/file"}, "must be owner/name"),
+        ({"push_to": "own er/x"}, "push_to: Repo id must"),
+        ({"push_to": f"owner/{'x' * 200}"}, "push_to: Repo id must"),
     ]
     for changes, message in wrong:
         with pytest.raises(InputError, match=message):
             convert(ConvertConfig(source=str(run), out=out, **changes))
+    assert not out.exists()
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("scores.json", "[1]", r"scores\.json: holds a list"),
+        ("scores.json", '{"settings": 3}', r"scores\.json: settings is 3"),
+        ("scores.json", '{"gpt_sha256": 3}', "measured on weights with sha256 3"),
+        ("scores.json", '{"settings": {"samples": "a\\u0000b"}}', "does not say|cannot be read"),
+        ("settings.json", "[]", r"settings\.json: holds a list"),
+    ],
+)
+def test_damaged_results_are_refused_before_anything_is_written(hub, tmp_path, file, text, message):
+    run, out = write_run(tmp_path), tmp_path / "out"
+    results = write_results(tmp_path / "results", load_gpt(run).sha256)
+    (results / file).write_text(text)
+    if file == "scores.json":
+        (results / "settings.json").unlink()
+    card = CardConfig(results=(results,))
+    with pytest.raises(InputError, match=message):
+        convert(ConvertConfig(source=str(run), out=out, push_to="owner/x", card=card))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "\0", "a: &a [*a]"])
+def test_a_damaged_configuration_of_the_run_is_refused_before_anything_is_written(
+    hub, tmp_path, text
+):
+    run, out = write_run(tmp_path), tmp_path / "out"
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"run/config\.yaml: not YAML"):
+        convert(ConvertConfig(source=str(run), out=out, push_to="owner/x"))
     assert not out.exists()
     assert hub.repositories == {}

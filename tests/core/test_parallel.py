@@ -181,7 +181,7 @@ def test_what_cannot_fit_is_refused_and_a_sharded_one_offered(world):
 
     with torch.device("meta"):
         model = nn.Sequential(*[Block(20000, 20000, bias=False) for _ in range(1000)])
-    plan = plan_model(model, Block, True, 1e9, 1000, 10, 50)
+    plan = plan_model(model, Block, model, 1e9, 1000, 10, 50)
     assert plan.parameters == 4e11
     assert plan.steps_per_epoch == 100
     assert plan.bytes_per_process("ddp", 64, 8) == 4e11 * 20 + 1e9
@@ -193,7 +193,7 @@ def test_what_cannot_fit_is_refused_and_a_sharded_one_offered(world):
 
 
 def test_the_same_batch_on_more_processes_needs_less_memory_for_activations():
-    plan = plan_model(nn.Linear(8, 8), nn.Linear, False, 4e9, 100, 10, 50, processes=2)
+    plan = plan_model(nn.Linear(8, 8), nn.Linear, None, 4e9, 100, 10, 50, processes=2)
     needed = [plan.parts("ddp", size, 1)["activations"] for size in (1, 2, 8)]
     assert needed == [8e9, 4e9, 1e9]
 

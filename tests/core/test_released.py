@@ -1,4 +1,7 @@
-"""The table of released models: complete, sourced, and the same in the document."""
+"""The table of released models: complete, sourced, and the same in the documents."""
+
+import dataclasses
+import re
 
 import pytest
 from helpers.paths import ROOT
@@ -12,6 +15,7 @@ from core.released import (
     released_architecture,
     released_models,
     released_table,
+    unpinned_text,
 )
 from core.weights import find_weights, hub_file
 from tokenizer import VQConfig
@@ -21,8 +25,48 @@ DOCUMENT = ROOT / "configs" / "released" / "README.md"
 
 
 def test_the_document_shows_the_table():
-    between = DOCUMENT.read_text().split("<!-- table -->\n")[1]
-    assert between.strip() == released_table(MODELS), "python -m autoregressive.convert --list true"
+    _, table, after = DOCUMENT.read_text().split("<!-- table -->\n")
+    assert table.strip() == released_table(MODELS), "python -m autoregressive.convert --list true"
+    assert after.strip().startswith(unpinned_text(MODELS))
+
+
+DISTANCES = ("gfid", "rfid")
+
+
+@pytest.mark.parametrize("package", ["tokenizer", "autoregressive"])
+def test_the_tables_of_the_packages_show_what_the_table_of_models_says(package):
+    """Their rows: files (with {a,b} for several), ..., the distances of the first scores."""
+    lines = (ROOT / package / "README.md").read_text().splitlines()
+    rows = [line for line in lines if re.match(r"\| `\w+/\w+/", line)]
+    assert rows
+    by_place = {model.location: model for model in MODELS}
+    for row in rows:
+        columns = [text.strip() for text in row.strip("|").split("|")]
+        numbers = []
+        for place in expanded(columns[0].strip("`")):
+            score = next(iter(by_place[place].scores), None)
+            found = [v for k, v in score.metrics.items() if k in DISTANCES] if score else []
+            numbers += [f"{value:.2f}" for value in found] or ["-"]
+        assert columns[-1] == ", ".join(numbers), row
+
+
+def expanded(text: str) -> list[str]:
+    """a{b,c}d -> abd, acd."""
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", text)
+    return [match[1] + part + match[3] for part in match[2].split(",")] if match else [text]
+
+
+def test_what_is_not_pinned_is_said():
+    model, other = MODELS[:2]
+    assert "any of these files" in unpinned_text([model, other])
+    pinned = dataclasses.replace(model, sha256="0" * 64, revision="abcdef0123")
+    assert unpinned_text([pinned, other]).startswith(f"No sha256 is known for {other.name}:")
+    assert unpinned_text([pinned]) == ""
+    assert "@abcdef0 sha256 00000000" in released_table([pinned])
+
+
+# A file at a commit, or a paper.
+SOURCE = re.compile(r"(README|docs/|release).* at commit [0-9a-f]{7}|arXiv \d{4}\.\d{5}")
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -30,8 +74,9 @@ def test_every_entry_fits_the_models_and_names_its_source(model):
     config = GPTConfig if model.kind == "gpt" else VQConfig
     config(**model.architecture)
     SamplingConfig(**model.sampling)
-    assert model.source
-    assert all(score.source and score.metrics for score in model.scores)
+    assert SOURCE.search(model.source), model.source
+    assert all(SOURCE.search(score.source) and score.metrics for score in model.scores)
+    assert model.paper is None or re.fullmatch(r"arXiv \d{4}\.\d{5}", model.paper)
     assert model.kind == "tokenizer" or model.grid
     if model.tokenizer:
         assert find_released(model.tokenizer).kind == "tokenizer"
@@ -41,8 +86,9 @@ def test_a_name_brings_its_file_and_fields_and_a_local_path_wins(tmp_path, monke
     model = find_released("llamagen_l_384")
     assert str(hub_file(model)) == "FoundationVision/LlamaGen/c2i_L_384.pt"
     assert released_architecture("llamagen_l_384")["grid"] == (24, 24)
-    with pytest.raises(InputError, match="ibq_ar_b: the source does not state"):
-        find_weights("ibq_ar_b", "")
+    nowhere = dataclasses.replace(model, file=None, note="the source does not state the file")
+    with pytest.raises(InputError, match="llamagen_l_384: the source does not state"):
+        hub_file(nowhere)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llamagen_l_384").mkdir()
     assert find_weights("llamagen_l_384", "").is_dir()

@@ -1,4 +1,4 @@
-"""GPT-3B on 8, 64 and 256 processes that do not exist: what each would hold and write.
+"""GPT-3B on 8, 64 and 256 processes, GPT-7B on 256, that do not exist: what each would hold.
 
 The process group is torch's fake one, the model is built on the meta device and gets memory that
 is never touched.
@@ -13,14 +13,26 @@ from torch.distributed.tensor import DTensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT, Block
+from autoregressive.models.transformer import PRESETS
 from autoregressive.objectives.next_token import NextTokenLoss
 from core.distributed.parallel import ParallelConfig, local, prepare, written_here
 from core.distributed.world import World
 
-LARGE = GPTConfig(num_layers=24, num_heads=32, dim=3200)  # GPT-3B
-PARAMETERS = 3_096_659_200
-CLUSTERS = [("fsdp", 8), ("fsdp", 64), ("fsdp", 256), ("hsdp", 64), ("hsdp", 256)]
+PARAMETERS = {"GPT-3B": 3_096_659_200, "GPT-7B": 6_614_589_440}
+CLUSTERS = [
+    ("GPT-3B", "fsdp", 8),
+    ("GPT-3B", "fsdp", 64),
+    ("GPT-3B", "fsdp", 256),
+    ("GPT-3B", "hsdp", 64),
+    ("GPT-3B", "hsdp", 256),
+    ("GPT-7B", "fsdp", 256),
+    ("GPT-7B", "hsdp", 256),
+]
 NODE = 8
+
+
+def shape_of(model: str) -> GPTConfig:
+    return GPTConfig(*PRESETS[model])
 
 
 def build(config: GPTConfig, strategy: str, world: World, precision: str = "bf16") -> NextTokenLoss:
@@ -40,27 +52,27 @@ def check_sharding(model: nn.Module, shards: int, index: int) -> None:
         assert len(local(parameter)) == expected, name
 
 
-@pytest.mark.parametrize(("strategy", "size"), CLUSTERS)
-def test_every_rank_of_a_cluster_holds_its_rows_of_every_parameter(strategy, size):
+@pytest.mark.parametrize(("model", "strategy", "size"), CLUSTERS)
+def test_every_rank_of_a_cluster_holds_its_rows_of_every_parameter(model, strategy, size):
     shards = NODE if strategy == "hsdp" else size
     for rank in (0, size - 1):
         with one_of_many(rank, size) as world:
-            gpt = build(LARGE, strategy, world).gpt
-            assert sum(p.numel() for p in gpt.parameters()) == PARAMETERS
+            gpt = build(shape_of(model), strategy, world).gpt
+            assert sum(p.numel() for p in gpt.parameters()) == PARAMETERS[model]
             check_sharding(gpt, shards, rank % shards)
             held = sum(local(p).numel() for p in gpt.parameters())
             # 3,200 rows over 256 are 13 for most and none for the last: 4 % more than the mean.
-            assert held <= 1.05 * PARAMETERS / shards
+            assert held <= 1.05 * PARAMETERS[model] / shards
             if rank == 0:
-                assert held >= PARAMETERS / shards
+                assert held >= PARAMETERS[model] / shards
 
 
-@pytest.mark.parametrize(("strategy", "size"), CLUSTERS)
-def test_the_first_group_of_a_cluster_writes_every_row_to_a_checkpoint_once(strategy, size):
+@pytest.mark.parametrize(("model", "strategy", "size"), CLUSTERS)
+def test_the_first_group_of_a_cluster_writes_every_row_to_a_checkpoint_once(model, strategy, size):
     shards = NODE if strategy == "hsdp" else size
     for rank in {0, shards - 1, size - 1}:
         with one_of_many(rank, size) as world:
-            state = build(LARGE, strategy, world).gpt.state_dict()
+            state = build(shape_of(model), strategy, world).gpt.state_dict()
             tensors = {n: t for n, t in state.items() if written_here(t, world)}
             planner = DefaultSavePlanner()
             planner.set_up_planner(tensors, is_coordinator=rank == 0)

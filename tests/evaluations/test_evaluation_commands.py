@@ -10,7 +10,7 @@ from core.config import InputError
 from core.data.npz import save_npz
 from core.distributed.world import World, choose_device
 from core.files import write_json
-from evaluations import reference, score, sweep, verify_adm
+from evaluations import clip_score, reference, score, sweep, verify_adm
 from evaluations.features.extractors import ExtractorConfig, ProxyExtractor
 from evaluations.image_source import open_image_source
 from evaluations.reference_stats import load_reference
@@ -170,6 +170,9 @@ def test_a_reference_for_reconstruction_is_refused_for_generation(made, tmp_path
 
 def test_a_reference_of_another_extractor_or_damaged_is_refused(made, tmp_path):
     extractor = ProxyExtractor(choose_device("cpu"))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(224, np.float32), sigma=np.eye(8))
+    with pytest.raises(InputError, match=r"sigma \(8, 8\), expected \(224,\) and \(224, 224\)"):
+        load_reference(tmp_path / "wide.npz", extractor, "generation")
     np.savez(tmp_path / "other.npz", mu=np.zeros(8, np.float32), sigma=np.eye(8))
     with pytest.raises(InputError, match="belongs to the extractor"):
         load_reference(tmp_path / "other.npz", extractor, "generation")
@@ -219,3 +222,13 @@ def test_images_that_cannot_be_scored_get_one_line(made, tmp_path, pixels, world
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(["a"], 1), (["a", "b"], 0), ([], 5)])
+def test_an_index_with_too_few_prompts_for_its_images_is_refused(tmp_path, world, prompts, each):
+    save_npz(tmp_path / "samples.npz", 2, [np.zeros((2, 8, 8, 3), np.uint8)])
+    index = {"rows": [2], "count": 2, "prompts": prompts, "images_per_prompt": each}
+    write_json(tmp_path / "index.json", index)
+    config = clip_score.ClipScoreConfig(tmp_path, tmp_path / "out", tmp_path / "clip.pt")
+    with pytest.raises(InputError, match=r"index\.json has .* the npz 2 images"):
+        clip_score.clip_score(config, world)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.codes import write_codes, write_features
-from helpers.fuzz import COUNTS, STARTED, peak_bytes, refused
+from helpers.fuzz import COUNTS, SLOWEST, STARTED, peak_bytes, refused
 from helpers.images import jpeg, write_tar
 from helpers.models import tiny, write_models
 
@@ -62,5 +62,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"fuzz: {total} examples, {COUNTS['refused']} refused in one line, "
             f"{COUNTS['accepted']} accepted, no other exception but in the failures above; "
             f"programs started: {', '.join(sorted(STARTED)) or 'none'}; "
-            f"peak memory {peak_bytes() / 1e9:.2f} GB"
+            f"peak memory {peak_bytes() / 1e9:.2f} GB; slowest example {SLOWEST[0]:.1f} s"
         )

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers.command_lines import COMMANDS as ALL_COMMANDS
 from helpers.command_lines import MINIMAL, config_class
-from helpers.fuzz import COUNTS, WRONG_VALUES, check_line, examples
+from helpers.fuzz import COUNTS, WRONG_VALUES, check_line, examples, time_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +47,8 @@ def test_a_wrong_value_of_any_field_is_accepted_or_refused_in_one_line(
                 path.write_text(text, "utf-8", "surrogatepass")
                 flags += ["--config", str(path)]
         try:
-            config = parse_config(kind, flags)
+            with time_limit():
+                config = parse_config(kind, flags)
         except InputError as error:
             COUNTS["refused"] += 1
             assert "\n" not in check_line(str(error))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT, Block
@@ -43,10 +44,17 @@ def train(config: GPTConfig, precision: str, world: World) -> Plan:
         loss.backward()
         stepper.step(step, 10)
         ema.update(objective.gpt)
+    return plan_of(objective, config, precision, objective.gpt)
+
+
+def plan_of(
+    objective: NextTokenLoss, config: GPTConfig, precision: str, ema_model: nn.Module | None
+) -> Plan:
+    """The plan for one row per process; ema_model: the part that has an EMA."""
     tokens = config.num_codes
     kept = transformer_activations(tokens, config.dim, config.ffn_dim, config.num_layers, "none")
     width = 2 if precision == "bf16" else 4
-    return plan_model(objective, Block, True, kept, 1, 1, 1, compute_bytes=width)
+    return plan_model(objective, Block, ema_model, kept, 1, 1, 1, compute_bytes=width)
 
 
 def objective_of(config: GPTConfig) -> NextTokenLoss:

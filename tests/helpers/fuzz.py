@@ -7,7 +7,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +20,13 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from core.config import MISTAKES
+from core.config import InputError, is_mistake
 
 # `make fuzz` sets it: the number of examples of every test.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 COUNTS = {"refused": 0, "accepted": 0}
+MAX_SECONDS = 60  # that a command may take; the inputs are tiny
+SLOWEST = [0.0]  # seconds
 MAX_BYTES = 2 << 30  # that a command may take, whatever its input claims to hold
 
 # The programs that commands started while they were attacked. A hostile input must start none.
@@ -36,6 +40,24 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_watch)
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise AssertionError in a block that takes longer than MAX_SECONDS, e.g. one that hangs."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"did not end within {MAX_SECONDS} seconds")
+
+    started = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    left = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:  # the timer of the whole test goes on
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, handler)
+        SLOWEST[0] = max(SLOWEST[0], time.monotonic() - started)
 
 
 def peak_bytes() -> int:
@@ -58,7 +80,7 @@ def refused(module: str, *flags: object) -> str:
     """Run a command in this process -> "" if it succeeds, else the one line of its mistake.
 
     Anything but success or a mistake, a traceback for the user, is raised. So is a program that
-    the input starts, or memory without bounds.
+    the input starts, memory without bounds, or a hang.
     """
     global _watching
     quiet, before = io.StringIO(), peak_bytes()
@@ -68,6 +90,7 @@ def refused(module: str, *flags: object) -> str:
     try:
         _watching = True
         with (
+            time_limit(),
             mock.patch.object(sys, "argv", argv),
             contextlib.redirect_stdout(quiet),
             contextlib.redirect_stderr(quiet),
@@ -75,7 +98,9 @@ def refused(module: str, *flags: object) -> str:
         ):
             warnings.simplefilter("ignore")
             command.main()
-    except MISTAKES as error:
+    except (InputError, OSError) as error:
+        if not is_mistake(error):
+            raise
         message = check_line(str(error))
     finally:
         _watching = False

@@ -59,3 +59,6 @@ def test_a_missing_encoder_is_one_line(tmp_path):
         load_t5(tmp_path / "nowhere", CPU, torch.float32)
     with pytest.raises(InputError, match="not a T5 that can be loaded"):
         load_t5(tmp_path, CPU, torch.float32)
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": "x"}')
+    with pytest.raises(InputError, match=r"not a T5 that can be loaded .*d_model"):
+        load_t5(tmp_path, CPU, torch.float32)

@@ -77,13 +77,33 @@ def test_images_replaced_between_a_kill_and_its_continuation_are_noticed(
     assert not (run.out / "index.json").exists()
 
 
-def test_images_that_were_only_touched_or_copied_are_the_same(tmp_path, world, tokenizer, images):
+def test_images_that_were_only_touched_or_copied_are_the_same_with_one_warning(
+    tmp_path, world, tokenizer, images, caplog
+):
     run = config(tokenizer, images, tmp_path / "out")
     encode(run, world)
+    kill_before_the_end(run.out)
+    encode(run, world)
+    assert "times" not in caplog.text
     kill_before_the_end(run.out)
     os.utime(images / "a" / "0.png", ns=(1, 1))
     encode(run, world)
     assert (run.out / "index.json").exists()
+    assert caplog.text.count("the times of the images' files have changed") == 1
+
+
+def test_an_image_beyond_the_sampled_ones_is_noticed_by_its_time(
+    tmp_path, world, tokenizer, images, caplog, monkeypatch
+):
+    monkeypatch.setattr("core.files.SAMPLED_FILES", 1)  # the first alone
+    run = config(tokenizer, images, tmp_path / "out")
+    encode(run, world)
+    kill_before_the_end(run.out)
+    path = images / "a" / "2.png"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    encode(run, world)
+    assert "the times of the images' files have changed" in caplog.text
 
 
 def test_an_image_of_the_same_name_and_size_but_other_content_is_noticed(

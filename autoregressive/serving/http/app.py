@@ -58,7 +58,7 @@ def build_app(service: ImageService, api_key: str | None = None) -> FastAPI:
         yield
         await service.engine.stop()
 
-    app = FastAPI(title="LlamaGen", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="LlamaGen", lifespan=lifespan, openapi_url=None)
 
     def allow(request: Request) -> None:
         sent = request.headers.get("authorization", "").encode("latin-1")

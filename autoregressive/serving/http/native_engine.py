@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from autoregressive.inference.continuous import ContinuousBatch
-from autoregressive.inference.engine import GenerationRequest, InferenceEngine
+from autoregressive.inference.engine import InferenceEngine
 from autoregressive.inference.generate import generation_request
+from autoregressive.inference.generation import GenerationRequest
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.conditioning import Condition
 from autoregressive.serving.http.image_engine import (

@@ -214,6 +214,7 @@ def test_a_wrong_field_is_refused_in_one_line_that_names_it(http, body, message)
 def test_another_model_path_or_method_has_its_own_status(http):
     refused(http.post(IMAGES, json={"prompt": "1", "model": "dall-e-3"}), 404, "llamagen only")
     refused(http.get("/v1/nothing"), 404, "Not Found")
+    refused(http.get("/openapi.json"), 404, "Not Found")  # open without a key otherwise
     refused(http.get(IMAGES), 405, "Method Not Allowed")
 
 

@@ -29,12 +29,16 @@ from core.config import InputError
 IMAGES = "/v1/images/generations"
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def served(paths: tuple[Path, Path], log: Path, *flags: str, python=sys.executable, seconds=60):
     """The command on a free port, once it is healthy -> its process and address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = [str(python), "-m", "autoregressive.serve", "--gpt", paths[0], "--tokenizer", paths[1]]
     line += ["--port", str(port), "--compute.device", "cpu", "--compute.precision", "fp32", *flags]
     url = f"http://127.0.0.1:{port}"
@@ -91,9 +95,41 @@ def test_wrong_settings_are_refused_before_a_model_is_loaded(tmp_path):
         read_class_names(tmp_path / "names.txt")
     paths = write_models(tmp_path, tiny(vocab_size=50))
     (tmp_path / "names.txt").write_text("tench\n")
-    config = {"gpt": str(paths[0]), "tokenizer": str(paths[1])}
+    config = {"gpt": str(paths[0]), "tokenizer": str(paths[1]), "port": free_port()}
     with pytest.raises(InputError, match="1 names, the model has 5 classes"):
         serve(ServeConfig(**config, class_names=tmp_path / "names.txt"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"class_names: .*pipe or device"):
+        read_class_names(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": 0}, "port is 0"),
+        ({"port": 65536}, "port is 65536"),
+        ({"port": -1}, "port is -1"),
+        ({"api_key": " "}, "api_key is empty"),
+        ({"api_key": "k\u00e9y"}, "api_key: a header carries"),
+        ({"api_key": "a\nb"}, "api_key: a header carries"),
+    ],
+)
+def test_a_port_or_key_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ServeConfig(gpt="a", tokenizer="b", **changes)
+
+
+def test_an_address_that_cannot_be_served_is_refused_before_a_model_is_loaded():
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with pytest.raises(InputError, match=rf"port {port}: cannot listen there"):
+            serve(ServeConfig(gpt="a", tokenizer="b", port=port))
+    with pytest.raises(InputError, match=r"host 192\.0\.2\.1, port .*: cannot listen there"):
+        serve(ServeConfig(gpt="a", tokenizer="b", host="192.0.2.1", port=port))
+    with pytest.raises(InputError, match="cannot listen there"):
+        serve(ServeConfig(gpt="a", tokenizer="b", host="x" * 300, port=port))
 
 
 @pytest.mark.slow
