@@ -69,7 +69,7 @@ def held_out_pairs() -> set[tuple[tuple[str, str], ...]]:
 class CaptionMaker:
     """Makes random captions of one object or two.
 
-    never: texts that are not made, those that the models are judged on. pairs: the share of
+    never: texts that are not made, those that the models are checked on. pairs: the share of
     captions of two objects.
     """
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import CaptionMaker, words_of
-from shapes import Asked, Verdict, describe, draw, judge
+from shapes import Asked, Verdict, check, describe, draw
 from stages import ROOT, Stages, run_stage
 from tiny_t5 import PAIRS, write_t5
 
@@ -53,10 +53,10 @@ def main() -> None:
     train(out, stages)
     if options.prompt:
         sample_typed(out, options.prompt, stages)
-    judged = {"held_out": held_out_prompts(), "written": read_prompts(WRITTEN)}
-    for name, prompts in judged.items():
-        sample_judged(out, name, [prompt.text for prompt in prompts], stages)
-    print_table(out, judged, stages.times())
+    checked = {"held_out": held_out_prompts(), "written": read_prompts(WRITTEN)}
+    for name, prompts in checked.items():
+        sample_checked(out, name, [prompt.text for prompt in prompts], stages)
+    print_table(out, checked, stages.times())
     if options.prompt:
         print(out / "typed" / "typed.png")
 
@@ -130,7 +130,7 @@ def _asked(words: str) -> Asked:
     return Asked(size[0] if size else None, colour, shape)
 
 
-def sample_judged(out: Path, name: str, prompts: Sequence[str], stages: Stages) -> None:
+def sample_checked(out: Path, name: str, prompts: Sequence[str], stages: Stages) -> None:
     """Sample one image of each prompt into the folder `name`."""
     flags = sampling_flags(out, out / name, prompts)
     stages.command("autoregressive.sample", "sample.yaml", out / name / "samples", *flags)
@@ -178,12 +178,12 @@ def unknown_words(t5: Path, text: str) -> list[str]:
     return [word for word in dict.fromkeys(words_of(text)) if word not in known]
 
 
-def print_table(out: Path, judged: dict[str, list[Prompt]], times: list[tuple[str, str]]) -> None:
+def print_table(out: Path, checked: dict[str, list[Prompt]], times: list[tuple[str, str]]) -> None:
     """Print the scores of the run and where its images are."""
     print()
-    for name, prompts in judged.items():
+    for name, prompts in checked.items():
         pairs = zip(prompts, samples_of(out, name), strict=True)
-        verdicts = [judge(prompt.things, prompt.relation, image) for prompt, image in pairs]
+        verdicts = [check(prompt.things, prompt.relation, image) for prompt, image in pairs]
         title = {"held_out": "captions of unseen pairs", "written": "prompts written by hand"}[name]
         print(f"{len(prompts)} {title}")
         for row, value in scores(verdicts).items():
@@ -192,7 +192,7 @@ def print_table(out: Path, judged: dict[str, list[Prompt]], times: list[tuple[st
     for row, value in times:
         print(f"{row:<46} {value}")
     print()
-    for name in judged:
+    for name in checked:
         print(out / name / "samples" / "samples.png")
     print(out / "gpt" / "curves.png")
 
@@ -219,7 +219,7 @@ def checker_score() -> float:
         caption = maker.caption()
         things = [Asked(t.size, t.colour, t.shape) for t in caption.things]
         pixels = draw(maker.scene(caption), random)
-        right.append(judge(things, caption.relation, pixels).all)
+        right.append(check(things, caption.relation, pixels).all)
     return _mean(right)
 
 

@@ -76,15 +76,15 @@ RULES = {
     "where top right": "(top|upper) right {corner}\nright (top|upper) {corner}",
     "where bottom left": "(bottom|lower) left {corner}\nleft (bottom|lower) {corner}",
     "where bottom right": "(bottom|lower) right {corner}\nright (bottom|lower) {corner}",
-    "corner": "4* \n3* corner\nhand corner\n(part|area|side|edge|quarter) {of picture}",
-    "where top": "4* {far} top {of picture}\n(upper|top) {part} {of picture}",
-    "where bottom": "4* {far} bottom {of picture}\n(lower|bottom) {part} {of picture}",
-    "where left": "4* {far} left {of picture}\nleft (hand|) {part} {of picture}",
-    "where right": "4* {far} right {of picture}\nright (hand|) {part} {of picture}",
-    "where middle": "(middle|centre|center) {of picture}\ndead (centre|center)",
+    "corner": "4* \n3* corner\nhand corner\n(part|area|side|edge|quarter) {of image}",
+    "where top": "4* {far} top {of image}\n(upper|top) {part} {of image}",
+    "where bottom": "4* {far} bottom {of image}\n(lower|bottom) {part} {of image}",
+    "where left": "4* {far} left {of image}\nleft (hand|) {part} {of image}",
+    "where right": "4* {far} right {of image}\nright (hand|) {part} {of image}",
+    "where middle": "(middle|centre|center) {of image}\ndead (centre|center)",
     "far": "8* \nvery\nfar",
     "part": "3* side\n2* half\n2* part\nedge\narea\nend",
-    "of picture": "8* \nof the (picture|image|drawing|canvas|page|frame|scene|screen)",
+    "of image": "8* \nof the (picture|image|drawing|canvas|page|frame|scene|screen)",
     "at": """
         12* {just} (in|at|on) the {where}
         {just} (near|by|toward|towards|to|along|close to) the {where}""",
@@ -182,13 +182,13 @@ RULES = {
     "told here": "the {noun} {at} {be} {values}",
     # Two objects in the order of reading, left to right
     "together": """
-        6* {one} and {two} {aside}
-        2* {one} (,|plus|with|, and|together with|along with|accompanied by) {two} {aside}
+        6* {one} and {two} {in a row}
+        2* {one} (,|plus|with|, and|together with|along with|accompanied by) {two} {in a row}
         {one} (then|, then|followed by|and then) {two} (to|on|) (its|the|) right
         {one} (then|, then|followed by|and then) {two}
         both {one} and {two}
         a row (of|with|:) {one} (and|,) {two}""",
-    "aside": "5* \n(,|) (side by side|next to each other|in a row|together|beside each other)",
+    "in a row": "5* \n(,|) (side by side|next to each other|in a row|together|beside each other)",
     "stacked": """
         {one} stacked (on|above|upon|over) {two}
         a (column|stack|tower|pile) (of|with|:) {one} (and|,|, then) {two}
@@ -209,17 +209,17 @@ RULES = {
         4* {please} (draw|paint|sketch|make|create|generate|render|show|give|design) (me|us|)
         2* (i|we) (want|need|see|have|like|imagine|am looking for|would like) (to see|to have|)
         (can|could|would|will) (you|someone) (please|) (draw|paint|make|show|create) (me|us|)
-        3* {an} {picture} (of|with|showing|containing|that shows|having|:)
-        {picture} (:|of|-)
+        3* {an} {image} (of|with|showing|containing|that shows|having|:)
+        {image} (:|of|-)
         3* there (is|should be|must be|are|will be)
         (here is|this is|it is|that is|imagine|let us see|let there be|what about|how about)
         (just|only|simply|nothing but|maybe|title :|prompt :|task :)
         (put|place|add)
         on {dark} , (there is|draw|)
-        in {an} {picture} , (there is|)""",
+        in {an} {image} , (there is|)""",
     "please": "6* \nplease\nkindly\nnow\nok ,",
     "an": "a\nan\nthe\nthis\nmy",
-    "picture": """
+    "image": """
         (picture|image|drawing|photo|painting|icon)
         (sketch|illustration|scene|logo|rendering)""",
     "dark": "black\na (dark|black|plain|grey|simple|night) (background|canvas|sky)",
@@ -229,7 +229,7 @@ RULES = {
         (,|) thanks
         (,|and) nothing (else|more) (.|)
         (on|against|over|in front of) {dark}
-        (in|on) (the {picture}|it|this {picture})
+        (in|on) (the {image}|it|this {image})
         here""",
 }
 

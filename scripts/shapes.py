@@ -175,7 +175,7 @@ class Verdict(NamedTuple):
         return all((*self.right, *self.sizes, self.relation is not False, self.only))
 
 
-def judge(things: Sequence[Asked], relation: str | None, pixels: np.ndarray) -> Verdict:
+def check(things: Sequence[Asked], relation: str | None, pixels: np.ndarray) -> Verdict:
     """Compare an image (SIDE, SIDE, 3) uint8 with the objects of a prompt.
 
     relation: of the first object to the second: above, below, left, right or beside.

@@ -1,4 +1,4 @@
-"""The demos: the text demo's captions, drawings, judge and text encoder; stages that run once."""
+"""The demos: the text demo's captions, drawings, checker and text encoder; stages that run once."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import torch
 from captions import CaptionMaker, held_out_pairs, plain, words_of
 from demo_text import WRITTEN, held_out_prompts, read_prompts, scores, unknown_words
 from grammar import RULES, Writer, grammar_words, parse
-from shapes import COLOURS, SHAPES, SIZES, Asked, describe, draw, judge
+from shapes import COLOURS, SHAPES, SIZES, Asked, check, describe, draw
 from stages import Stages
 from tiny_t5 import FACTS, IGNORED, WIDTHS, batches, token_batch, word_tokenizer, write_t5
 
@@ -106,7 +106,7 @@ def test_the_checker_finds_almost_every_drawing_right():
     for _ in range(200):
         caption = maker.caption()
         image = draw(maker.scene(caption), np.random.default_rng(0))
-        right += judge(asked(caption), caption.relation, image).all
+        right += check(asked(caption), caption.relation, image).all
     assert right >= 190
 
 
@@ -117,17 +117,17 @@ def test_the_checker_sees_a_wrong_colour_shape_size_relation_and_number():
         caption = maker.caption()
     image = draw(maker.scene(caption), np.random.default_rng(0))
     one, two = asked(caption)
-    assert judge((one, two), "above", image).all
-    assert judge((one, two), "below", image).relation is False
-    assert judge((one, two), "left", image).relation is False
-    assert judge((two, one), "below", image).relation is True
+    assert check((one, two), "above", image).all
+    assert check((one, two), "below", image).relation is False
+    assert check((one, two), "left", image).relation is False
+    assert check((two, one), "below", image).relation is True
     other = Asked(one.size, "white" if one.colour != "white" else "red", one.shape)
-    assert judge((other, two), "above", image).right[0] is False
+    assert check((other, two), "above", image).right[0] is False
     other = Asked(one.size, one.colour, "cross" if one.shape != "cross" else "circle")
-    assert judge((other, two), "above", image).right[0] is False
+    assert check((other, two), "above", image).right[0] is False
     other = Asked("small" if one.size == "large" else "large", one.colour, one.shape)
-    assert judge((other, two), "above", image).sizes[0] is False
-    assert judge((one,), None, image).only is False
+    assert check((other, two), "above", image).sizes[0] is False
+    assert check((one,), None, image).only is False
     assert describe(np.zeros_like(image)) == "nothing"
 
 
@@ -136,7 +136,7 @@ def test_scores_are_shares_of_objects_sizes_relations_and_images():
     caption = maker.caption()
     image = draw(maker.scene(caption), np.random.default_rng(0))
     black = np.zeros_like(image)
-    verdicts = [judge(asked(caption), caption.relation, pixels) for pixels in (image, black)]
+    verdicts = [check(asked(caption), caption.relation, pixels) for pixels in (image, black)]
     found = scores(verdicts)
     assert found["objects right in colour and shape"] == 0.5
     assert found["images with nothing wrong"] == 0.5
