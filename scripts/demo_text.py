@@ -180,21 +180,26 @@ def unknown_words(t5: Path, text: str) -> list[str]:
 
 def print_table(out: Path, checked: dict[str, list[Prompt]], times: list[tuple[str, str]]) -> None:
     """Print the scores of the run and where its images are."""
+    titles = {"held_out": "captions of unseen pairs", "written": "prompts written by hand"}
     print()
     for name, prompts in checked.items():
         pairs = zip(prompts, samples_of(out, name), strict=True)
         verdicts = [check(prompt.things, prompt.relation, image) for prompt, image in pairs]
-        title = {"held_out": "captions of unseen pairs", "written": "prompts written by hand"}[name]
-        print(f"{len(prompts)} {title}")
-        for row, value in scores(verdicts).items():
-            print(f"  {row:<44} {value:.3f}")
-    print(f"{f'the checker on {CHECKED} drawings':<46} {checker_score():.3f}")
+        print_scores(f"{len(prompts)} {titles[name]}", verdicts)
+    print_scores(f"{CHECKED} drawings: what the checker can see", drawing_verdicts())
     for row, value in times:
         print(f"{row:<46} {value}")
     print()
     for name in checked:
         print(out / name / "samples" / "samples.png")
     print(out / "gpt" / "curves.png")
+
+
+def print_scores(title: str, verdicts: Sequence[Verdict]) -> None:
+    """Print the scores of a set of images, indented below its title."""
+    print(title)
+    for row, value in scores(verdicts).items():
+        print(f"  {row:<44} {value:.3f}")
 
 
 def scores(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -211,16 +216,15 @@ def _mean(values: Sequence[bool]) -> float:
     return float(np.mean(values))
 
 
-def checker_score() -> float:
-    """How many drawings the checker finds right: what no sampler can exceed."""
+def drawing_verdicts() -> list[Verdict]:
+    """The verdicts on drawings, which no sampler can exceed."""
     maker, random = CaptionMaker(seed=2), np.random.default_rng(2)
-    right = []
+    verdicts = []
     for _ in range(CHECKED):
         caption = maker.caption()
         things = [Asked(t.size, t.colour, t.shape) for t in caption.things]
-        pixels = draw(maker.scene(caption), random)
-        right.append(check(things, caption.relation, pixels).all)
-    return _mean(right)
+        verdicts.append(check(things, caption.relation, draw(maker.scene(caption), random)))
+    return verdicts
 
 
 if __name__ == "__main__":

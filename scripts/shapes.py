@@ -4,6 +4,7 @@ The checker knows the palette and the outlines, but nothing of how an image was 
 patches of colour and compares each patch's outline with those of the shapes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4.3, "large": 6.3}  # half the width, in pixels
+SIZES = {"small": 4.3, "large": 6.6}  # half the width, in pixels
 # The centre of each object; of two, in the order top to bottom or left to right.
 PLACES = {
     "top left": ((8, 8),),
@@ -113,9 +114,10 @@ def find_things(pixels: np.ndarray) -> list[Found]:
         votes = distance[core if core.any() else mask][:, 1:].argmin(-1)
         colour = list(COLOURS)[np.bincount(votes).argmax()]
         y, x = (float(place.mean()) for place in np.nonzero(mask))
-        width = np.ptp(np.nonzero(mask)[1]) + 1
-        size = min(SIZES, key=lambda name, w=width: abs(2 * SIZES[name] - w))
-        thing = Found(colour, _nearest_shape(mask), size, (x, y))
+        shape = _nearest_shape(mask)
+        half = np.sqrt(mask.sum() / _OUTLINES[shape].mean()) / 2
+        size = min(SIZES, key=lambda name, half=half: abs(SIZES[name] - half))
+        thing = Found(colour, shape, size, (x, y))
         found.append((int(mask.sum()), thing))
     return [thing for _, thing in sorted(found, key=lambda item: -item[0])]
 
@@ -180,14 +182,24 @@ def check(things: Sequence[Asked], relation: str | None, pixels: np.ndarray) -> 
 
     relation: of the first object to the second: above, below, left, right or beside.
     """
-    rest = find_things(pixels)
-    matched: list[Found | None] = []
-    for thing in things:
-        same = [f for f in rest if (f.colour, f.shape) == (thing.colour, thing.shape)]
-        # Two objects that differ in size alone: the one of the right size.
-        same.sort(key=lambda f, t=thing: f.size != t.size)
-        matched.append(same[0] if same else None)
-        rest = [f for f in rest if f is not matched[-1]]
+    found = find_things(pixels)
+    candidates = [
+        [None, *(f for f in found if (f.colour, f.shape) == (thing.colour, thing.shape))]
+        for thing in things
+    ]
+    # Two objects of one colour and shape can be either patch: the reading that fits best counts.
+    readings = [
+        _verdict(things, relation, matched, len(found))
+        for matched in itertools.product(*candidates)
+        if len(things) == 1 or matched[0] is None or matched[0] is not matched[1]
+    ]
+    return max(readings, key=lambda v: (sum(v.right), v.relation is True, sum(v.sizes)))
+
+
+def _verdict(
+    things: Sequence[Asked], relation: str | None, matched: Sequence[Found | None], patches: int
+) -> Verdict:
+    """matched: the patch of each object, or None. patches: how many there are in the image."""
     right = tuple(found is not None for found in matched)
     sizes = tuple(
         found.size == thing.size
@@ -198,7 +210,7 @@ def check(things: Sequence[Asked], relation: str | None, pixels: np.ndarray) -> 
     if relation:
         first, second = matched
         stands = bool(first and second and _stands(relation, first.centre, second.centre))
-    return Verdict(right, sizes, stands, len(find_things(pixels)) == len(things))
+    return Verdict(right, sizes, stands, patches == len(things))
 
 
 def _stands(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
