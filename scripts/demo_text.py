@@ -21,11 +21,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import CaptionMaker, words_of
+from grammar import RULES
 from shapes import Asked, Verdict, check, describe, draw
 from stages import ROOT, Stages, run_stage
 from tiny_t5 import PAIRS, write_t5
 
 from core.data.grids import enlarged_grid
+from core.files import fingerprint
 
 IMAGES = 6000
 HELD_OUT = 500  # captions of pairs that no training image shows
@@ -64,7 +66,7 @@ def main() -> None:
 def train(out: Path, stages: Stages) -> None:
     """Draw the images and train the three models; what is there already stays."""
     images, tokenizer, t5 = out / "train", out / "tokenizer", out / "t5"
-    stages.step(images, str(IMAGES), lambda: write_images(out))
+    stages.step(images, fingerprint([IMAGES, RULES]), lambda: write_images(out))
     pairs = ("--pairs.source", images)
     run = stages.command
     run("tokenizer.train", "tokenizer.yaml", tokenizer, "--data", images)
@@ -82,9 +84,7 @@ def make_t5(folder: Path) -> None:
 
 
 def write_images(out: Path) -> None:
-    """Draw the training images once."""
-    if (out / "train").exists():
-        return
+    """Draw the training images, in place of those that are there."""
     temporary = out / "train.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -94,6 +94,7 @@ def write_images(out: Path) -> None:
         path = temporary / f"{number:05d}.png"
         Image.fromarray(draw(maker.scene(caption), random)).save(path)
         path.with_suffix(".txt").write_text(caption.text)
+    shutil.rmtree(out / "train", ignore_errors=True)
     temporary.rename(out / "train")
 
 

@@ -32,9 +32,10 @@ IGNORED = -100  # the target of a word that speaks of no object
 
 
 def write_t5(folder: Path, maker: CaptionMaker) -> None:
-    """Train the encoder and write it as a folder of transformers, with a vocabulary of words."""
-    if folder.exists():
-        return
+    """Train the encoder and write it as a folder of transformers, with a vocabulary of words.
+
+    It takes the place of what is there.
+    """
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
@@ -48,6 +49,7 @@ def write_t5(folder: Path, maker: CaptionMaker) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
