@@ -11,7 +11,6 @@ Run the same command again to continue: the result is the same bit for bit.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,13 @@ from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.lora import LoRAWeights
 from autoregressive.models.transformer import Block
 from autoregressive.objectives.base import Objective
 from autoregressive.objectives.config import build_objective
 from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.training.config import TrainConfig
+from autoregressive.training.model_config import resolve_model
 from autoregressive.training.plan import plan_training
 from autoregressive.training.validation import (
     SampleGrid,
@@ -37,7 +38,7 @@ from autoregressive.training.validation import (
     unsharded_copy,
     validation_loss,
 )
-from core.config import parse_config, run_command
+from core.config import InputError, parse_config, run_command
 from core.data.order import ShuffledOrder, check_batch_size, local_positions
 from core.distributed.parallel import no_sync, prepare, shard
 from core.distributed.world import World, distributed
@@ -46,7 +47,7 @@ from core.rng import seed_step
 from core.training.ema import EMA
 from core.training.initialization import initialize
 from core.training.memory_plan import approve
-from core.training.optimizer import Stepper, build_adamw, learning_rate
+from core.training.optimizer import Stepper, build_optimizer, learning_rate
 from core.training.prefetch import prefetch
 from core.training.session import Session
 
@@ -55,10 +56,14 @@ def train(config: TrainConfig, world: World) -> None:
     """Train to num_steps, from the newest checkpoint in the run's folder."""
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
-    added = config.objective.loss.model_fields
-    gpt_config = GPTConfig(**asdict(config.model), **data.model_fields(), **added)
-    validation = open_validation(config, gpt_config, world)
+    config, gpt_config = resolve_model(config, data, world)
+    validation = open_validation(config, data, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
+    if config.objective.loss.needs_one_crop and data.crops != 1:
+        raise InputError(
+            f"objective.kind {config.objective.kind} needs codes of one crop of each image; these "
+            f"data have {data.crops or 'random'} crops per image"
+        )
     needed = config.objective.loss.needs_codebook
     codebook = read_codebook(data, config.data, world) if needed else None
     plan = plan_training(config, gpt_config, len(data), world, codebook)
@@ -127,9 +132,12 @@ class TrainingModels(NamedTuple):
     @property
     def checkpointed(self) -> dict[str, nn.Module | torch.optim.Optimizer | None]:
         """The parts of a checkpoint."""
-        ema_model = self.ema.model if self.ema else None
+        model: nn.Module = self.objective.gpt
+        ema_model: nn.Module | None = self.ema.model if self.ema else None
+        if self.objective.gpt.config.lora:
+            model, ema_model = LoRAWeights(model), ema_model and LoRAWeights(ema_model)
         return {
-            "model": self.objective.gpt,
+            "model": model,
             "ema": ema_model,
             "optimizer": self.stepper.optimizer,
             "objective": self.objective.heads,
@@ -191,7 +199,7 @@ def build_models(
     parallel = prepare(objective, config.parallel, world, config.training.precision, Block)
     gpt = objective.gpt
     gpt.build_rotary()
-    if initialized and config.init_from:
+    if config.init_from and (initialized or gpt_config.lora):  # no checkpoint of LoRA has its base
         start_from(gpt, config.init_from, seed)
     elif initialized:
         initialize(gpt, seed)
@@ -205,7 +213,7 @@ def build_models(
         ema_objective.requires_grad_(False).eval()
         shard(ema_objective, config.parallel, world, config.training.precision, Block)
         ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
-    optimizer = build_adamw(gpt, config.optimizer, objective.heads)
+    optimizer = build_optimizer(gpt, config.optimizer, gpt.hidden_matrices(), objective.heads)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)
 

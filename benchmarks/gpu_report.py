@@ -27,7 +27,7 @@ import torch
 from autoregressive.sampling.run import SampleRunConfig, sample
 from benchmarks import sampling, training
 from core.config import config_values, parse_config, run_command
-from core.distributed.hardware import peak_memory_bytes
+from core.distributed.hardware import device_name, peak_memory_bytes
 from core.distributed.parallel import ParallelConfig
 from core.distributed.world import DeviceName, World, distributed
 from core.files import write_json, write_text
@@ -71,7 +71,7 @@ def facts(world: World) -> Numbers:
     """Versions and the card."""
     cuda = world.device.type == "cuda"
     return {
-        "card": torch.cuda.get_device_name(world.device) if cuda else platform.processor(),
+        "card": device_name(world.device),
         "cards": torch.cuda.device_count() if cuda else 0,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,

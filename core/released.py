@@ -198,7 +198,7 @@ def _row(model: ReleasedModel) -> tuple[str, ...]:
         published,
         ", ".join(settings) or "-",
         weights,
-        model.source,
+        f"{model.source}; {model.paper}" if model.paper else model.source,
     )
 
 

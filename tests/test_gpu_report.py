@@ -60,3 +60,14 @@ def test_rows_that_would_begin_too_late_are_left_out(quick, world, monkeypatch):
     monkeypatch.setattr(gpu_report, "rows_of", lambda *of: [Row("late", dict, True)])
     results = report(ReportConfig(quick.out, "cpu", True, minutes=1e-9), world)
     assert results["rows"]["late"]["status"].startswith("not run")
+
+
+def test_times_that_a_busy_machine_turned_round_give_no_number(quick, world, monkeypatch):
+    seconds = iter((0.0, 9.0, 9.0, 12.0, 12.0, 13.0))  # 3 s for few images, 1 s for many
+    monkeypatch.setattr(gpu_report.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(gpu_report, "sample", lambda run, world: None)
+    saved = type("Saved", (), {"save_pretrained": lambda self, folder: None})()
+    monkeypatch.setattr(gpu_report.sampling, "random_gpt", lambda *of: saved)
+    monkeypatch.setattr(gpu_report.VQModel, "from_preset", lambda name: saved)
+    with pytest.raises(RuntimeError, match="the machine is busy"):
+        gpu_report.measure_sample_runs(quick, world)

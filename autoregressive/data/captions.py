@@ -46,6 +46,11 @@ class TextDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def crops(self) -> int:
+        """Crops of an image, over all folders; a sample uses one of them at random."""
+        return self.codes.crops
+
     def model_fields(self) -> dict[str, Any]:
         """The fields of GPTConfig that follow from the data."""
         return {

@@ -87,9 +87,12 @@ class CodeDataset:
             self._open_reference(config)
         else:
             self._open_ours(config.codes)
-        self.unconditional = config.condition == "none"
+        self.first_class, self.unconditional = config.first_class, config.condition == "none"
         if self.unconditional:
             self.num_classes, self.labels = 0, np.zeros_like(self.labels)
+        elif self.num_classes:
+            self.num_classes += self.first_class
+            self.labels = self.labels + self.first_class
         sizes = {len(source) for source in self.sources}
         if sizes != {len(self.labels)}:
             raise InputError(f"data.codes: folders with different numbers of images ({sizes})")
@@ -139,6 +142,11 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def crops(self) -> int:
+        """Crops of an image, over all folders; a sample uses one of them at random."""
+        return sum(source.item_shape[0] for source in self.sources)
+
     def model_fields(self) -> dict[str, Any]:
         """The fields of GPTConfig that follow from the data.
 
@@ -166,8 +174,9 @@ class CodeDataset:
         return self.code_batch(rows, positions, seed), classes
 
     def conditions(self, ids: np.ndarray) -> ClassCondition:
-        """The classes of sampled images number ids (n,): all classes in turn."""
-        return ClassCondition(torch.from_numpy(ids % max(1, self.num_classes)))
+        """The classes of sampled images number ids (n,): all classes of the data in turn."""
+        count = max(1, self.num_classes - self.first_class)
+        return ClassCondition(torch.from_numpy(self.first_class + ids % count))
 
     def code_batch(self, rows: np.ndarray, positions: np.ndarray, seed: int) -> torch.Tensor:
         """Rows (n,) of the data set -> codes (n, tokens) int64.

@@ -58,6 +58,8 @@ class DataConfig:
             train on classes.
         condition: none: train an unconditional model, whether the images have classes or not; null:
             on classes, or on captions where features are given.
+        first_class: Number that the first class of the codes has in the model, for fine-tuning
+            with lora: an existing class, or the base's number of classes to add new ones.
         caption: The caption variant to use.
         short_caption: The variant to use instead at short_caption_rate; null for none.
         short_caption_rate: Share of samples that use the short caption (paper: 0.3).
@@ -70,6 +72,7 @@ class DataConfig:
     num_classes: int = 1000
     features: Path | None = None
     condition: Literal["none"] | None = None
+    first_class: int = 0
     caption: str = "long"
     short_caption: str | None = None
     short_caption_rate: float = 0.3
@@ -84,5 +87,9 @@ class DataConfig:
             raise ValueError("data: give labels or features, not both")
         if self.condition and (self.features or self.online.pairs.source):
             raise ValueError("data.condition none trains on codes: leave out features and online")
+        if self.first_class < 0:
+            raise ValueError(f"data.first_class is {self.first_class}, must be >= 0")
+        if self.first_class and (self.features or self.online.pairs.source or self.condition):
+            raise ValueError("data.first_class is for a model that is conditioned on classes")
         if not 0 <= self.short_caption_rate <= 1:
             raise ValueError("data.short_caption_rate must be in [0, 1]")

@@ -50,6 +50,11 @@ class OnlineDataset:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def crops(self) -> None:
+        """Every sample is another random crop."""
+        return None
+
     def model_fields(self) -> dict[str, Any]:
         """The fields of GPTConfig that follow from the data."""
         online, downsample = self.config.online, self.vq.config.downsample

@@ -62,11 +62,11 @@ class InferenceEngine:
         compile: bool = False,
         device: torch.device | None = None,
     ) -> None:
+        gpt = gpt.merged()
         self.config, weight = gpt.config, gpt.tok_embeddings.weight
         self.device = device or weight.device
-        dtype = weight.dtype
-        if precision:
-            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        chosen = torch.float32 if precision == "fp32" else torch.bfloat16
+        dtype = chosen if precision else weight.dtype
         self.embedding = weight.detach().to(self.device, dtype)
         like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
         if gpt.target_position is not None:
@@ -75,8 +75,7 @@ class InferenceEngine:
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
-        adaptive = [block.ada_lin for block in gpt.blocks] + [gpt.norm_ada_lin]
-        self.adaptive = [copy.deepcopy(part).to(like) for part in adaptive if part is not None]
+        self.adaptive = copy.deepcopy(gpt.adaptive).to(like)
         if self.device != weight.device:
             self.cls_embedding = copy.deepcopy(gpt.cls_embedding).to(self.device)
             self.t_embedder = gpt.t_embedder and copy.deepcopy(gpt.t_embedder).to(self.device)

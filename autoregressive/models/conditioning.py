@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autoregressive.models.lora import class_table
 from core.config import InputError
 from core.training.prefetch import pinned
 
@@ -132,20 +133,25 @@ def class_labels(value: Any) -> torch.Tensor:  # noqa: ANN401 - as for as_condit
 class ClassEmbedding(nn.Module):
     """One prefix token per image, looked up by class; index `num_classes` is the null class.
 
-    An unconditional model has no classes: its label 0 is the null class.
+    An unconditional model has no classes: its label 0 is the null class. new_classes: how many of
+    the last classes have rows of their own beside the table of a base model (see models/lora.py).
     """
 
     condition_type = ClassCondition
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, new_classes: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.embedding_table = nn.Embedding(num_classes - new_classes + 1, dim)
+        self.new_classes = nn.Parameter(torch.zeros(new_classes, dim)) if new_classes else None
 
     def forward(self, condition: ClassCondition, drop: torch.Tensor) -> torch.Tensor:
         """Prefix tokens (batch, 1, dim); drop (batch,) bool marks rows that get the null class."""
         labels = torch.where(drop, self.num_classes, condition.labels)
-        return self.embedding_table(labels).unsqueeze(1)
+        if self.new_classes is None:
+            return self.embedding_table(labels).unsqueeze(1)
+        table = class_table(self.embedding_table.weight, self.new_classes)
+        return F.embedding(labels, table).unsqueeze(1)
 
     def lengths(self, condition: Any) -> None:  # noqa: ANN401 - any Condition
         """None: every prefix has the same length."""

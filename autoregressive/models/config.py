@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from autoregressive.models.lora import LoRAConfig
 from autoregressive.models.transformer import TransformerConfig
 
 MAX_CODES = 2**20  # 1024 x 1024; the rotary table of more would fill the memory
@@ -28,6 +29,8 @@ class GPTConfig(TransformerConfig):
             per image instead of two (GFT).
         target_position: A vector of the grid position to predict is added to each input, for
             models trained in random order (RAR); zero at the start.
+        lora: The weights are low-rank matrices that belong to a base model (models/lora.py); null
+            for a whole model.
     """
 
     condition: Literal["class", "text", "none"] = "class"
@@ -40,6 +43,7 @@ class GPTConfig(TransformerConfig):
     text_encoder: str = ""
     guidance_input: bool = False
     target_position: bool = False
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +57,8 @@ class GPTConfig(TransformerConfig):
             raise ValueError(f"model.grid {self.grid}: at most {MAX_CODES} codes per image")
         if min(self.text_dim, self.max_text_tokens) < 1:
             raise ValueError("model: text_dim and max_text_tokens must be >= 1")
+        if self.lora and self.lora.new_classes >= max(1, self.num_classes):
+            raise ValueError(f"model.lora.new_classes: the base has a class, of {self.num_classes}")
         if self.adaln != "none" and self.condition == "text":
             raise ValueError("model.adaln needs a condition of one token: condition class or none")
 
@@ -68,7 +74,7 @@ class GPTConfig(TransformerConfig):
 
     @property
     def training_flops(self) -> float:
-        """FLOPs of a training step per position: 6 P + 12 L d T.
+        """FLOPs of a training step per position: 6 P + 12 L d T, or 4 P + 12 L d T with lora.
 
         P: parameters of matrix products; L: layers; d: width; T: sequence length.
         """
@@ -76,4 +82,4 @@ class GPTConfig(TransformerConfig):
         block = self.dim * (packed + self.dim + 3 * self.ffn_dim)
         products = self.num_layers * block + self.vocab_size * self.dim
         length = self.num_condition + self.num_codes - 1
-        return 6 * products + 12 * self.num_layers * self.dim * length
+        return (6 if self.lora is None else 4) * products + 12 * self.num_layers * self.dim * length

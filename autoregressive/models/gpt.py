@@ -4,6 +4,7 @@ The released weights depend on the rotary table: code i has the rotary row of it
 position.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from autoregressive.models.conditioning import (
     ragged_order,
 )
 from autoregressive.models.config import GPTConfig
+from autoregressive.models.lora import add_lora, freeze_base, merge_lora
 from autoregressive.models.rope import rotary_table
 from autoregressive.models.transformer import (
     PRESETS,
@@ -44,7 +46,8 @@ class GPT(nn.Module):
         if config.condition == "text":
             self.cls_embedding = TextEmbedding(config.text_dim, config.max_text_tokens, config.dim)
         else:
-            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+            new_classes = config.lora.new_classes if config.lora else 0
+            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim, new_classes)
         self.t_embedder = GuidanceEmbedding(config.dim) if config.guidance_input else None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.target_position = (
@@ -54,7 +57,11 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
+        self.shared_ada_lin = AdaptiveLinear(config.dim, 6) if config.adaln == "shared" else None
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.lora:
+            add_lora(self.layers, config.lora)
+            freeze_base(self)
         self.build_rotary()
         if not self.norm.weight.is_meta:
             # The seed comes from torch's own generator, so that torch.manual_seed decides it.
@@ -95,7 +102,22 @@ class GPT(nn.Module):
 
         gpt.save_pretrained("weights/gpt_b")
         """
-        save_model(self, config_text(self.config), Path(folder))
+        whole = self.merged()
+        save_model(whole, config_text(whole.config), Path(folder))
+
+    def merged(self) -> "GPT":
+        """This model with its LoRA added to the weights; itself if it has none.
+
+        The weights that LoRA does not change are shared.
+        """
+        if self.config.lora is None:
+            return self
+        tensors = merge_lora(self.state_dict(), self.config.lora)
+        with torch.device("meta"):
+            whole = GPT(dataclasses.replace(self.config, lora=None))
+        whole.load_state_dict(tensors, assign=True)
+        whole.build_rotary()
+        return whole.train(self.training)
 
     def generate(self, condition: ConditionLike, **options: Any) -> torch.Tensor:  # noqa: ANN401
         """Sample the codes of one image per condition -> (batch, height, width) int64.
@@ -144,16 +166,47 @@ class GPT(nn.Module):
         if name.endswith("norm.weight"):
             return Constant(1.0)
         zero = ("output.weight", "t_embedder.mlp.2.weight", "target_position.weight")
-        if name in zero or name.endswith(".bias"):
+        if name in zero or name.endswith((".bias", ".lora_b", ".new_classes")):
             # A zero head: the first loss is ln(vocab_size).
             return Constant(0.0)
+        if name.endswith(".lora_a"):
+            return Normal(1 / math.sqrt(self.config.dim))
         if name == "cls_embedding.uncond_embedding":
             return Normal(1 / math.sqrt(self.config.text_dim))
         if name.endswith("ada_lin.1.weight"):
             # IBQ: the rows of the gains, if any, are small, and the others half of the rest's.
-            gain_rows = 2 * self.config.dim if name.startswith("layers.") else 0
+            gain_rows = 0 if name.startswith("norm_") else 2 * self.config.dim
             return Normal(0.01, gain_rows, 2 * self.config.adaln_gain)
+        if name.endswith("ada_lin.table"):  # VAR
+            return Normal(0.5 / math.sqrt(self.config.dim), 2, 2 * self.config.adaln_gain)
         return Normal(0.02)
+
+    def hidden_matrices(self) -> dict[str, list[int]]:
+        """The matrices of the blocks by name, with the rows of those stacked in each (q, k, v)."""
+        config = self.config
+        packed = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads)]
+        names = {
+            "attention.wqkv": [*packed, packed[1]],
+            "attention.wo": [config.dim],
+            "feed_forward.w1": [config.ffn_dim],
+            "feed_forward.w3": [config.ffn_dim],
+            "feed_forward.w2": [config.dim],
+        }
+        return {
+            f"layers.{i}.{name}.weight": rows
+            for i in range(config.num_layers)
+            for name, rows in names.items()
+        }
+
+    @property
+    def adaptive(self) -> nn.ModuleList:
+        """Of each block and of the last norm, what maps the condition to scales, shifts and gains.
+
+        Empty without adaln.
+        """
+        shared = [] if self.shared_ada_lin is None else [self.shared_ada_lin]
+        parts = [nn.Sequential(*shared, b.ada_lin) for b in self.blocks if b.ada_lin is not None]
+        return nn.ModuleList(parts if self.norm_ada_lin is None else [*parts, self.norm_ada_lin])
 
     @property
     def rotary(self) -> torch.Tensor:
@@ -277,8 +330,9 @@ class GPT(nn.Module):
         taps: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         x = self.tok_dropout(x)
+        given = condition if self.shared_ada_lin is None else self.shared_ada_lin(condition)
         for i, block in enumerate(self.layers):
-            x = block(x, rotary) if condition is None else block(x, rotary, condition=condition)
+            x = block(x, rotary) if given is None else block(x, rotary, condition=given)
             if taps is not None and i in taps:
                 taps[i] = x
         x = self.norm(x)

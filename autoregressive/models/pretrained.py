@@ -1,6 +1,7 @@
 """Loads a GPT: a released file, a run or checkpoint folder of ours, or a Hub repository."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +10,19 @@ import torch
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.lora import LoRAWeights, merge_lora
 from autoregressive.models.released_layouts import TransformerWeights, read_transformer
 from autoregressive.models.transformer import infer_transformer_fields
 from core.config import InputError, load_config
 from core.released import released_architecture
 from core.weights import (
     Weights,
+    check_shapes,
     file_sha256,
     find_model,
     load_weights,
     read_file,
+    tensors_sha256,
 )
 
 
@@ -55,6 +59,7 @@ def load_gpt(
     revision: branch, tag or commit on the Hub.
     verify_weights: compare the files of our checkpoints with their checksums.
     overrides: fields of GPTConfig that a released file cannot tell, above all `grid`.
+    LoRA weights are merged into their base, which their checkpoint names.
     Raises InputError if the weights do not fit, are damaged, or would run code.
     """
     config, tensors, path, sha256, grid = read_gpt(
@@ -84,11 +89,41 @@ def read_gpt(
     path, config_path, sha256 = find_model(source, weights, revision, verify_weights)
     if config_path:
         told = load_config(GPTConfig, config_path)
-        config = dataclasses.replace(told, **overrides)
-        return Stored(config, read_file(path).weights("model", path), path, sha256, told.grid)
+        tensors = read_file(path).weights("model", path)
+        if told.lora:
+            tensors = merge_with_base(told, tensors, path)
+        config = dataclasses.replace(told, lora=None, **overrides)
+        return Stored(config, tensors, path, sha256, told.grid)
     stored = read_transformer(path, weights)
     config = _infer_config(stored, path, {**released_architecture(source), **overrides})
     return Stored(config, stored.tensors, path)
+
+
+def merge_with_base(
+    config: GPTConfig, tensors: Mapping[str, torch.Tensor], path: Path
+) -> dict[str, torch.Tensor]:
+    """The weights of an ordinary GPT, of the LoRA weights in `path` and their base.
+
+    Raises InputError if the base is missing or has other weights, or if `tensors` do not fit.
+    """
+    lora = config.lora
+    assert lora is not None
+    with torch.device("meta"):
+        adapted = GPT(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(LoRAWeights(adapted), shapes, path)
+    beside = Path(os.path.normpath(path.parent / lora.base_path)) if lora.base_path else None
+    source = str(beside) if beside and beside.exists() else lora.base
+    try:
+        base = read_gpt(source, grid=config.grid)
+    except InputError as error:
+        raise InputError(f"{path}: LoRA weights, whose base cannot be loaded: {error}") from error
+    if (found := tensors_sha256(base.tensors)) != lora.base_sha256:
+        raise InputError(
+            f"{path}: LoRA weights of another base: {source} has weights of sha256 {found[:12]}, "
+            f"they were trained on {lora.base_sha256[:12]}"
+        )
+    return merge_lora({**base.tensors, **tensors}, lora)
 
 
 def _infer_config(

@@ -55,9 +55,11 @@ class TransformerConfig:
             paper sets residual_dropout and ffn_dropout to 0 when it is used.
         qk_norm: RMSNorm over head_dim on queries and keys, before the rotation (Henry et al.,
             arXiv 2010.04245; Dehghani et al., arXiv 2302.05442): stabilises large models.
-        adaln: Adaptive norms: none, or full: in every block a linear layer turns the condition into
-            scales, shifts and gains of attention and FFN, and another one into those of the last
-            norm (IBQ). Needs a condition of one token: a class.
+        adaln: Adaptive norms, for a condition of one token: a class. none; full: in every block a
+            linear layer turns the condition into scales, shifts and gains of attention and FFN
+            (IBQ, arXiv 2412.02692); shared: one such layer for all blocks, and in each block a
+            table that is added (VAR, arXiv 2404.02905): 6 dim instead of 6 dim^2 weights per block.
+            With both, one more layer gives scale and shift of the last norm.
         adaln_gain: Factor on the initial weights of the gains, with adaln; IBQ takes 1e-3 for its
             B and L models, 1e-4 for XL and 1e-5 for XXL.
     """
@@ -75,7 +77,7 @@ class TransformerConfig:
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
     qk_norm: bool = False
-    adaln: Literal["none", "full"] = "none"
+    adaln: Literal["none", "shared", "full"] = "none"
     adaln_gain: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -131,8 +133,14 @@ def infer_transformer_fields(
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
         "dim": dim,
         "qk_norm": "layers.0.attention.q_norm.weight" in tensors,
-        "adaln": "full" if "layers.0.ada_lin.1.weight" in tensors else "none",
+        "adaln": _infer_adaln(tensors),
     }
+
+
+def _infer_adaln(tensors: Mapping[str, torch.Tensor]) -> str:
+    if "shared_ada_lin.1.weight" in tensors:
+        return "shared"
+    return "full" if "layers.0.ada_lin.1.weight" in tensors else "none"
 
 
 class RMSNorm(nn.Module):
@@ -223,7 +231,8 @@ class Block(nn.Module):
     """Pre-norm attention and FFN, each added to the residual stream.
 
     With config.adaln, `ada_lin` maps the condition to a gain, a scale and a shift for each of the
-    two: x + gain * f(norm(x) * (1 + scale) + shift) (IBQ, SEED-Voken).
+    two: x + gain * f(norm(x) * (1 + scale) + shift) (IBQ, SEED-Voken). With shared, the condition
+    is what the layer that all blocks share returns.
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -232,7 +241,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 6)
+        self.ada_lin = _adaptive(config)
         self.drop_path = _drop_path(config, layer)
 
     def forward(
@@ -244,7 +253,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim).
 
-        condition: (batch, 1, dim), with adaln.
+        condition: (batch, 1, dim), with adaln; (batch, 1, 6 dim) where it is shared.
         """
         if self.ada_lin is None:
             x = self._add(x, self.attention(self.attention_norm(x), rotary, attend))
@@ -267,6 +276,25 @@ class AdaptiveLinear(nn.Sequential):
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+
+class AdaptiveTable(nn.Module):
+    """What a block adds to the scales, shifts and gains that all blocks share."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(parts, dim))
+
+    def forward(self, shared: torch.Tensor) -> torch.Tensor:
+        """(..., parts * dim) -> (..., parts * dim)."""
+        return shared + self.table.flatten()
+
+
+def _adaptive(config: TransformerConfig) -> nn.Module | None:
+    if config.adaln == "none":
+        return None
+    kind = AdaptiveTable if config.adaln == "shared" else AdaptiveLinear
+    return kind(config.dim, 6)
 
 
 # None instead of a module that does nothing: at batch 1 the calls of such modules take 1 to 2 % of

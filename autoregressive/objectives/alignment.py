@@ -8,7 +8,7 @@ training uses it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,7 +49,11 @@ class AlignmentOptions:
 
 
 class AlignmentLoss(Objective):
-    """Cross-entropy, minus the weighted cosine similarity with the features."""
+    """Cross-entropy, and hidden states aligned with features of the images (REPA)."""
+
+    options_type = AlignmentOptions
+
+    needs_one_crop: ClassVar[bool] = True
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: AlignmentOptions) -> None:
         super().__init__(gpt, chunk, seed)

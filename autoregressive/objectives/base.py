@@ -41,11 +41,13 @@ class Objective(nn.Module):
     """A GPT and its loss as one module, which FSDP2 and DDP wrap, so that they see the head.
 
     A subclass defines `training_loss`. What else it may define:
+    options_type: The dataclass of its options.
     heads: A module with more trained parameters, saved with the optimizer's state.
     reference: A frozen GPT with the weights that training starts from.
     model_fields: Fields of GPTConfig that it needs.
     check: Refuses a model or a run that it cannot train.
     needs_codebook: `set_codebook` gets the tokenizer's vectors (vocab, codebook_dim) float32.
+    needs_one_crop: Its `extra` data belong to one crop of each image.
     sequences_per_image: How many sequences of codes it trains on for an image of the batch.
     extra: More data for a micro-batch.
 
@@ -53,13 +55,16 @@ class Objective(nn.Module):
         gpt: The model.
         chunk: Number of codes whose float32 logits exist at the same time.
         seed: Decides all random draws, with the positions of a batch.
+        options: The options, of `options_type`; None for an objective without any.
     """
 
+    options_type: ClassVar[type | None] = None
     model_fields: ClassVar[dict[str, Any]] = {}
     needs_codebook: ClassVar[bool] = False
+    needs_one_crop: ClassVar[bool] = False
     sequences_per_image: ClassVar[int] = 1
 
-    def __init__(self, gpt: GPT, chunk: int, seed: int = 0) -> None:
+    def __init__(self, gpt: GPT, chunk: int, seed: int = 0, options: Any = None) -> None:  # noqa: ANN401
         super().__init__()
         self.gpt, self.chunk, self.seed = gpt, chunk, seed
         self.progress = 0.0

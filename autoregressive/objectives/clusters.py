@@ -35,8 +35,9 @@ class ClustersOptions:
 
 
 class ClustersLoss(Objective):
-    """Mean cross-entropy per code, and that of the code's cluster."""
+    """Cross-entropy of codes and of clusters of similar codes (IAR)."""
 
+    options_type = ClustersOptions
     needs_codebook = True
     clusters: torch.Tensor
 

@@ -1,73 +1,49 @@
-"""Which objective a training uses, and the options of each."""
+"""Which objective a training uses, and the options of each.
 
+An objective is one file of this folder, and one line here: the name of the file in `Kind`. The file
+defines one subclass of Objective, whose first line of documentation is shown by --help, and the
+dataclass of its options, if it has any.
+"""
+
+import dataclasses
+import importlib
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from autoregressive.models.gpt import GPT
-from autoregressive.objectives.alignment import AlignmentLoss, AlignmentOptions
 from autoregressive.objectives.base import Objective
-from autoregressive.objectives.clusters import ClustersLoss, ClustersOptions
-from autoregressive.objectives.contrastive import ContrastiveLoss, ContrastiveOptions
-from autoregressive.objectives.guidance_free import GuidanceFreeLoss, GuidanceFreeOptions
-from autoregressive.objectives.next_patch import NextPatchLoss, NextPatchOptions
-from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.objectives.noisy_context import NoisyContextLoss, NoisyContextOptions
-from autoregressive.objectives.random_order import RandomOrderLoss, RandomOrderOptions
 
-LOSSES: dict[str, type[Objective]] = {
-    "next_token": NextTokenLoss,
-    "next_patch": NextPatchLoss,
-    "alignment": AlignmentLoss,
-    "noisy_context": NoisyContextLoss,
-    "guidance_free": GuidanceFreeLoss,
-    "contrastive": ContrastiveLoss,
-    "clusters": ClustersLoss,
-    "random_order": RandomOrderLoss,
-}
+Kind = Literal[
+    "next_token",
+    "next_patch",
+    "alignment",
+    "noisy_context",
+    "guidance_free",
+    "contrastive",
+    "clusters",
+    "random_order",
+    "z_loss",
+]
+
+
+def _read_objective(kind: str) -> type[Objective]:
+    """The one subclass of Objective that the file of this name defines."""
+    module = importlib.import_module(f"autoregressive.objectives.{kind}")
+    own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+    (found,) = [v for v in own if isinstance(v, type) and issubclass(v, Objective)]
+    return found
+
+
+LOSSES: dict[str, type[Objective]] = {kind: _read_objective(kind) for kind in get_args(Kind)}
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """The training objective. Options of one that is not in use must have their defaults.
+class ObjectiveKind:
+    """The training objective. Options of one that is not in use must have their defaults."""
 
-    Args:
-        kind: What is minimised.
-            next_token: cross-entropy of the next code (LlamaGen).
-            next_patch: first of patches of codes, which are shorter sequences (NPP).
-            alignment: also aligns hidden states with features of the images (REPA).
-            noisy_context: wrong input codes, and heads that predict the codes' vectors (reAR).
-            guidance_free: the guidance is an input; sampling takes half the rows (GFT).
-            contrastive: fine-tuning after which no guidance is needed (CCA); needs init_from.
-            clusters: also cross-entropy of clusters of similar codes (IAR).
-            random_order: random orders that become raster order (RAR).
-        next_patch: Options of next_patch.
-        alignment: Options of alignment.
-        noisy_context: Options of noisy_context.
-        guidance_free: Options of guidance_free.
-        contrastive: Options of contrastive.
-        clusters: Options of clusters.
-        random_order: Options of random_order.
-    """
-
-    kind: Literal[
-        "next_token",
-        "next_patch",
-        "alignment",
-        "noisy_context",
-        "guidance_free",
-        "contrastive",
-        "clusters",
-        "random_order",
-    ] = "next_token"
-    next_patch: NextPatchOptions = field(default_factory=NextPatchOptions)
-    alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
-    noisy_context: NoisyContextOptions = field(default_factory=NoisyContextOptions)
-    guidance_free: GuidanceFreeOptions = field(default_factory=GuidanceFreeOptions)
-    contrastive: ContrastiveOptions = field(default_factory=ContrastiveOptions)
-    clusters: ClustersOptions = field(default_factory=ClustersOptions)
-    random_order: RandomOrderOptions = field(default_factory=RandomOrderOptions)
+    kind: Kind = "next_token"
 
     def __post_init__(self) -> None:
         for part in fields(self):
@@ -79,6 +55,32 @@ class ObjectiveConfig:
     def loss(self) -> type[Objective]:
         """The class of the objective."""
         return LOSSES[self.kind]
+
+
+def _add_options(base: type[ObjectiveKind]) -> type[ObjectiveKind]:
+    """The class with a field for the options of each objective that has any, documented."""
+    groups = {kind: loss.options_type for kind, loss in LOSSES.items() if loss.options_type}
+    kinds = [f"{kind}: {(loss.__doc__ or '').splitlines()[0]}" for kind, loss in LOSSES.items()]
+    lines = ["kind: What is minimised.", *(f"    {line}" for line in kinds)]
+    lines += [f"{kind}: Options of {kind}." for kind in groups]
+    document = f"{base.__doc__}\n\n    Args:\n" + "".join(f"        {line}\n" for line in lines)
+    return dataclasses.make_dataclass(
+        "ObjectiveConfig",
+        [(kind, group, field(default_factory=group)) for kind, group in groups.items()],
+        bases=(base,),
+        frozen=True,
+        namespace={"__doc__": document, "__module__": __name__},
+    )
+
+
+if TYPE_CHECKING:
+
+    class ObjectiveConfig(ObjectiveKind):
+        """What _add_options returns, for type checkers."""
+
+        def __init__(self, kind: Kind = "next_token", **options: Any) -> None: ...  # noqa: ANN401
+else:
+    ObjectiveConfig = _add_options(ObjectiveKind)
 
 
 def build_objective(
@@ -95,24 +97,8 @@ def build_objective(
     images: how many images the training data have.
     Raises InputError where the objective cannot train this model.
     """
-    given = (gpt, chunk, seed)
-    match config.kind:
-        case "next_token":
-            objective = NextTokenLoss(*given)
-        case "next_patch":
-            objective = NextPatchLoss(*given, config.next_patch)
-        case "alignment":
-            objective = AlignmentLoss(*given, config.alignment)
-        case "noisy_context":
-            objective = NoisyContextLoss(*given, config.noisy_context)
-        case "guidance_free":
-            objective = GuidanceFreeLoss(*given, config.guidance_free)
-        case "contrastive":
-            objective = ContrastiveLoss(*given, config.contrastive)
-        case "clusters":
-            objective = ClustersLoss(*given, config.clusters)
-        case "random_order":
-            objective = RandomOrderLoss(*given, config.random_order)
+    options = getattr(config, config.kind, None)
+    objective = config.loss(gpt, chunk, seed, options)
     objective.check(gpt.config, images)
     if codebook is not None:
         objective.add_heads(codebook.shape[1])

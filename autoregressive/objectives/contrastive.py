@@ -39,8 +39,12 @@ class ContrastiveOptions:
 
 
 class ContrastiveLoss(Objective):
-    """The loss of CCA; an image's negative class is the class of the next one of the batch."""
+    """Fine-tuning after which no guidance is needed (CCA); needs init_from.
 
+    An image's negative class is the class of the next one of the batch.
+    """
+
+    options_type = ContrastiveOptions
     sequences_per_image = 2
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: ContrastiveOptions) -> None:

@@ -30,8 +30,12 @@ class GuidanceFreeOptions:
 
 
 class GuidanceFreeLoss(Objective):
-    """Mean cross-entropy of beta * conditional + (1 - beta) * unconditional logits."""
+    """Guidance becomes an input, and sampling takes half the rows (GFT).
 
+    The logits are beta * conditional + (1 - beta) * unconditional ones.
+    """
+
+    options_type = GuidanceFreeOptions
     model_fields: ClassVar[dict[str, Any]] = {"guidance_input": True}
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: GuidanceFreeOptions) -> None:

@@ -33,7 +33,9 @@ class NextPatchOptions:
 
 
 class NextPatchLoss(Objective):
-    """Mean cross-entropy of every code of every patch, given the patches before it."""
+    """Cross-entropy, first of patches of codes, which are shorter sequences (NPP)."""
+
+    options_type = NextPatchOptions
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: NextPatchOptions) -> None:
         super().__init__(gpt, chunk, seed)

@@ -6,7 +6,7 @@ from autoregressive.objectives.base import Batch, Objective
 
 
 class NextTokenLoss(Objective):
-    """The loss of the released recipe."""
+    """Cross-entropy of the next code (LlamaGen)."""
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy per code."""

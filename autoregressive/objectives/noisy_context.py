@@ -56,8 +56,9 @@ class NoisyContextOptions:
 
 
 class NoisyContextLoss(Objective):
-    """Cross-entropy of clean codes behind a noisy context, and the loss of the heads."""
+    """Cross-entropy behind a noisy context, and heads that predict codes' vectors (reAR)."""
 
+    options_type = NoisyContextOptions
     needs_codebook = True
     codebook: torch.Tensor
 

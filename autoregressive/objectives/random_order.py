@@ -31,8 +31,9 @@ class RandomOrderOptions:
 
 
 class RandomOrderLoss(Objective):
-    """Mean cross-entropy of every code, given the codes before it in its image's order."""
+    """Cross-entropy in random orders, which become raster order (RAR)."""
 
+    options_type = RandomOrderOptions
     model_fields: ClassVar[dict[str, Any]] = {"target_position": True}
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: RandomOrderOptions) -> None:

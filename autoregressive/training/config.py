@@ -5,6 +5,7 @@ from pathlib import Path
 
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.lora import LoRAOptions
 from autoregressive.models.transformer import TransformerConfig
 from autoregressive.objectives.config import ObjectiveConfig
 from core.distributed.parallel import ParallelConfig
@@ -45,9 +46,10 @@ class TrainConfig:
         validation_features: Features of their captions, for a text model.
         validation_samples: How many of them to use at most; null for all.
         training: Length, batch size, precision and seed.
-        model: Shape of the transformer.
+        model: Shape of the transformer. With lora, that of the base: leave it out, but for dropout.
+        lora: Fine-tuning of a few weights of init_from; off by default.
         objective: What is minimised: cross-entropy of the next code, or another objective.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the learning-rate schedule.
         parallel: DDP, FSDP2 or HSDP, compile and activation checkpointing.
         report: How often to report, evaluate and save.
         evaluation: How often to score samples, and how many.
@@ -70,6 +72,7 @@ class TrainConfig:
     init_from: str | None = None
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(1501200, 256))
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -93,5 +96,26 @@ class TrainConfig:
             raise ValueError("condition_dropout must be in [0, 1)")
         if self.objective.kind == "contrastive" and self.init_from is None:
             raise ValueError("objective.kind contrastive fine-tunes a model: give init_from")
+        if self.lora.rank is not None:
+            self._check_lora()
+        elif self.data.first_class:
+            raise ValueError("data.first_class is for fine-tuning with lora: give lora.rank")
+        if self.optimizer.kind == "muon" and self.lora.rank is not None:
+            raise ValueError("optimizer.kind muon is for whole matrices, not for those of lora")
+        if self.optimizer.kind == "muon" and self.parallel.strategy != "ddp":
+            raise ValueError(
+                "optimizer.kind muon needs whole matrices: leave parallel.strategy at ddp"
+            )
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")
+
+    def _check_lora(self) -> None:
+        """Refuse what LoRA cannot train."""
+        kind = self.objective.kind
+        if self.init_from is None:
+            raise ValueError("lora fine-tunes a model: give init_from")
+        if kind == "contrastive" or self.objective.loss.model_fields:
+            raise ValueError(
+                f"lora: objective.kind {kind} needs parts that LoRA does not train; take another "
+                "objective.kind, or leave lora out"
+            )

@@ -18,6 +18,7 @@ from autoregressive.inference.engine import InferenceEngine
 from autoregressive.models.conditioning import ClassCondition, Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.lora import CLASS_TABLE, NEW_CLASSES, is_lora_weight
 from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.base import Objective
 from autoregressive.sampling.loop import score_samples
@@ -46,13 +47,19 @@ def start_from(gpt: GPT, source: str, seed: int = 0) -> None:
     """Copy the weights of another training; raises InputError if they do not fit.
 
     `gpt` may be sharded: each process reads only the rows that it holds. Parts that an objective
-    adds, and that `source` does not have, get their initial values by `seed`.
+    or LoRA adds, and that `source` does not have, get their initial values by `seed`; new classes
+    start as the null class.
     """
     given = read_gpt(source, grid=gpt.config.grid)
-    added = [n for n in gpt.state_dict() if n.startswith(ADDED_PARTS) and n not in given.tensors]
+    tensors, state = given.tensors, gpt.state_dict()
+    if NEW_CLASSES in state:
+        null = tensors[CLASS_TABLE][-1:]
+        tensors = {**tensors, NEW_CLASSES: null.expand(len(state[NEW_CLASSES]), -1)}
+    added = [n for n in state if n.startswith(ADDED_PARTS) or is_lora_weight(n)]
+    added = [name for name in added if name not in tensors]
     if added:
         initialize(gpt, seed)
-    copy_weights(gpt, given.tensors, source, kept=added)
+    copy_weights(gpt, tensors, source, kept=added)
     ours, theirs = gpt.config.text_encoder, given.config.text_encoder
     if ours and theirs and ours != theirs:
         raise InputError(f"init_from {source}: was trained with another text encoder")
@@ -101,6 +108,14 @@ def check_resumable(
     if not whole:
         return bool(steps)
     found = load_config(GPTConfig, whole[-1] / "config.yaml")
+    ours, theirs = gpt_config.lora, found.lora
+    if (ours or theirs) and not (ours and ours.continues(theirs)):
+        raise InputError(
+            f"{out}: its run has {theirs or 'no lora'} and cannot be resumed with "
+            f"{ours or 'no lora'}"
+            + (", or with another base" if ours and theirs else "")
+            + "; give the settings that it started with, or another --out"
+        )
     for name in ("guidance_input", "target_position"):
         if getattr(gpt_config, name) != getattr(found, name):
             raise InputError(
@@ -117,7 +132,7 @@ def check_resumable(
     return True
 
 
-def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) -> Dataset | None:
+def open_validation(config: TrainConfig, data: Dataset, world: World) -> Dataset | None:
     """The validation data; raises InputError if it does not fit the training data."""
     if not config.validation:
         return None
@@ -129,8 +144,9 @@ def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) ->
         online=OnlineConfig(),
     )
     validation = open_data(given, world, config.out)
+    expected = data.model_fields()
     for name, theirs in validation.model_fields().items():
-        ours = getattr(gpt_config, name)
+        ours = expected[name]
         if ours != theirs:
             raise InputError(
                 f"validation {config.validation[0]}: {name} is {theirs}, in data {ours}"

@@ -30,11 +30,12 @@ class EMA(Generic[Model]):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Average in the weights of `model` after an optimizer step; buffers are copied."""
-        # Both models are sharded alike, so each process averages its own shard.
+        # Both models are sharded alike, so each process averages its own shard. Frozen weights of
+        # the two are equal and stay so.
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trained = [(local(own), local(new)) for own, new in pairs if new.requires_grad]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [local(own) for own in self.model.parameters()],
-            [local(new) for new in model.parameters()],
-            1 - self.decay,
+            [own for own, _ in trained], [new for _, new in trained], 1 - self.decay
         )
         for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
             own.copy_(new)

@@ -24,10 +24,9 @@ def linear_cross_entropy(
         it, to the weight.
     clusters: (vocab,) int64, the cluster of each entry; adds cluster_weight times the cross-entropy
         of the target's cluster, whose probability is the sum over its entries (IAR, arXiv
-        2506.06962). For targets (n,).
-    Products are in autocast's dtype where
-    it is on; softmax and sums are float32. Gradients are computed along with the loss, one product
-    each, so nothing is recomputed.
+        2501.00880). For targets (n,).
+    Products are in autocast's dtype where it is on; softmax and sums are float32. Gradients are
+    computed along with the loss, one product each, so nothing is recomputed.
     """
     targets = targets if targets.ndim == 2 else targets[:, None]
     options = (constant, clusters, cluster_weight)

@@ -6,6 +6,7 @@ A new objective takes part with one line in CASES.
 import dataclasses
 import shutil
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from helpers.codes import write_codes
 from helpers.models import tiny, write_models
 from helpers.training import flags, losses, weights
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from autoregressive import GPT, generate
 from autoregressive.objectives.alignment import AlignmentOptions
@@ -21,9 +24,11 @@ from autoregressive.objectives.clusters import ClustersOptions
 from autoregressive.objectives.config import LOSSES, ObjectiveConfig, build_objective
 from autoregressive.objectives.next_patch import NextPatchOptions
 from autoregressive.objectives.noisy_context import NoisyContextOptions
-from autoregressive.train import train
+from autoregressive.objectives.z_loss import ZLossOptions
+from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, load_config, parse_config, save_config
+from core.distributed.world import World
 from tokenizer.models.pretrained import load_tokenizer
 
 CASES: dict[str, dict[str, typing.Any]] = {
@@ -35,6 +40,7 @@ CASES: dict[str, dict[str, typing.Any]] = {
     "contrastive": {},
     "clusters": {"clusters": ClustersOptions(count=10)},
     "random_order": {},
+    "z_loss": {},
 }
 IMAGES = 40
 
@@ -140,6 +146,62 @@ def test_the_command_trains_resumes_exactly_and_its_model_samples(config, tmp_pa
     assert sampled.shape == (3, 4, 4)
 
 
+def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: str):
+    """The gradients of this process's share of a batch, after the processes averaged them."""
+    lines = flags(Path("unused"), Path("unused"), "--parallel.strategy", strategy)
+    lines += ["--init_from", gpt] if objective.kind == "contrastive" else []
+    config = parse_config(TrainConfig, [str(line) for line in lines])
+    config = dataclasses.replace(config, objective=objective)
+    gpt_config = tiny(**objective.loss.model_fields).config
+    codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    codebook = codebook if objective.loss.needs_codebook else None
+    models = build_models(config, gpt_config, world, True, IMAGES, codebook)
+    models.objective.begin_step(0.3)
+    for name, parameter in models.objective.gpt.named_parameters():
+        if name.startswith("output"):  # zero at the start, as the gradients behind it would be
+            parameter.data.copy_(parameter.data + 0.1)
+    codes, labels, dropped, positions, extra = batch(models.objective, 4)
+    own = slice(4 * world.rank // world.size, 4 * (world.rank + 1) // world.size)
+    shares = (codes[own], labels[own], dropped[own], positions[own], tuple(e[own] for e in extra))
+    models.parallel(*shares).backward()
+    found = {n: p.grad for n, p in models.objective.named_parameters() if p.requires_grad}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+
+
+def run_rank(rank: int, rendezvous: str, gpt: Path, cases: list[ObjectiveConfig]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    for case in cases:
+        whole = gradients_of(case, gpt, World(0, 1, cpu), "ddp")
+        for strategy in ("ddp", "fsdp"):
+            found = gradients_of(case, gpt, World(rank, 2, cpu), strategy)
+            assert set(found) == set(whole)
+            for name, expected in whole.items():
+                torch.testing.assert_close(
+                    found[name],
+                    expected,
+                    rtol=1e-3,
+                    atol=1e-5,
+                    msg=lambda text, at=(case.kind, strategy, name): f"{at}: {text}",
+                )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    gpt, _ = write_models(tmp_path, tiny())
+    features = tmp_path / "features.npy"
+    np.save(features, np.random.default_rng(0).standard_normal((IMAGES, 16, 6), np.float32))
+    alignment = AlignmentOptions(features, hidden=16)
+    cases = [
+        ObjectiveConfig(kind, **(options if kind != "alignment" else {"alignment": alignment}))
+        for kind, options in CASES.items()
+    ]
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.multiprocessing.spawn(run_rank, (rendezvous, gpt, cases), nprocs=2)
+
+
 def test_the_engine_adds_the_vector_of_the_position_to_predict():
     gpt = tiny(target_position=True)
     torch.nn.init.normal_(gpt.target_position.weight)
@@ -148,7 +210,20 @@ def test_the_engine_adds_the_vector_of_the_position_to_predict():
     assert torch.equal(gpt(codes, labels).argmax(-1), codes)
 
 
-def test_settings_that_make_no_sense_are_refused_by_name(tmp_path):
+def test_the_normaliser_is_squared_and_has_its_gradient():
+    objective = build(ObjectiveConfig("z_loss", z_loss=ZLossOptions(0.3)))
+    codes, labels, dropped, positions, _ = batch(objective, 4)
+    logits = objective.gpt(codes, labels, dropped)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    expected = expected + 0.3 * logits.logsumexp(-1).square().mean()
+    head = objective.gpt.output.weight
+    loss = objective(codes, labels, dropped, positions)
+    torch.testing.assert_close(loss, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(value, head) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
     with pytest.raises(ValueError, match=r"objective\.next_patch is set.*kind is next_token"):
         ObjectiveConfig(next_patch=NextPatchOptions(4))
     with pytest.raises(InputError, match=r"side 3 must divide"):
@@ -157,6 +232,19 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path):
         build(ObjectiveConfig("alignment"))
     with pytest.raises(InputError, match=r"clusters\.count 128 must divide"):
         build(ObjectiveConfig("clusters"))
+    features = tmp_path / "features.npy"
+    np.save(features, np.zeros((IMAGES, 16, 6), np.float32))
+    aligned = ObjectiveConfig("alignment", alignment=AlignmentOptions(features))
+    with pytest.raises(InputError, match=f"features of {IMAGES} images, the codes are of 7"):
+        build_objective(aligned, tiny(), 24, 0, None, 7)
+    for crops, folders in ((2, 1), (1, 2)):
+        codes = [write_codes(tmp_path / f"{crops}{i}", IMAGES, crops) for i in range(folders)]
+        listed = f"[{','.join(map(str, codes))}]"
+        lines = flags(codes[0], tmp_path / "run", "--data.codes", listed)
+        config = parse_config(TrainConfig, [str(line) for line in lines])
+        with pytest.raises(InputError, match=r"alignment needs codes of one crop.*have 2 crops"):
+            train(dataclasses.replace(config, objective=aligned), world)
+        assert not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(ValueError, match="give init_from"):
         parse_config(
             TrainConfig, ["--out", "x", "--data.codes", "[x]", "--objective.kind", "contrastive"]

@@ -81,10 +81,16 @@ def test_initial_adaptive_norms_have_the_published_spread(goldens):
     for i, block in enumerate(gpt.blocks):
         for part, rows in enumerate(block.ada_lin[1].weight.split(512)):
             found[f"blocks.{i}.ada_lin.1.weight[{part}]"] = rows.std().item()
+    for part, rows in enumerate(gpt.norm_ada_lin[1].weight.split(512)):
+        found[f"head_nm.ada_lin.1.weight[{part}]"] = rows.std().item()
     shown = {name: value for name, value in spread.items() if "ada_lin.1.weight" in name}
-    blocks = [value for name, value in shown.items() if name.startswith("blocks.")]
-    assert len(blocks) == len(found)
-    np.testing.assert_allclose(list(found.values()), blocks, rtol=0.03)
+    assert len(shown) == len(found)
+    np.testing.assert_allclose(list(found.values()), list(shown.values()), rtol=0.03)
+    ours = {seed_name(name): value for name, value in spread.items() if name not in shown}
+    state = gpt.state_dict()
+    assert set(ours) <= set(state)
+    for name, expected in ours.items():
+        assert state[name].std().item() == pytest.approx(expected, rel=0.03, abs=1e-7), name
 
 
 def varied(**overrides) -> GPT:
@@ -103,6 +109,7 @@ def varied(**overrides) -> GPT:
     [
         ({"adaln": "full"}, {"cfg_scale": 3.0}),
         ({"adaln": "full"}, {"cfg_scale": 3.0, "cfg_interval": 3}),
+        ({"adaln": "shared"}, {"cfg_scale": 3.0}),
         ({"guidance_input": True}, {"guidance": 0.5}),
         ({"guidance_input": True, "adaln": "full"}, {"guidance": 0.5}),
     ],
@@ -141,7 +148,45 @@ def test_a_guidance_that_the_model_does_not_take_is_refused():
         GPTConfig(adaln="full", condition="text")
 
 
-def test_both_variants_train():
-    gpt = varied(guidance_input=True, adaln="full").train()
+def test_shared_adaptive_norms_add_a_table_to_one_layer():
+    # A model of full ones whose layers are the shared layer, with the table in the bias.
+    shared, full = varied(adaln="shared"), tiny(adaln="full")
+    state = shared.state_dict()
+    weight, bias = (state.pop(f"shared_ada_lin.1.{name}") for name in ("weight", "bias"))
+    for i in range(2):
+        table = state.pop(f"layers.{i}.ada_lin.table").flatten()
+        state[f"layers.{i}.ada_lin.1.weight"] = weight
+        state[f"layers.{i}.ada_lin.1.bias"] = bias + table
+    load_weights(full, state, "the shared ones")
+    codes = torch.arange(16).expand(3, -1)
+    torch.testing.assert_close(shared(codes, LABELS), full(codes, LABELS), atol=1e-5, rtol=0)
+    added = 6 * 32 * 33 + 2 * 6 * 32 + 2 * 32 * 33  # the shared layer, the tables, the last norm's
+    count = sum(p.numel() for p in shared.parameters())
+    assert count == added + sum(p.numel() for p in tiny().parameters())
+
+
+def test_shared_adaptive_norms_are_recognised_in_a_file(tmp_path):
+    gpt = varied(adaln="shared", dim=128, num_heads=2)
+    torch.save({"model": gpt.state_dict()}, tmp_path / "gpt.pt")
+    found = GPT.from_pretrained(tmp_path / "gpt.pt", grid=(4, 4))
+    assert found.config == gpt.config
+    codes = torch.arange(16).expand(3, -1)
+    assert torch.equal(found(codes, LABELS), gpt(codes, LABELS))
+
+
+def test_shared_gains_begin_small_and_scales_as_published():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(num_layers=2, num_heads=8, dim=512, vocab_size=64, adaln="shared"))
+    table = gpt.blocks[1].ada_lin.table
+    assert table[2:].std().item() == pytest.approx(0.5 / 512**0.5, rel=0.05)
+    assert table[:2].std().item() == pytest.approx(1e-3 / 512**0.5, rel=0.1)
+    weight = gpt.shared_ada_lin[1].weight
+    assert weight[1024:].std().item() == pytest.approx(0.01, rel=0.03)
+    assert weight[:1024].std().item() == pytest.approx(2e-5, rel=0.03)
+
+
+@pytest.mark.parametrize("adaln", ["shared", "full"])
+def test_both_variants_train(adaln):
+    gpt = varied(guidance_input=True, adaln=adaln).train()
     gpt(torch.zeros(2, 16, dtype=torch.int64), LABELS[:2], guidance=torch.ones(2)).sum().backward()
     assert all(parameter.grad is not None for parameter in gpt.parameters())

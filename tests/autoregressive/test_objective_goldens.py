@@ -8,6 +8,7 @@ from helpers.quantizers import normal, relative_error
 from torch.nn import functional as F
 
 from autoregressive import GPT, GPTConfig
+from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.objectives.alignment import alignment_loss
 from autoregressive.objectives.base import Batch, Objective, Projector, annealed
 from autoregressive.objectives.clusters import balanced_clusters
@@ -15,7 +16,11 @@ from autoregressive.objectives.contrastive import ContrastiveOptions, contrastiv
 from autoregressive.objectives.guidance_free import GuidanceFreeLoss, GuidanceFreeOptions
 from autoregressive.objectives.next_patch import NextPatchLoss, NextPatchOptions
 from autoregressive.objectives.next_token import NextTokenLoss
-from autoregressive.objectives.noisy_context import embedding_similarity
+from autoregressive.objectives.noisy_context import (
+    NoisyContextLoss,
+    NoisyContextOptions,
+    embedding_similarity,
+)
 from core.training.linear_cross_entropy import linear_cross_entropy
 
 
@@ -140,6 +145,40 @@ def test_both_annealings_are_the_published_ones(golden):
         progress = step / 250_000
         assert annealed(progress, 0.5, 0.75) == pytest.approx(recorded["rar_random_ratio"][i])
         assert annealed(progress, 0.0, 0.75) == pytest.approx(recorded["rear_noise_ratio"][i])
+
+
+@pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl", "rear_s", "rear_bl"])
+def test_the_power_cosine_schedule_is_the_published_one(golden, name):
+    recorded = golden("rar_schedules")
+    scale, power = recorded[f"setting_{name}"].tolist()
+    schedule = SamplingConfig(scale, cfg_schedule="cosine", cfg_power=power)
+    np.testing.assert_allclose(schedule.cfg_scales(256), recorded[f"cfg_{name}"], rtol=1e-5)
+
+
+def test_alignment_of_the_state_that_has_read_a_code_is_the_published_one(golden):
+    recorded = golden("alignment")
+    student = normal(8002, (2, 36, 24)).requires_grad_()
+    loss = alignment_loss(student[:, 1:], normal(8001, (2, 36, 24)))
+    loss.backward()
+    close(loss, recorded["mirai_i_losses"][0])
+    close(student.grad, recorded["mirai_i_dstudent0"])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.0])
+def test_the_noise_of_inputs_has_the_published_statistics(golden, ratio):
+    recorded = golden("rear_noise")[f"switch_{ratio}"]
+    shape = {"num_layers": 1, "num_heads": 1, "dim": 8, "vocab_size": 1024, "grid": (16, 16)}
+    objective = NoisyContextLoss(GPT(GPTConfig(**shape)), 100, 0, NoisyContextOptions(ratio))
+    codes = integers(0, 1024, (4000, 256))
+    some = Batch(codes, codes[:, 0], codes[:, 0] > 0, torch.arange(4000), ())
+    replaced, inputs = objective.perturb(some)
+    share = replaced.float().mean(1)
+    quantiles = share.quantile(torch.tensor([0.1, 0.9])).tolist()
+    changed = inputs != codes
+    found = [share.mean().item(), share.std().item(), *quantiles, changed.float().mean().item()]
+    np.testing.assert_allclose(found, recorded[:5], atol=0.02)  # 0.005 is one standard error
+    assert not (changed & ~replaced).any()
+    assert inputs.min() >= 0 and inputs.max() == recorded[6]
 
 
 def test_the_loss_of_clusters_equals_its_definition():

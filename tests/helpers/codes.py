@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.data.shards import ShardWriter
+from core.data.shards import ShardWriter, codes_dtype
 from core.distributed.world import World, choose_device
 
 
@@ -25,7 +25,7 @@ def write_codes(
     tokens = grid[0] * grid[1]
     base = random.integers(0, vocab_size, (num_classes, 1, tokens))
     noise = random.integers(0, 3, (count, crops, tokens))
-    codes = ((base[labels] + noise) % vocab_size).astype(np.uint16)
+    codes = ((base[labels] + noise) % vocab_size).astype(codes_dtype(vocab_size))
     writer = ShardWriter(folder, count, 16, {}, World(0, 1, choose_device("cpu")))
     for shard in writer.begin():
         items = list(writer.items(shard))

@@ -133,9 +133,16 @@ class _Module:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 self.read(self.type_of(node.value, variables), node.attr)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
-                name = getattr(node.args[1], "value", None)
-                if isinstance(name, str):
+                for name in self.names_of(node.args[1], variables):
                     self.read(self.type_of(node.args[0], variables), name)
+
+    def names_of(self, node: ast.expr, variables: dict[str, type]) -> tuple[str, ...]:
+        """The names that `node` may be: a constant, or a field whose type is a Literal."""
+        if isinstance(node, ast.Constant):
+            return (str(node.value),)
+        owner = self.type_of(node.value, variables) if isinstance(node, ast.Attribute) else None
+        hint = _hints(owner).get(node.attr) if owner and isinstance(node, ast.Attribute) else None
+        return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
     def read(self, kind: type | None, name: str) -> None:
         if kind and getattr(kind, "_is_protocol", False):

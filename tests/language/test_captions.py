@@ -39,4 +39,5 @@ def test_only_the_reference_rules_strip_spaces_before_the_last_rules():
 def test_the_first_sentence_ends_at_a_full_stop_of_any_script():
     assert first_sentence("A cat. It sleeps.") == "A cat."
     assert first_sentence("version 1.5 of it") == "version 1.5 of it"
+    assert first_sentence("U.S. 101 at dusk") == "U.S."  # the published code: up to the U
     assert first_sentence("一只猫。它在睡觉。") == "一只猫。"

@@ -6,14 +6,25 @@ A new quantizer takes part with one line in CASES.
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers.models import small
 from helpers.tokenizer_training import flags, train_here, write_images
+from helpers.training import flags as gpt_flags
 from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from core.config import InputError, config_values, load_config, save_config
+from autoregressive.inference.compute import ComputeConfig
+from autoregressive.sampling.run import SampleRunConfig, sample
+from autoregressive.train import train
+from autoregressive.training.config import TrainConfig
+from core.config import InputError, config_values, load_config, parse_config, save_config
+from core.data.images import images_to_pixels
+from core.data.shards import ShardReader
+from core.distributed.world import World
 from core.files import read_json
 from core.weights import save_tensors
 from tokenizer import VQConfig, VQModel
@@ -144,6 +155,62 @@ def test_the_commands_train_resume_exactly_and_encode(fields, tmp_path, world):
     index = read_json(tmp_path / "codes" / "index.json")
     assert index["vocab_size"] == config.vocab_size
     assert index["codes_dtype"] == ("uint32" if config.vocab_size > 2**16 else "uint16")
+    check_a_gpt_on_these_codes(tmp_path, world)
+
+
+def check_a_gpt_on_these_codes(folder: Path, world: World) -> None:
+    """It trains, and its images are sampled with the tokenizer."""
+    stored = ShardReader(folder / "codes", "codes")[np.arange(6)]
+    vq = VQModel.from_pretrained(folder / "whole")
+    assert stored.shape == (6, 1, 64) and stored.max() < vq.quantize.vocab_size
+    more = ("--training.num_steps", 2, "--training.batch_size", 2, "--model.dim", 8)
+    more = (*more, "--loss_chunk", 64, "--report.sample_every", "null")
+    lines = gpt_flags(folder / "codes", folder / "gpt", *more)
+    train(parse_config(TrainConfig, [str(line) for line in lines]), world)
+    models = {"gpt": str(folder / "gpt"), "tokenizer": str(folder / "whole")}
+    compute = ComputeConfig(precision="fp32", device="cpu")
+    sample(SampleRunConfig(**models, out=folder / "images", num_images=2, compute=compute), world)
+    codes = ShardReader(folder / "images", "codes")[np.arange(2)]
+    assert codes.dtype == stored.dtype
+    images = np.load(folder / "images" / "samples.npz")["arr_0"]
+    decoded = images_to_pixels(vq.decode(torch.from_numpy(codes.astype(np.int64))))
+    assert (images == decoded.numpy()).mean() > 0.99
+
+
+def run_rank(rank: int, rendezvous: str) -> None:
+    """Two processes with half a batch each against one; entropies are of a process's own batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def backward(net: torch.nn.Module, batch: torch.Tensor) -> None:
+        out = net(batch)
+        (out.images.square().mean() + sum(out.losses.values())).backward()
+
+    for name, fields in CASES.items():
+        options = {**fields, "entropy_weight": 0.0}
+        ours, whole = small(**options).train(), small(**options).train()
+        own = images[2 * rank : 2 * rank + 2]
+        backward(DistributedDataParallel(ours, broadcast_buffers=False), own)
+        # Revival asks all processes, so that both run it; half of their vectors are the same.
+        backward(whole, images)
+        for (key, found), expected in zip(
+            ours.named_parameters(), whole.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(
+                found, expected[1], rtol=1e-3, atol=1e-5, msg=f"{name} {key}"
+            )
+            if found.requires_grad:
+                torch.testing.assert_close(
+                    found.grad, expected[1].grad, rtol=1e-3, atol=1e-5, msg=f"{name} {key}"
+                )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.multiprocessing.spawn(run_rank, (rendezvous,), nprocs=2)
 
 
 def without_model(arguments: list[object]) -> list[object]:
@@ -174,6 +241,7 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         ({"quantizer": "bsq", "vocab_size": 256, **RAW}, "group_size 9"),
         ({"quantizer": "fsq", **RAW}, "fsq.levels"),
         ({**CASES["fsq"], "fsq": FiniteScalarOptions((4, 3, 3), "sigmoid")}, "odd"),
+        ({**CASES["fsq"], "fsq": FiniteScalarOptions((2, 2, 9))}, "levels >= 3"),
         ({**CASES["fsq"], "entropy_weight": 0.1}, "entropy_weight"),
         ({**CASES["simvq"], "entropy_weight": 0.1}, "entropy_weight"),
         ({"quantizer": "ibq", "vq": VectorOptions(gradient="rotation"), **RAW}, "model.vq"),

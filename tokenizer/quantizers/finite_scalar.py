@@ -23,8 +23,9 @@ class FiniteScalarOptions:
     """Options of the quantizer fsq alone.
 
     Args:
-        levels: Levels of each channel, at least 2: as many as codebook_dim, with the product
-            vocab_size.
+        levels: Levels of each channel, at least 3: as many as codebook_dim, with the product
+            vocab_size. For two levels, the signs, take quantizer lfq or bsq: here the bound of the
+            published code would put their border at -3.8.
         bound: tanh (FSQ), or sigmoid (iFSQ; odd levels only).
     """
 
@@ -44,9 +45,9 @@ class FiniteScalarQuantizer(Quantizer):
         """Raises InputError for levels that do not fit vocab_size, dim or the bound."""
         super().__init__(vocab_size, dim)
         levels = options.levels
-        if len(levels) != dim or min(levels) < 2 or math.prod(levels) != vocab_size:
+        if len(levels) != dim or min(levels) < 3 or math.prod(levels) != vocab_size:
             raise InputError(
-                f"model.fsq.levels {list(levels)}: expected codebook_dim = {dim} levels >= 2 whose "
+                f"model.fsq.levels {list(levels)}: expected codebook_dim = {dim} levels >= 3 whose "
                 f"product is vocab_size = {vocab_size}, not {math.prod(levels)}"
             )
         if options.bound == "sigmoid" and not all(count % 2 for count in levels):

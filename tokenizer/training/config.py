@@ -74,6 +74,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.parallel.strategy != "ddp":
             raise ValueError("parallel.strategy: the tokenizer trains only under ddp")
+        if "muon" in (self.optimizer.kind, self.discriminator_optimizer.kind):
+            raise ValueError(
+                "optimizer.kind muon is for the transformer: the tokenizer has no blocks"
+            )
         check_image_size(*self.image_size)
         if self.model.image_size not in (None, self.image_size):
             raise ValueError("model.image_size is that of the training images: leave it out")
