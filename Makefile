@@ -20,7 +20,7 @@ EXAMPLES ?= 100
 PLAYWRIGHT := playwright==1.65.2
 OLDEST := torch==2.11.0 torchvision==0.26.0
 
-.PHONY: demo demo-text test fuzz serve-test check quick gpu-report test-oldest clean
+.PHONY: demo demo-text test fuzz serve-test serve-test-vllm serve-test-page check quick gpu-report test-oldest clean
 
 demo: .venv/ready
 	$(RUN) scripts/demo.py
@@ -35,12 +35,14 @@ test: .venv/ready
 fuzz: .venv/ready
 	FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout 3600 -q tests/fuzz
 
-serve-test: .venv/ready .venv-vllm/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m vllm
-	$(RUN) -m pip install -qq --disable-pip-version-check \
-		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
-	$(RUN) -m pip install -qq --disable-pip-version-check $(PLAYWRIGHT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/autoregressive/serving/test_page.py \
+serve-test: serve-test-vllm serve-test-page
+
+# -rs prints why a test was skipped: without a browser the page is not tested in one.
+serve-test-vllm: .venv/ready .venv-vllm/ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs -m vllm
+
+serve-test-page: .venv/page
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs tests/autoregressive/serving/test_page.py \
 		tests/autoregressive/serving/test_page_browser.py
 
 quick: .venv/ready
@@ -65,6 +67,11 @@ gpu-report: .venv/ready
 		-r requirements.txt -r requirements-dev.txt
 	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@echo "Ready. To use it in this shell: source .venv/bin/activate"
+	touch $@
+
+.venv/page: .venv/ready requirements-extra.txt
+	$(RUN) -m pip install -qq --disable-pip-version-check $(PLAYWRIGHT) \
+		"$$(grep -o '^gradio==[0-9.]*' requirements-extra.txt)"
 	touch $@
 
 test-oldest: .venv-oldest/ready

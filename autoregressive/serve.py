@@ -144,7 +144,9 @@ def open_engine(config: ServeConfig, pipeline: ImagePipeline) -> Iterator[ImageE
         export_vllm(pipeline.gpt, exported)
         vq = pipeline.vq.for_inference(device, dtype_of(config.compute.tokenizer_precision), False)
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.compute.precision]
-        yield VLLMEngine(gpt, vq, encode, exported, {"dtype": dtype, **config.vllm_options})
+        yield VLLMEngine(
+            pipeline.gpt, vq, encode, exported, {"dtype": dtype, **config.vllm_options}
+        )
 
 
 def read_class_names(path: Path | None) -> list[str]:

@@ -57,7 +57,7 @@ def train(config: TrainConfig, world: World) -> None:
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
     config, gpt_config = resolve_model(config, data, world)
-    validation = open_validation(config, data, world)
+    validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     if config.objective.loss.needs_one_crop and data.crops != 1:
         raise InputError(

@@ -31,6 +31,8 @@ from evaluations.features.extractors import note_of
 from evaluations.report import write_comparison
 from evaluations.scorer import MetricsConfig, check_size, open_scorer
 
+MAX_SETTINGS = 10_000  # each of which samples num_images images
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(PipelineConfig):
@@ -68,6 +70,11 @@ class TuneConfig(PipelineConfig):
     def candidates(self) -> list[SamplingConfig]:
         """Every combination, once; raises ValueError for an invalid one."""
         axes = self.schedules, self.powers, self.starts, self.intervals, self.scales
+        if math.prod(map(len, axes)) > MAX_SETTINGS:
+            raise ValueError(
+                f"scales, schedules, powers, starts, intervals: {math.prod(map(len, axes)):,} "
+                f"combinations, at most {MAX_SETTINGS:,}"
+            )
         found = {}
         for schedule, power, start, interval, scale in itertools.product(*axes):
             candidate = dataclasses.replace(

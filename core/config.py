@@ -32,7 +32,7 @@ from core.config_checks import (
     name_flags,
     nearest_name,
 )
-from core.errors import InputError, shorten
+from core.errors import InputError, memory_problem, shorten
 from core.files import write_text
 
 Config = TypeVar("Config")
@@ -208,6 +208,10 @@ def run_command(main: Callable[[], None]) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space there, then " if full else ""
         fail(f"{error}; {advice}run the same command again to continue", code=1)
+    except (RuntimeError, MemoryError) as error:
+        if not (problem := memory_problem(error)):
+            raise
+        fail(problem, code=2)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue", code=2)
 

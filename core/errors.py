@@ -28,3 +28,22 @@ def _without_middle(text: str, length: int) -> str:
     if len(text) <= length:
         return text
     return f"{text[: length - 60]} ... {text[-50:]}"
+
+
+# What torch says where sizes are beyond the memory, or beyond what an address can hold.
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+    "Stride calculation overflowed",
+    "numel: integer multiplication overflow",
+)
+
+
+def memory_problem(error: Exception) -> str:
+    """One line about an error of a memory that is too small; "" for any other error."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not any(text in said for text in _NO_MEMORY):
+        return ""
+    return f"the memory is too small: {said[:200] or 'MemoryError'}; take smaller sizes or batches"

@@ -140,8 +140,18 @@ def check_size(size: tuple[int, int], source: Path, reference: ReferenceStats) -
         )
 
 
+def check_count(count: int) -> None:
+    """Raise InputError for too few images to have a covariance."""
+    if count < 2:
+        raise InputError(f"metrics: scores need at least 2 images, there are {count}")
+
+
 def score(scorer: Scorer, statistics: FeatureStatistics) -> Scores:
-    """All scores that the statistics allow. If the network is not FID's, names have a prefix."""
+    """All scores that the statistics allow. If the network is not FID's, names have a prefix.
+
+    Raises InputError for fewer than two images.
+    """
+    check_count(len(statistics.ids))
     device = statistics.pooled.total.device
     reference = scorer.reference.pooled.to(device)
     values = {scorer.distance: frechet_distance(statistics.gaussian(), reference)}

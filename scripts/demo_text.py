@@ -22,14 +22,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import CaptionMaker, words_of
 from grammar import RULES
-from shapes import Asked, Verdict, check, describe, draw
+from shapes import SIZES, Asked, Verdict, check, describe, draw
 from stages import ROOT, Stages, run_stage
 from tiny_t5 import PAIRS, write_t5
 
 from core.data.grids import enlarged_grid
 from core.files import fingerprint
 
-IMAGES = 6000
+CONFIGS = Path("configs") / "demo_text"
+IMAGES = 10_000
+TWO_OBJECTS = 0.75  # share of the images: one object alone is learnt sooner
 HELD_OUT = 500  # captions of pairs that no training image shows
 CHECKED = 1000  # drawings that validate the checker
 WRITTEN = ROOT / "tests" / "demo_prompts.txt"  # 200 prompts in people's words
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", default=[], help="sample this too; repeatable")
     options = parser.parse_args()
     out = options.out
-    stages = Stages(out, Path("configs") / "demo_text")
+    stages = Stages(out, CONFIGS)
     train(out, stages)
     if options.prompt:
         sample_typed(out, options.prompt, stages)
@@ -66,7 +68,7 @@ def main() -> None:
 def train(out: Path, stages: Stages) -> None:
     """Draw the images and train the three models; what is there already stays."""
     images, tokenizer, t5 = out / "train", out / "tokenizer", out / "t5"
-    stages.step(images, fingerprint([IMAGES, RULES]), lambda: write_images(out))
+    stages.step(images, fingerprint([IMAGES, TWO_OBJECTS, SIZES, RULES]), lambda: write_images(out))
     pairs = ("--pairs.source", images)
     run = stages.command
     run("tokenizer.train", "tokenizer.yaml", tokenizer, "--data", images)
@@ -88,7 +90,8 @@ def write_images(out: Path) -> None:
     temporary = out / "train.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    maker, random = CaptionMaker(seed=0, never=written_texts()), np.random.default_rng(0)
+    maker = CaptionMaker(seed=0, never=written_texts(), pairs=TWO_OBJECTS)
+    random = np.random.default_rng(0)
     for number in range(IMAGES):
         caption = maker.caption()
         path = temporary / f"{number:05d}.png"

@@ -22,7 +22,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4.3, "large": 6.6}  # half the width, in pixels
+SIZES = {"small": 5.0, "large": 6.7}  # half the width, in pixels
 # The centre of each object; of two, in the order top to bottom or left to right.
 PLACES = {
     "top left": ((8, 8),),

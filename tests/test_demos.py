@@ -5,6 +5,7 @@ import re
 import sys
 from random import Random
 
+import demo_text
 import numpy as np
 import pytest
 import torch
@@ -267,3 +268,25 @@ def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         Stages(tmp_path, tmp_path).command("m", "config.yaml", tmp_path / "a")
     assert stopped.value.code == 1
+
+
+def test_the_text_demo_trains_once_and_draws_the_same_images_again(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(module: str, config: object, *flags: object) -> None:
+        ran.append(module)
+        flags[flags.index("--out") + 1].mkdir()  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr("stages.run_stage", run)
+    monkeypatch.setattr(demo_text, "IMAGES", 20)
+    monkeypatch.setattr(demo_text, "make_t5", lambda folder: folder.mkdir())
+    for _ in range(2):
+        demo_text.train(tmp_path, Stages(tmp_path, demo_text.CONFIGS))
+    assert len(ran) == 4
+    assert capsys.readouterr().out.count("already there") == 6
+    files = {path.name: path.read_bytes() for path in (tmp_path / "train").iterdir()}
+    assert len(files) == 40
+    demo_text.write_images(tmp_path)
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "train").iterdir()}
+    texts = [text.decode() for name, text in files.items() if name.endswith(".txt")]
+    assert not {plain(text) for text in texts} & {plain(text) for text in demo_text.written_texts()}

@@ -5,10 +5,12 @@ Three kinds, by what the attention reads. `PrefixCache` reads a slice whose end 
 `QuantizedCache` stores one byte per number: half the memory, and no longer exact.
 """
 
+import functools
 import inspect
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from autoregressive.inference.quantized_linear import QUANTIZED, quantize
 from autoregressive.models.transformer import causal_attention
@@ -180,6 +182,9 @@ class PrefixCache:
         """
         rows, new = queries.shape[:2]
         past = cls.read(layer.keys, rows, metadata.kv_end, queries.dtype)
+        values = cls.read(layer.values, rows, metadata.kv_end, queries.dtype)
+        if new == 1 and past.shape[1] == queries.shape[2] and _has_bag_kernel(values):
+            return _one_query_attention(metadata, queries, past, values)
         # Query heads that share keys, and new positions, become columns of one product.
         columns = queries.unflatten(2, (past.shape[1], -1)).permute(0, 2, 4, 3, 1)
         scores = (past @ columns.flatten(3)).float() * metadata.scale
@@ -189,8 +194,39 @@ class PrefixCache:
         elif metadata.kv_length < metadata.kv_end:
             scores[:, :, metadata.kv_length :] = float("-inf")
         weights = scores.softmax(dim=2).to(queries.dtype).transpose(2, 3)
-        attended = weights @ cls.read(layer.values, rows, metadata.kv_end, queries.dtype)
+        attended = weights @ values
         return attended.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _has_bag_kernel(values: torch.Tensor) -> bool:
+    """Whether _one_query_attention is the faster way: eagerly, in bfloat16 on a CPU."""
+    eager_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager_cpu and values.dtype == torch.bfloat16 and values.is_contiguous()
+
+
+def _one_query_attention(
+    metadata: AttentionMetadata, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """PrefixCache.attention for one query (rows, 1, heads, head_dim) that shares no keys.
+
+    The weighted sum of the values is an embedding bag, whose kernel reads them in place; oneDNN
+    copies them at every product in bfloat16.
+    """
+    scores = (queries.transpose(1, 2) @ keys.transpose(2, 3)).float() * metadata.scale
+    if metadata.mask is not None:
+        scores = scores.masked_fill(metadata.mask[:, None], float("-inf"))
+    elif metadata.kv_length < metadata.kv_end:
+        scores[..., metadata.kv_length :] = float("-inf")
+    weights = scores.softmax(dim=-1).to(queries.dtype).flatten(0, 2)
+    slots = _slot_index(weights.numel()).view_as(weights)
+    attended = F.embedding_bag(slots, values.flatten(0, 2), mode="sum", per_sample_weights=weights)
+    return attended.view_as(queries)
+
+
+@functools.lru_cache(maxsize=1)
+def _slot_index(count: int) -> torch.Tensor:
+    """0 .. count - 1; every layer of several steps asks for the same one."""
+    return torch.arange(count, dtype=torch.int32)
 
 
 def _pairs(buffers: list[KVBuffer]) -> list[LayerCache]:

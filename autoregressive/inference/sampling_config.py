@@ -13,6 +13,9 @@ Rule = Literal["same_images", "same_distribution"]
 Guess = Literal["first", "left", "above"]
 
 
+LARGEST_SEED = 2**63 - 1
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How codes are sampled from logits.
@@ -72,14 +75,17 @@ class SamplingConfig:
         for name, unset in (("cfg_scale", 0), ("cfg_interval", -1), ("top_k", -1)):
             if getattr(self, name) == unset:
                 object.__setattr__(self, name, None)
+        for name in ("cfg_scale", "temperature", "top_p", "cfg_power", "guidance"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be finite")
         if self.cfg_scale is not None and self.cfg_scale < 1:
             raise ValueError(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1: no guidance)")
         if self.cfg_interval is not None and self.cfg_interval < 0:
             raise ValueError(
                 f"cfg_interval is {self.cfg_interval}, must be >= 0 (null or -1: all codes)"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must be >= 0")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}, must be >= 0 and at most {LARGEST_SEED}")
         if self.cfg_start < 0 or self.cfg_power <= 0:
             raise ValueError("cfg_start must be >= 0, cfg_power > 0")
         if self.temperature < 0 or (self.top_k is not None and self.top_k < 0):
@@ -119,12 +125,18 @@ class SamplingConfig:
 
         condition is the model's: class, text or none. guidance_input: it takes guidance as an
         input.
-        Raises InputError for guidance of an unconditional model.
+        Raises InputError for guidance of an unconditional model, and for a cfg_scale where guidance
+        is an input.
         """
         if condition == "none" and self.cfg_scale not in (None, 1):
             raise InputError(
                 f"cfg_scale is {self.cfg_scale}, but guidance needs a condition, and this model is "
                 "unconditional: leave cfg_scale out"
+            )
+        if guidance_input and self.cfg_scale not in (None, 1):
+            raise InputError(
+                f"cfg_scale is {self.cfg_scale}, but this model takes guidance as an input: leave "
+                "cfg_scale out and set guidance, about 1 / cfg_scale of other models"
             )
         cfg_scale, top_k = USUAL[condition]
         guidance = self.guidance

@@ -91,7 +91,7 @@ def zipar_steps(
             forced = state.forced_codes[:, position]
             codes[:, position] = torch.where(forced < 0, codes[:, source], forced)
         state.inputs[:count] = inputs[:count]
-        state.written[inputs[:count]] = True
+        state.written.index_fill_(0, inputs[:count], True)
         guided = step.sampled[0] < guided_until
         kv_end, _ = engine._kv_extent(longest + max(step.inputs) + 1, needs_mask=True)
         run = functools.partial(_step, engine, state, sampled, count, guided, kv_end, sampler)

@@ -228,7 +228,17 @@ class GPT(nn.Module):
         drop_condition: (batch,) bool, rows that get the null condition instead; default none.
         positions: (batch or 1, N) int64, the grid position of each code; default raster order.
         guidance: (batch,) float32 in (0, 1], for a model with guidance_input; None leaves it out.
+        Raises InputError for codes of another shape or dtype than the grid's.
         """
+        is_integer = codes.dtype in (torch.int32, torch.int64)
+        if codes.ndim != 2 or not is_integer or codes.shape[1] > self.config.num_codes:
+            raise InputError(
+                f"codes {tuple(codes.shape)} {codes.dtype}: expected (batch, N) int64, N at most "
+                f"{self.config.num_codes}"
+            )
+        condition = as_condition(condition)
+        if len(condition) != len(codes):
+            raise InputError(f"{len(condition)} conditions for codes of {len(codes)} images")
         hidden = self.hidden(codes, condition, drop_condition, positions, guidance)
         return self.output(hidden).float()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,10 +92,11 @@ def read_gpt(
         tensors = read_file(path).weights("model", path)
         if told.lora:
             tensors = merge_with_base(told, tensors, path)
-        config = dataclasses.replace(told, lora=None, **overrides)
+        config = _valid_config(source, lambda: dataclasses.replace(told, lora=None, **overrides))
         return Stored(config, tensors, path, sha256, told.grid)
     stored = read_transformer(path, weights)
-    config = _infer_config(stored, path, {**released_architecture(source), **overrides})
+    fields = {**released_architecture(source), **overrides}
+    config = _valid_config(source, lambda: _infer_config(stored, path, fields))
     return Stored(config, stored.tensors, path)
 
 
@@ -124,6 +125,16 @@ def merge_with_base(
             f"they were trained on {lora.base_sha256[:12]}"
         )
     return merge_lora({**base.tensors, **tensors}, lora)
+
+
+def _valid_config(source: str | Path, build: Callable[[], GPTConfig]) -> GPTConfig:
+    """The configuration that `build` makes; raises InputError for fields that cannot be."""
+    try:
+        return build()
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _infer_config(

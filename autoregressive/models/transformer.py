@@ -29,6 +29,8 @@ PRESETS = {
     "GPT-7B": (32, 32, 4096),
 }
 
+MAX_LAYERS = 1000  # more would take minutes to build even without memory
+
 # (queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim))
 # -> (batch, length, heads, head_dim)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,6 +85,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
             raise ValueError("model: num_layers, num_heads, dim and ffn_multiple must be >= 1")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers is {self.num_layers}, must be <= {MAX_LAYERS}")
         if self.dim % (4 * self.num_heads):
             raise ValueError(
                 f"model.dim {self.dim} must be a multiple of 4 x model.num_heads "

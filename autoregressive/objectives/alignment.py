@@ -62,7 +62,8 @@ class AlignmentLoss(Objective):
         self.options = options
         self.features = load_array(options.features, mapped=True)
         shape, codes = self.features.shape, gpt.config.num_codes
-        if len(shape) != 3 or shape[1] != codes or self.features.dtype.kind != "f":
+        fits = len(shape) == 3 and shape[1] == codes and shape[2] > 0
+        if not fits or self.features.dtype.kind != "f":
             raise InputError(
                 f"{options.features}: {self.features.dtype} {shape}, expected floats "
                 f"(images, {codes}, dim)"

@@ -142,12 +142,13 @@ class Objective(nn.Module):
     def uniform(self, batch: Batch, *counters: torch.Tensor) -> torch.Tensor:
         """Uniform draws in (0, 1): (batch, ...) for counters that broadcast behind the batch.
 
-        They depend on (seed, place in the training order, counters) alone.
+        They depend on (seed, place in the training order, counters) alone. Counters are on the
+        device of the batch; a copy from the host would make it wait.
         """
         device = batch.positions.device
         positions = batch.positions.view(-1, *[1] * max((c.ndim for c in counters), default=0))
-        stream = torch.tensor(OBJECTIVE_STREAM, device=device)
-        return random_uniform(self.seed, stream, positions, *(c.to(device) for c in counters))
+        stream = torch.full((), OBJECTIVE_STREAM, device=device)
+        return random_uniform(self.seed, stream, positions, *counters)
 
 
 class Heads(nn.Module):

@@ -55,7 +55,10 @@ class ContrastiveLoss(Objective):
     def check(self, config: GPTConfig, images: int) -> None:
         """Refuse captions: whether two of them are the same condition is not defined."""
         if config.condition != "class":
-            raise InputError("objective.kind contrastive needs classes; these data have captions")
+            raise InputError(
+                "objective.kind contrastive needs classes; the condition of these data is "
+                f"{config.condition}"
+            )
 
     def extra(self, rows: np.ndarray, neighbours: Callable[[], Any]) -> Any:  # noqa: ANN401
         """The negative classes (batch,) int64."""

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Batch, Objective
+from core.config import InputError
 from core.training.linear_cross_entropy import linear_cross_entropy
 
 
@@ -41,6 +43,11 @@ class GuidanceFreeLoss(Objective):
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: GuidanceFreeOptions) -> None:
         super().__init__(gpt, chunk, seed)
         self.options = options
+
+    def check(self, config: GPTConfig, images: int) -> None:
+        """Refuse an unconditional model: there is nothing to guide."""
+        if config.condition == "none":
+            raise InputError("objective.kind guidance_free needs classes or captions")
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
         """The loss, with a strength per image."""

@@ -110,9 +110,10 @@ class NoisyContextLoss(Objective):
         """Which codes are replaced (batch, N) bool, and the codes with their replacements."""
         codes = batch.codes
         share = self.options.noise * annealed(self.progress, 0.0, self.options.noise_end)
-        counters = torch.arange(codes.shape[1])[:, None], torch.arange(1, 3)
-        draws = self.uniform(batch, *counters)  # (batch, N, 2)
-        own = self.uniform(batch, torch.zeros(1, dtype=torch.int64)) * share
+        places = torch.arange(codes.shape[1], device=codes.device)
+        streams = torch.arange(3, device=codes.device)
+        draws = self.uniform(batch, places[:, None], streams[1:])  # (batch, N, 2)
+        own = self.uniform(batch, streams[:1]) * share
         replaced = draws[..., 0] < own
         vocab = self.gpt.config.vocab_size
         others = (draws[..., 1].double() * vocab).long().clamp_(max=vocab - 1)

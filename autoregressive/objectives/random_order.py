@@ -52,5 +52,5 @@ class RandomOrderLoss(Objective):
         places = torch.arange(batch.codes.shape[1], device=batch.codes.device)
         permuted = self.uniform(batch, places + 1).argsort(dim=1, stable=True)
         share = annealed(self.progress, self.options.start, self.options.end)
-        is_random = self.uniform(batch, torch.zeros(1, dtype=torch.int64)) < share
+        is_random = self.uniform(batch, torch.zeros_like(places[:1])) < share
         return torch.where(is_random, permuted, places)

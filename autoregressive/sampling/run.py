@@ -32,7 +32,7 @@ from core.data.shards import ShardReader, ShardWriter, codes_dtype
 from core.distributed.world import World
 from evaluations.evaluator import Evaluator
 from evaluations.report import Scored, publish
-from evaluations.scorer import MetricsConfig, check_size, open_scorer
+from evaluations.scorer import MetricsConfig, check_count, check_size, open_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ def sample(config: SampleRunConfig, world: World) -> None:
         config.conditions, config.num_images, gpt_config, config.sampling.seed, world
     )
     check_layout(config.layout, conditions.prompts)
+    if config.metrics.reference:
+        check_count(conditions.count)
     scorer = open_scorer(config.metrics, "generation", world) if config.metrics.reference else None
     if scorer:
         size = (config.resize, config.resize) if config.resize else pipeline.image_size

@@ -12,13 +12,18 @@ from typing import Any
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
-from autoregressive.serving.vllm_plugin import ARCHITECTURES, MODEL_TYPE
+from autoregressive.serving.vllm_plugin import ARCHITECTURES, MODEL_TYPE, ONE_STREAM
 from autoregressive.serving.vllm_requests import prompt_width
 from core.config import InputError, config_values
 from core.files import write_json
 from core.lock import writer_lock
 from core.weights import save_tensors
 
+# The logits processor of vLLM's V1 runner, by whether the model takes guidance as an input.
+PROCESSORS = {
+    False: "autoregressive.serving.vllm_guidance:Guidance",
+    True: "autoregressive.serving.vllm_guidance:GuidanceInPrompt",
+}
 # Sizes that the attention kernels of vLLM know, on CPU and CUDA; others are padded to the next.
 _HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 # What the vLLM model does as the GPT does it. Dropout acts in training only.
@@ -26,7 +31,7 @@ _SUPPORTED = {
     *("num_layers", "num_heads", "dim", "num_kv_heads", "ffn_multiple", "norm_eps", "qk_norm"),
     *("rope_base", "rope_condition", "condition", "num_classes", "vocab_size", "grid"),
     *("tokenizer_sha256", "text_dim", "max_text_tokens", "text_encoder"),
-    *("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"),
+    *("token_dropout", "residual_dropout", "ffn_dropout", "drop_path", "guidance_input"),
 }
 
 
@@ -54,20 +59,22 @@ def export_vllm(gpt: GPT, folder: Path) -> None:
 
 def vllm_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     """config.json: the fields that vLLM sizes its buffers by, and the GPT's own under `gpt`."""
-    is_text = config.condition == "text"
+    is_text, one_stream = config.condition == "text", config.guidance_input
+    streams = 1 if one_stream else 2
+    classes = 0 if is_text or one_stream else config.num_classes + 1
     return {
-        "architectures": [ARCHITECTURES[config.condition]],
+        "architectures": [ONE_STREAM if one_stream else ARCHITECTURES[config.condition]],
         "model_type": MODEL_TYPE,
         "dtype": dtype,
-        # Width of what vLLM embeds: both streams, or a caption's features.
-        "hidden_size": prompt_width(config) if is_text else 2 * config.dim,
+        # Width of what vLLM embeds: the streams, or a caption's features.
+        "hidden_size": prompt_width(config) if is_text else streams * config.dim,
         "num_hidden_layers": config.num_layers,
         # Both streams share one KV cache.
-        "num_attention_heads": 2 * config.num_heads,
-        "num_key_value_heads": 2 * config.kv_heads,
+        "num_attention_heads": streams * config.num_heads,
+        "num_key_value_heads": streams * config.kv_heads,
         "head_dim": padded_head_dim(config.head_dim),
         # Codes, then classes, the null class last.
-        "vocab_size": config.vocab_size + (0 if is_text else config.num_classes + 1),
+        "vocab_size": config.vocab_size + classes,
         "max_position_embeddings": config.num_condition + config.num_codes,
         "tie_word_embeddings": False,
         "bos_token_id": None,
@@ -88,8 +95,10 @@ def padded_head_dim(head_dim: int) -> int:
 
 def model_card(config: GPTConfig, name: str) -> str:
     """README.md of the exported folder: what it holds, and how to start and ask vLLM."""
-    is_text = config.condition == "text"
-    prompt = _TEXT_PROMPT if is_text else _CLASS_PROMPT
+    is_text, one_stream = config.condition == "text", config.guidance_input
+    prompt = _ONE_STREAM_PROMPT if one_stream else _TEXT_PROMPT if is_text else _CLASS_PROMPT
+    embeds = is_text or one_stream
+    scale = "7.5" if is_text else "2.0"
     return Template(_CARD).substitute(
         name=name,
         conditioned="captions" if is_text else f"{config.num_classes} classes",
@@ -100,16 +109,23 @@ def model_card(config: GPTConfig, name: str) -> str:
         codes=config.num_codes,
         vocab=config.vocab_size,
         tokenizer=config.tokenizer_sha256 or "unknown",
-        flags=" --enable-prompt-embeds" if is_text else "",
+        flags=" --enable-prompt-embeds" if embeds else "",
+        processor=PROCESSORS[one_stream],
         prompt=Template(prompt).substitute(
-            first=config.vocab_size, longest=config.max_text_tokens, width=prompt_width(config)
+            first=config.vocab_size, longest=config.num_condition, width=prompt_width(config)
         ),
-        request='"prompt_embeds": "<base64>"' if is_text else f'"prompt": [{config.vocab_size}]',
-        scale="7.5" if is_text else "2.0",
+        request='"prompt_embeds": "<base64>"' if embeds else f'"prompt": [{config.vocab_size}]',
+        guidance="" if one_stream else f',\n        "vllm_xargs": {{"cfg_scale": {scale}}}',
+        extra=_IN_PROMPT if one_stream else _EXTRA,
     )
 
 
 def _serving_config(config: GPTConfig) -> GPTConfig:
+    if config.condition not in ARCHITECTURES:
+        raise InputError(
+            f"the vLLM model does not know condition = {config.condition!r}; sample this model "
+            "with the native engine"
+        )
     for field in dataclasses.fields(config):
         if field.name not in _SUPPORTED and getattr(config, field.name) != field.default:
             raise InputError(
@@ -131,6 +147,15 @@ codes that are already known, if any."""
 _TEXT_PROMPT = """The prompt is a caption's features, 1 to $longest tokens without padding, as
 `prompt_embeds` (n, $width): base64 of `torch.save`. Use the text encoder of the training run."""
 
+_ONE_STREAM_PROMPT = """The model takes the strength of guidance as an input, so that an image is
+one row. The prompt is its condition tokens, 1 to $longest of them, as `prompt_embeds` (n, $width):
+base64 of `torch.save` of `gpt.prefix(condition, drop, guidance)[0]`."""
+
+_EXTRA = """`vllm_xargs` takes `cfg_scale` (1: no guidance), `cfg_schedule` (constant, linear,
+cosine), `cfg_power`, `cfg_interval` and `cfg_start`, each request its own."""
+
+_IN_PROMPT = "The prompt holds the strength of guidance; `cfg_scale` is refused."
+
 _CARD = """---
 library_name: vllm
 tags: [llamagen, autoregressive-image-generation]
@@ -146,7 +171,7 @@ It draws codes; the VQGAN tokenizer that it was trained with (sha256 $tokenizer)
 Install the `llamagen` package beside vLLM (`pip install -e .` in its repository), then
 
     vllm serve . --skip-tokenizer-init$flags \\
-        --logits-processors autoregressive.serving.vllm_guidance:Guidance
+        --logits-processors $processor
 
 vLLM serves float32 weights in bfloat16 unless `--dtype float32` is given. On CUDA, set
 `VLLM_USE_V2_MODEL_RUNNER=0` with this processor. vLLM's V2 runner takes
@@ -159,9 +184,7 @@ $prompt
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{
         "model": ".", $request, "max_tokens": $codes, "ignore_eos": true,
-        "return_token_ids": true, "vllm_xargs": {"cfg_scale": $scale}}'
+        "return_token_ids": true$guidance}'
 
-`vllm_xargs` takes `cfg_scale` (1: no guidance), `cfg_schedule` (constant, linear, cosine),
-`cfg_power`, `cfg_interval` and `cfg_start`, each request its own. `choices[0].token_ids` holds
-the codes in raster order.
+$extra `choices[0].token_ids` holds the codes in raster order.
 """

@@ -90,3 +90,28 @@ class Guidance(LogitsProcessor):
     def scales(self, rows: int) -> torch.Tensor:
         """The scales of the first rows of the batch, (rows, 1) float32."""
         return self.device[:rows]
+
+
+class GuidanceInPrompt(LogitsProcessor):
+    """Refuses scales for a model whose prompt holds the strength of guidance (one stream)."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ValueError with one line (HTTP 400) for any field of guidance."""
+        given = [key for key in sampling_params.extra_args or {} if key.startswith("cfg_")]
+        if given:
+            raise ValueError(f"{', '.join(given)}: this model takes guidance in its prompt")
+
+    def __init__(self, *_: object) -> None:
+        """Takes nothing from vLLM's configuration."""
+
+    def is_argmax_invariant(self) -> bool:
+        """The logits stay as they are."""
+        return True
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits as they are."""
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Nothing is kept per request."""

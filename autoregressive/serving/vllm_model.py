@@ -3,9 +3,10 @@
 Each token has two hidden states: the conditional one and the unconditional (null) one. Linear
 layers see them as two rows; attention sees them as twice as many heads, so that vLLM's paged cache
 holds the keys and values of both. They are mixed before the output head, which is linear:
-hidden = null + scale * (conditional - null).
+hidden = null + scale * (conditional - null). A model that takes guidance as an input has one hidden
+state per token.
 
-Shapes: T tokens of the batch, S = 2 streams, H heads, D width of a head.
+Shapes: T tokens of the batch, S streams (2, or 1), H heads, D width of a head.
 """
 
 # vLLM has its own environment: pyright does not see it.
@@ -40,11 +41,14 @@ from autoregressive.serving.vllm_plugin import gpt_config
 from autoregressive.serving.vllm_requests import prompt_width
 from autoregressive.serving.vllm_weights import load_tensors
 
-STREAMS = 2
+
+def num_streams(config: GPTConfig) -> int:
+    """Hidden states of a token: the conditional and the null one, or one that holds guidance."""
+    return 1 if config.guidance_input else 2
 
 
-class TwoStreamAttention(nn.Module):
-    """Causal attention of both streams; the first half of the heads is the conditional stream's."""
+class StreamAttention(nn.Module):
+    """Causal attention of the streams; the first half of two has the conditional one's heads."""
 
     def __init__(self, config: GPTConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class TwoStreamAttention(nn.Module):
                 f"{config.num_heads} heads and {config.kv_heads} key-value heads cannot be split "
                 f"over {ranks} GPUs: choose a tensor parallel size that divides both"
             )
-        quantization = vllm_config.quant_config
+        quantization, self.streams = vllm_config.quant_config, num_streams(config)
         self.heads, self.kv_heads = config.num_heads // ranks, config.kv_heads // ranks
         self.head_dim = config.head_dim
         # Attention kernels know few head sizes; GPT-3B's 100 is padded with zeros.
@@ -76,10 +80,10 @@ class TwoStreamAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.attend = Attention(
-            STREAMS * self.heads,
+            self.streams * self.heads,
             self.head_dim + self.padding,
             self.head_dim**-0.5,
-            num_kv_heads=STREAMS * self.kv_heads,
+            num_kv_heads=self.streams * self.kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=quantization,
             prefix=f"{prefix}.attend",
@@ -88,7 +92,7 @@ class TwoStreamAttention(nn.Module):
     def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """x (T * S, dim), rotary (T, D // 2, 2) -> (T * S, dim)."""
         packed, _ = self.wqkv(x)
-        packed = packed.view(-1, STREAMS, self.heads + 2 * self.kv_heads, self.head_dim)
+        packed = packed.view(-1, self.streams, self.heads + 2 * self.kv_heads, self.head_dim)
         parts = packed.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         queries, keys, values = (part.flatten(1, 2) for part in parts)  # (T, S * H, D)
         if self.has_qk_norm:
@@ -132,7 +136,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = TwoStreamAttention(config, vllm_config, f"{prefix}.attention")
+        self.attention = StreamAttention(config, vllm_config, f"{prefix}.attention")
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config, vllm_config, f"{prefix}.feed_forward")
 
@@ -151,7 +155,7 @@ class Transformer(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = gpt_config(vllm_config.model_config.hf_config)
-        self.dim = config.dim
+        self.dim, self.streams = config.dim, num_streams(config)
         self.layers = nn.ModuleList(
             Block(config, vllm_config, f"{prefix}.layers.{layer}")
             for layer in range(config.num_layers)
@@ -176,7 +180,7 @@ class Transformer(nn.Module):
         x = x.view(-1, self.dim)
         for block in self.layers:
             x = block(x, rotary)
-        return self.norm(x).view(-1, STREAMS * self.dim)
+        return self.norm(x).view(-1, self.streams * self.dim)
 
 
 class LlamaGenModel(nn.Module):
@@ -186,9 +190,11 @@ class LlamaGenModel(nn.Module):
         super().__init__()
         self.config = config = gpt_config(vllm_config.model_config.hf_config)
         self.num_tokens = vllm_config.model_config.hf_config.vocab_size
+        self.streams = num_streams(config)
         # The V2 runner sets it when it makes the model's state (vllm_state.py).
         self.guidance: Guidance | None = guidance_for(vllm_config)
-        if self.guidance is None and not vllm_config.use_v2_model_runner:
+        needs_guidance = self.streams == 2 and not vllm_config.use_v2_model_runner
+        if self.guidance is None and needs_guidance:
             raise ValueError(
                 "guidance is not loaded: start vLLM with "
                 "--logits-processors autoregressive.serving.vllm_guidance:Guidance"
@@ -215,10 +221,12 @@ class LlamaGenModel(nn.Module):
 
         Columns behind the codes are -inf: vLLM sizes its sampling buffers by all tokens.
         """
-        assert self.guidance is not None
-        conditional, null = hidden_states.float().chunk(STREAMS, dim=-1)
-        mixed = null + self.guidance.scales(len(hidden_states)) * (conditional - null)
-        logits = self.head(self.output, mixed.to(hidden_states.dtype))
+        if self.streams == 2:
+            assert self.guidance is not None
+            conditional, null = hidden_states.float().chunk(2, dim=-1)
+            mixed = null + self.guidance.scales(len(hidden_states)) * (conditional - null)
+            hidden_states = mixed.to(hidden_states.dtype)
+        logits = self.head(self.output, hidden_states)
         if logits is None:
             return None
         return F.pad(logits, (0, self.num_tokens - self.config.vocab_size), value=float("-inf"))
@@ -251,15 +259,28 @@ class LlamaGenClassModel(LlamaGenModel):
         return self.transformer(x, positions)
 
 
-class LlamaGenTextModel(LlamaGenModel):
+class CaptionPlaces:
+    """vLLM's hook for M-RoPE: each request has positions of its own; see LlamaGenTextModel."""
+
+    config: GPTConfig
+    supports_mrope = True
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: object = None
+    ) -> tuple[torch.Tensor, int]:
+        """The caption's places (3, n), and what leads from a code's index to its position."""
+        first = self.config.max_text_tokens - len(input_tokens)
+        places = torch.arange(first, self.config.max_text_tokens).clamp(min=0)
+        return places.expand(3, -1), first
+
+
+class LlamaGenTextModel(CaptionPlaces, LlamaGenModel):
     """A prompt is a caption's features (n, text_dim) without padding, as `prompt_embeds`.
 
     The reference pads captions on the left: token j of n stands at place max_text_tokens - n + j,
     which is also the row of the null caption that the null stream reads. vLLM's hook for M-RoPE
     gives each request its own positions, so a position here is that place.
     """
-
-    supports_mrope = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -269,14 +290,6 @@ class LlamaGenTextModel(LlamaGenModel):
         self.fc1 = nn.Linear(config.text_dim, config.dim, bias=False)
         self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
         self.null_features = nn.Parameter(torch.empty(config.max_text_tokens, config.text_dim))
-
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: object = None
-    ) -> tuple[torch.Tensor, int]:
-        """The caption's places (3, n), and what leads from a code's index to its position."""
-        first = self.config.max_text_tokens - len(input_tokens)
-        places = torch.arange(first, self.config.max_text_tokens).clamp(min=0)
-        return places.expand(3, -1), first
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Codes (T,) -> (T, width of a prompt's features), padded with zeros."""
@@ -304,3 +317,30 @@ class LlamaGenTextModel(LlamaGenModel):
         codes = inputs_embeds[:, None, : config.dim].expand_as(captions)
         in_caption = (positions < config.max_text_tokens)[:, None, None]
         return self.transformer(torch.where(in_caption, captions, codes).flatten(1), positions)
+
+
+class LlamaGenOneStreamModel(CaptionPlaces, LlamaGenModel):
+    """A model that takes guidance as an input (GFT), of classes or captions: one row per image.
+
+    A prompt is the condition tokens (n, dim) as `prompt_embeds`, which the strength of guidance is
+    part of; see vllm_requests.condition_prompt.
+    """
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Codes (T,) -> (T, dim)."""
+        return self.embedding(self.known_ids(input_ids))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: object = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """Token ids or embeddings, positions (T,) or (3, T) -> hidden states (T, dim)."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        positions = positions[0] if positions.ndim == 2 else positions
+        return self.transformer(inputs_embeds, positions)

@@ -8,6 +8,7 @@ from typing import Any
 from autoregressive.models.config import GPTConfig
 
 ARCHITECTURES = {"class": "LlamaGenClassModel", "text": "LlamaGenTextModel"}  # by condition
+ONE_STREAM = "LlamaGenOneStreamModel"  # takes guidance as an input, whatever the condition
 MODEL_TYPE = "llamagen"  # as in LlamaGenConfig, which needs transformers
 
 
@@ -20,7 +21,7 @@ def register() -> None:
 
     AutoConfig.register(MODEL_TYPE, LlamaGenConfig, exist_ok=True)
     supported = ModelRegistry.get_supported_archs()
-    for name in ARCHITECTURES.values():
+    for name in (*ARCHITECTURES.values(), ONE_STREAM):
         if name not in supported:
             # By name: vLLM imports the module only in the processes that run the model.
             ModelRegistry.register_model(name, f"autoregressive.serving.vllm_model:{name}")

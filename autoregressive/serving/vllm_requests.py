@@ -13,6 +13,8 @@ import torch
 from autoregressive.models.config import GPTConfig
 from autoregressive.serving.guidance import parse_guidance
 
+TAKES_GUIDANCE = "this model takes guidance as an input: give condition_prompt its tokens"
+
 
 def class_prompt(config: GPTConfig, label: int, codes: Sequence[int] = ()) -> dict[str, Any]:
     """The prompt of a class model: the class's token, then the codes that are already known.
@@ -22,6 +24,8 @@ def class_prompt(config: GPTConfig, label: int, codes: Sequence[int] = ()) -> di
     """
     if config.condition != "class":
         raise ValueError("this model is conditioned on captions, not on classes")
+    if config.guidance_input:
+        raise ValueError(TAKES_GUIDANCE)
     if not _is_index(label, config.num_classes):
         raise ValueError(f"class is {label!r}, must be in 0 .. {config.num_classes - 1}")
     if len(codes) >= config.num_codes:
@@ -39,6 +43,8 @@ def caption_prompt(config: GPTConfig, features: torch.Tensor) -> dict[str, Any]:
     """
     if config.condition != "text":
         raise ValueError("this model is conditioned on classes, not on captions")
+    if config.guidance_input:
+        raise ValueError(TAKES_GUIDANCE)
     longest, width = config.max_text_tokens, config.text_dim
     if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
         raise ValueError(f"caption features are {tuple(features.shape)}, must be (n, {width})")
@@ -50,9 +56,27 @@ def caption_prompt(config: GPTConfig, features: torch.Tensor) -> dict[str, Any]:
     return {"prompt_embeds": embedded}
 
 
+def condition_prompt(config: GPTConfig, tokens: torch.Tensor) -> dict[str, Any]:
+    """The prompt of a model that takes guidance as an input: its condition tokens (n, dim).
+
+    They hold the class or caption and the strength of guidance; see GPT.prefix. vLLM's prefix
+    cache is told apart by their values.
+    """
+    if not config.guidance_input:
+        raise ValueError("this model does not take guidance as an input; use its class or caption")
+    longest, width = config.num_condition, config.dim
+    if tokens.ndim != 2 or tokens.shape[1] != width or not tokens.is_floating_point():
+        raise ValueError(f"condition tokens are {tuple(tokens.shape)}, must be (n, {width})")
+    if not 1 <= len(tokens) <= longest:
+        raise ValueError(f"there are {len(tokens)} condition tokens, must be 1 .. {longest}")
+    if not bool(tokens.isfinite().all()):
+        raise ValueError("condition tokens must be finite")
+    return {"prompt_embeds": tokens}
+
+
 def prompt_width(config: GPTConfig) -> int:
     """Columns of `prompt_embeds`, which code embeddings share; features are padded with zeros."""
-    return max(config.text_dim, config.dim)
+    return config.dim if config.guidance_input else max(config.text_dim, config.dim)
 
 
 def sampling_arguments(
@@ -72,6 +96,8 @@ def sampling_arguments(
     prompt.
     """
     parse_guidance(guidance)
+    if guidance and config.guidance_input:
+        raise ValueError(f"{', '.join(guidance)}: this model takes guidance in its prompt")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("temperature and top_k must be >= 0, top_p in (0, 1]")
     if not 0 <= num_known < config.num_codes:

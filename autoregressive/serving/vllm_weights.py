@@ -35,6 +35,8 @@ def load_tensors(
         loaded.add(name)
 
     for name, tensor in tensors:
+        if config.guidance_input and name.startswith(("cls_embedding.", "t_embedder.")):
+            continue  # they make the prompt, outside of vLLM
         if name in _TOKEN_TABLES:
             tables[name] = tensor
         elif name.endswith("attention.wqkv.weight"):

@@ -106,6 +106,13 @@ class TrainConfig:
             raise ValueError(
                 "optimizer.kind muon needs whole matrices: leave parallel.strategy at ddp"
             )
+        if self.objective.kind == "guidance_free":
+            if not self.condition_dropout:
+                raise ValueError(
+                    "objective.kind guidance_free: condition_dropout must be > 0: it trains the "
+                    "null class"
+                )
+            self.sampling.resolved("class", guidance_input=True)  # refuses a cfg_scale
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")
 

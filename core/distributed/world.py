@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from core.config import InputError, fail, is_mistake
+from core.errors import memory_problem
 
 Precision = Literal["fp32", "bf16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -127,7 +128,10 @@ def choose_device(name: DeviceName = "auto", local_rank: int = 0) -> torch.devic
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    try:
+        return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name}: torch knows no such device") from error
 
 
 @contextlib.contextmanager
@@ -149,7 +153,11 @@ def distributed(device: DeviceName = "auto", timeout_minutes: float = 30.0) -> I
             raise
         # At once, because the other ranks would take the end of the group for a crash.
         fail(str(error), code=2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if too_large := memory_problem(error):
+            if size == 1:
+                raise InputError(too_large) from error
+            fail(too_large, code=2)
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]

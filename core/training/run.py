@@ -23,6 +23,7 @@ from core.data.plots import save_plot, subplots
 from core.distributed.hardware import peak_flops, peak_memory_bytes
 from core.distributed.provenance import describe_start, now
 from core.distributed.world import World
+from core.errors import shorten
 from core.files import read_json, write_json, write_text
 from core.training.trackers import Tracker, open_tracker
 
@@ -192,9 +193,8 @@ class Run:
         """Close the progress bar and print where the results are."""
         self.bar.close()
         if self.world.is_main:
-            starts = read_json(self.folder / STARTS)
-            starts[-1]["ended"] = now()
-            write_json(self.folder / STARTS, starts)
+            self._starts[-1]["ended"] = now()
+            write_json(self.folder / STARTS, self._starts)
             draw_curves(self._metrics, self.folder / "curves.png")
             names = ("checkpoints", "metrics.jsonl", "curves.png", "samples")
             print(f"{self.folder}: {', '.join(n for n in names if (self.folder / n).exists())}")
@@ -207,8 +207,16 @@ class Run:
     def _record_start(self) -> None:
         """Add this start to run.json; one that was killed has no time of its end."""
         path = self.folder / STARTS
-        starts = read_json(path) if path.exists() else []
-        write_json(path, [*starts, describe_start(self.world)])
+        earlier: Any = []
+        try:
+            earlier = read_json(path) if path.exists() else []
+        except InputError as error:
+            logger.warning("%s; it begins again", error)
+        if not isinstance(earlier, list):
+            logger.warning("%s: not a list of starts; it begins again", path)
+            earlier = []
+        self._starts: list[dict[str, Any]] = [*earlier, describe_start(self.world)]
+        write_json(path, self._starts)
 
     @property
     def _metrics(self) -> Path:
@@ -220,7 +228,8 @@ class Run:
             text, now = path.read_text(errors="replace"), config_text(self.config)
             changed = [line.strip() for line in now.splitlines() if line not in text.splitlines()]
             if changed:
-                logger.warning("%s: resuming with other settings: %s", path, "; ".join(changed))
+                text = shorten("; ".join(changed))
+                logger.warning("%s: resuming with other settings: %s", path, text)
             elif text != now:
                 logger.warning("%s: damaged, or written by another version; written again", path)
         save_config(self.config, path)

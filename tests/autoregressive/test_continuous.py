@@ -16,6 +16,7 @@ MODELS = {
     "classes": {},
     "grouped heads, qk_norm": {"num_kv_heads": 2, "qk_norm": True},
     "guidance as an input, adaptive norms": {"guidance_input": True, "adaln": "full"},
+    "target positions": {"target_position": True},
     "captions": {"condition": "text", "text_dim": 32, "max_text_tokens": LONGEST},
 }
 SETTINGS = {"cfg_schedule": "cosine", "top_k": 30}

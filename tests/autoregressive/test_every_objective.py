@@ -230,6 +230,10 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
         build(ObjectiveConfig("next_patch", next_patch=NextPatchOptions(3)))
     with pytest.raises(InputError, match="features is missing"):
         build(ObjectiveConfig("alignment"))
+    np.save(tmp_path / "empty.npy", np.zeros((4, 16, 0), np.float32))
+    empty = AlignmentOptions(tmp_path / "empty.npy")
+    with pytest.raises(InputError, match=r"empty\.npy: float32 .*, expected floats"):
+        build(ObjectiveConfig("alignment", alignment=empty))
     with pytest.raises(InputError, match=r"clusters\.count 128 must divide"):
         build(ObjectiveConfig("clusters"))
     features = tmp_path / "features.npy"
@@ -245,6 +249,17 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
         with pytest.raises(InputError, match=r"alignment needs codes of one crop.*have 2 crops"):
             train(dataclasses.replace(config, objective=aligned), world)
         assert not (tmp_path / "run" / "config.yaml").exists()
+    for kind, message in (
+        ("guidance_free", "needs classes or captions"),
+        ("contrastive", "the condition of these data is none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_objective(ObjectiveConfig(kind), tiny(condition="none"), 24, 0, None, IMAGES)
+    guided = ["--out", "x", "--data.codes", "[x]", "--objective.kind", "guidance_free"]
+    with pytest.raises(ValueError, match="condition_dropout must be > 0"):
+        parse_config(TrainConfig, [*guided, "--condition_dropout", "0"])
+    with pytest.raises(ValueError, match=r"cfg_scale is 4\.0, but this model takes guidance as an"):
+        parse_config(TrainConfig, [*guided, "--sampling.cfg_scale", "4"])
     with pytest.raises(ValueError, match="give init_from"):
         parse_config(
             TrainConfig, ["--out", "x", "--data.codes", "[x]", "--objective.kind", "contrastive"]

@@ -12,6 +12,7 @@ import torch
 from helpers.fake_cuda import CUDA, HOST_READ, MIXED_DEVICES, fake_tensors, to_fake
 from helpers.models import captions, tiny
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine, num_guided_codes
 from autoregressive.inference.generate import generation_request
@@ -20,7 +21,9 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import as_condition
 from autoregressive.models.gpt import GPT
+from autoregressive.objectives.config import ObjectiveConfig, build_objective
 from autoregressive.objectives.next_token import NextTokenLoss
+from autoregressive.objectives.noisy_context import NoisyContextOptions
 from core.distributed.world import World
 
 with fake_tensors():  # older releases of torch lack the kernel
@@ -166,6 +169,43 @@ def training_loss(gpt: GPT, precision: str) -> torch.Tensor:
 @pytest.mark.parametrize("variant", [{"qk_norm": True}, {"adaln": "full"}], ids=str)
 def test_the_forward_pass_of_training_of_every_variant(variant):
     training_loss(fake_gpt(**variant), "bf16")
+
+
+class HostCopies(TorchDispatchMode):
+    """Raises at a copy from the host to the device, which makes the host wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        sources = [x for x in arguments if isinstance(x, torch.Tensor)]
+        copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copies and result.device == CUDA and sources[-1].device != CUDA:
+            raise AssertionError("a copy from the host")
+        return result
+
+
+OBJECTIVES = {
+    "next_token": {},
+    "next_patch": {},
+    "noisy_context": {"noisy_context": NoisyContextOptions(embedding_weight=0)},
+    "guidance_free": {},
+    "random_order": {},
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_no_objective_waits_for_a_copy_from_the_host(kind):
+    config = ObjectiveConfig(kind, **OBJECTIVES[kind])
+    gpt = fake_gpt(**config.loss.model_fields)
+    objective = build_objective(config, gpt.train(), 24, 0, None, 7)
+    objective.begin_step(0.3)
+    with fake_tensors():
+        to_fake(objective)
+        codes = torch.zeros(4, 16, dtype=torch.int64, device=CUDA)
+        labels, dropped = codes[:, 0], torch.zeros(4, dtype=torch.bool, device=CUDA)
+        with HostCopies():
+            assert objective(codes, labels, dropped, labels).device == CUDA
+        with pytest.raises(AssertionError, match="a copy"), HostCopies():
+            torch.zeros(3).to(CUDA)
 
 
 # The tests above can fail: what they look for, planted.

@@ -12,6 +12,7 @@ from helpers.training import flags, losses, weights
 
 from autoregressive import GPT, generate
 from autoregressive.convert import ConvertConfig, convert
+from autoregressive.inference.engine import InferenceEngine
 from autoregressive.models.lora import TARGETS, LoRAConfig, is_lora_weight
 from autoregressive.models.pretrained import load_gpt
 from autoregressive.train import train
@@ -85,8 +86,9 @@ def test_the_engine_merges_before_it_packs():
     labels = torch.tensor([0, 5, 6])
     codes = generate(gpt, labels, greedy=True, cfg_scale=1.0).flatten(1)
     assert torch.equal(gpt(codes, labels).argmax(-1), codes)
-    int8 = generate(adapted().merged(), labels, greedy=True)
-    assert torch.equal(generate(gpt, labels, greedy=True), int8)
+    packed, expected = (InferenceEngine(model, "int8") for model in (gpt, gpt.merged()))
+    sampled = generate(packed, labels, seed=3)
+    assert torch.equal(sampled, generate(expected, labels, seed=3))
 
 
 def test_only_its_weights_have_gradients_and_the_plan_counts_them():
@@ -143,6 +145,18 @@ def test_a_run_saves_only_lora_resumes_exactly_and_finds_its_base(tmp_path, worl
     shutil.rmtree(tmp_path / "moved" / "base")
     with pytest.raises(InputError, match="whose base cannot be loaded"):
         load_gpt("moved/whole")
+
+
+@pytest.mark.slow
+def test_it_trains_on_a_released_file_and_samples_from_it(tmp_path, world):
+    released = tmp_path / "c2i_B_256.pt"
+    torch.save({"model": tiny(dim=128, num_heads=2, **TINY).state_dict()}, released)
+    codes = write_codes(tmp_path / "codes", num_classes=1)
+    short = ("--training.num_steps", 2, "--data.first_class", 4, "--lora.targets", "[wqkv,w2]")
+    run = fine_tune(world, codes, released, tmp_path / "run", *short)
+    assert {name.split(".")[-2] for name in weights(run, 2)} == {"wqkv", "w2", "cls_embedding"}
+    gpt = GPT.from_pretrained(run)
+    assert generate(gpt, torch.tensor([4, 0]), seed=0).shape == (2, 4, 4)
 
 
 @pytest.mark.slow

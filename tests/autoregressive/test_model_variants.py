@@ -142,6 +142,8 @@ def test_guidance_as_an_input_costs_one_row_per_image_and_matters():
 def test_a_guidance_that_the_model_does_not_take_is_refused():
     with pytest.raises(InputError, match="does not take it as an input"):
         generate(tiny(), LABELS, guidance=0.5)
+    with pytest.raises(InputError, match=r"cfg_scale is 3\.0, but this model takes guidance as an"):
+        generate(varied(guidance_input=True), LABELS, cfg_scale=3.0)
     with pytest.raises(ValueError, match="guidance is 2"):
         generate(varied(guidance_input=True), LABELS, guidance=2.0)
     with pytest.raises(ValueError, match="one token"):

@@ -154,6 +154,9 @@ def test_images_scored_while_they_are_sampled_get_the_scores_of_the_npz(
     (stream.out / "shard_00001.json").unlink()
     sample(stream, world)
     assert scores(stream.out) == expected
+    one = settings(models, tmp_path / "one", metrics=metrics, num_images=1)
+    with pytest.raises(InputError, match="scores need at least 2 images, there are 1"):
+        sample(one, world)
 
 
 def test_a_search_scores_every_guidance_once_and_names_the_best(
@@ -179,6 +182,9 @@ def test_a_search_scores_every_guidance_once_and_names_the_best(
     best = min(rows, key=lambda row: row["proxy_fd"])
     assert f"--sampling.cfg_scale {best['cfg_scale']}" in capsys.readouterr().out
     assert (config.out / "search.png").exists()
+    many = tuple(1 + i / 1000 for i in range(3000))
+    with pytest.raises(ValueError, match="9,000,000 combinations, at most 10,000"):
+        dataclasses.replace(config, scales=many, powers=many, schedules=("cosine",))
     with pytest.raises(InputError, match="choose another folder"):
         tune_guidance(dataclasses.replace(config, conditions=BALANCED), world)
     path = config.out / "search.json"

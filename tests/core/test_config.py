@@ -154,6 +154,8 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(tmp_path):
         (IsADirectoryError("a folder"), 2),
         (FileExistsError("is there"), 2),
         (OSError(errno.ENAMETOOLONG, "file name too long"), 2),
+        (MemoryError("Unable to allocate 7.11 PiB"), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
         (ConnectionResetError("connection reset by peer"), 1),
         (OSError(errno.ESTALE, "stale file handle"), 1),
         (OSError(errno.ENOSPC, "no space left on device"), 1),

@@ -1,7 +1,9 @@
 """Inputs that once ended in a traceback, in a wrong result, or in the memory of the machine."""
 
+import dataclasses
 import io
 import json
+import math
 import os
 import time
 import zipfile
@@ -19,21 +21,25 @@ from tqdm import tqdm
 from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import DataConfig
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.pretrained import load_gpt
 from autoregressive.sample import SampleConfig
 from autoregressive.sampling.conditions import ConditionConfig, read_prompts
-from core.config import InputError, load_config, parse_config, run_command
+from core.config import InputError, load_config, parse_config, run_command, save_config
 from core.data.arrays import load_array, read_npz_array
 from core.data.image_list import find_images
 from core.data.image_text import CaptionError, ImageTextConfig, ImageTextPairs
 from core.data.images import ImageError, check_image_size, load_image
-from core.distributed.world import choose_device
+from core.distributed.world import choose_device, distributed
 from core.files import read_json, read_record
 from core.weights import load_tensors
 from evaluations.image_source import open_image_source
 from language.captions import clean_caption
 from language.features import FeatureDataset
+from tokenizer import VQConfig
 from tokenizer.encode import EncodeConfig, encode
 from tokenizer.models.pretrained import load_tokenizer
+from tokenizer.quantizers.binary_spherical import BinarySphericalOptions
 
 SAMPLE = ("--gpt", "x", "--tokenizer", "x", "--out", "x")
 
@@ -102,7 +108,7 @@ def test_null_is_refused_where_a_value_is_needed(tmp_path):
         load_config(Inner, tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("name", ["cuda", "mps"])
+@pytest.mark.parametrize("name", ["cuda", "mps", "tpu"])
 def test_a_device_that_is_not_there_gets_one_line(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -318,3 +324,69 @@ def test_a_name_of_60000_characters_is_cut_in_every_message(tmp_path, world):
     assert "list.txt" in str(error.value)
     assert len(str(InputError("many words " * 1000))) < 1500
     assert str(InputError("x: as it was")) == "x: as it was"
+
+
+@pytest.mark.parametrize("size", [1 << 50, 1 << 62])
+def test_a_memory_that_is_too_small_is_one_line(size):
+    with pytest.raises(InputError, match="the memory is too small: ") as error, distributed("cpu"):
+        torch.empty(size)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="another"), distributed("cpu"):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**12}, {"codebook_dim": 10**12}, {"z_channels": 10**9}]
+)
+def test_a_configuration_of_sizes_that_its_weights_do_not_have_takes_no_memory(tmp_path, changes):
+    folder = write_models(tmp_path, tiny())[1]
+    config = load_config(VQConfig, folder / "config.yaml")
+    save_config(dataclasses.replace(config, **changes), folder / "config.yaml")
+    with pytest.raises(InputError, match=r"model\.safetensors: weights of another architecture"):
+        load_tokenizer(folder)
+
+
+def test_a_grid_that_cannot_be_is_one_line_for_folders_and_released_files(tmp_path):
+    folder = write_models(tmp_path, tiny())[0]
+    torch.save({"model": tiny(dim=64, num_heads=1).state_dict()}, tmp_path / "gpt.pt")
+    for source in (folder, tmp_path / "gpt.pt"):
+        with pytest.raises(InputError, match=f"{source}: model: vocab_size and grid must be >= 1"):
+            load_gpt(source, grid=(-1, -1))
+
+
+def test_models_that_would_take_minutes_to_build_are_refused():
+    with pytest.raises(ValueError, match="num_layers"):
+        GPTConfig(num_layers=10**9)
+    with pytest.raises(ValueError, match=r"group_size must be in 1 \.\. 20"):
+        BinarySphericalOptions(group_size=28)
+    for changes in ({"num_res_blocks": 10**9}, {"channel_multipliers": (1,) * 70}):
+        with pytest.raises(ValueError, match="at most 16 channel_multipliers and 100"):
+            VQConfig(**changes)
+
+
+def test_python_calls_refuse_what_would_give_a_wrong_image(tmp_path):
+    for name in ("cfg_scale", "temperature", "top_p", "cfg_power", "guidance"):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} is {value}"):
+                SamplingConfig(**{name: value})
+    with pytest.raises(ValueError, match="seed is 9223372036854775808"):
+        SamplingConfig(seed=2**63)
+    vq = load_tokenizer(write_models(tmp_path, tiny())[1]).vq
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    for wrong, message in (
+        (codes - 1, r"codes -1 \.\. -1: the codebook has 50 entries"),
+        (codes + 50, r"codes 50 \.\. 50"),
+        (codes[0], r"codes \(4, 4\) torch.int64: expected"),
+        (codes.float(), "float32: expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vq.decode(wrong)
+    codes, label = codes.flatten(1), torch.tensor([1])
+    for wrong, message in (
+        (torch.zeros(1, 17, dtype=torch.int64), "N at most 16"),
+        (codes.float(), "float32: expected"),
+        (codes[0], r"codes \(16,\)"),
+        (codes.repeat(2, 1), "1 conditions for codes of 2 images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tiny()(wrong, label)

@@ -140,3 +140,13 @@ def test_damaged_metrics_and_configuration_are_named_and_the_rest_is_kept(tmp_pa
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     run.finish()
     assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "3", "[1", "[" * 60_000])
+def test_a_damaged_list_of_starts_begins_again_with_one_warning(tmp_path, world, caplog, text):
+    report(tmp_path, world, 0, range(1, 2), Inner()).finish()
+    (tmp_path / "run.json").write_text(text)
+    report(tmp_path, world, 1, range(2, 3), Inner()).finish()
+    assert caplog.text.count("it begins again") == 1
+    (start,) = json.loads((tmp_path / "run.json").read_text())
+    assert start["ended"]

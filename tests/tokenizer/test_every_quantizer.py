@@ -77,6 +77,7 @@ CASES = {
         **RAW,
     },
     "simvq": {"quantizer": "simvq", **RAW},
+    "latent": {"quantizer": "latent", "vocab_size": 36, "codebook_dim": 2, **RAW},
 }
 
 

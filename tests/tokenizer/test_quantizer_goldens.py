@@ -11,6 +11,7 @@ from tokenizer.quantizers.binary_spherical import (
     BinarySphericalQuantizer,
 )
 from tokenizer.quantizers.finite_scalar import FiniteScalarOptions, FiniteScalarQuantizer
+from tokenizer.quantizers.latent import LatentQuantizer
 from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
 from tokenizer.quantizers.sim_vq import SimVQQuantizer
 from tokenizer.quantizers.vector import VectorOptions, VectorQuantizer, nearest, rotate_to
@@ -159,3 +160,29 @@ def test_encoding_revives_no_code():
     assert torch.equal(quantizer.embedding.weight, before)
     quantizer.train()(torch.randn(1, 4, 2, 2))
     assert not torch.equal(quantizer.embedding.weight, before)
+
+
+def test_latent_quantisation_chooses_the_library_s_values():
+    library = pytest.importorskip("vector_quantize_pytorch")
+    theirs = library.LatentQuantize(levels=[5, 5, 5], dim=3)
+    ours = LatentQuantizer(125, 3, 1.0, 0.0)
+    z = normal(5700, (2, 3, 6, 6), 0.4)
+    codes, vectors, losses = ours(z)
+    expected, indices, _ = theirs(z)
+    torch.testing.assert_close(vectors, expected)
+    assert torch.equal(codes, indices.long())
+    # Each of the two losses is the mean squared distance (section 3.1).
+    for loss in losses.values():
+        torch.testing.assert_close(loss, (z - expected).square().mean())
+    torch.testing.assert_close(gradient(losses["codebook"], ours.values), _values_gradient(z, ours))
+
+
+def _values_gradient(z: torch.Tensor, quantizer: LatentQuantizer) -> torch.Tensor:
+    """Of the mean of (value - channel)^2 with respect to each value, summed by hand."""
+    found = torch.zeros(3, 5)
+    values = quantizer.values.detach()
+    for channel in range(3):
+        for number in z[:, channel].flatten():
+            nearest_value = (values[channel] - number).abs().argmin()
+            found[channel, nearest_value] += 2 * (values[channel, nearest_value] - number)
+    return found / z.numel()

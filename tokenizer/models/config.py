@@ -22,13 +22,8 @@ class VQConfig:
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
         codebook_dim: Width of an entry.
-        quantizer: How vectors become codes.
-            vq: the nearest entry (LlamaGen).
-            ibq: the largest inner product, trained by index back-propagation (SEED-Voken).
-            lfq: the sign of every channel (MAGVIT-v2).
-            bsq: the signs of a unit vector (BSQ).
-            simvq: the nearest entry of a linear map of frozen vectors (SimVQ).
-            fsq: every channel rounded to a few levels (FSQ, iFSQ).
+        quantizer: How vectors become codes; each is explained in its file in tokenizer/quantizers.
+            vq (LlamaGen), ibq (SEED-Voken), fsq (FSQ, iFSQ), lfq (MAGVIT-v2), bsq, simvq.
         l2_normalize: Compare and decode unit vectors; only for vq, false for the others.
         dropout: Dropout in the residual blocks.
         commitment_weight: Weight of the loss that pulls encoder outputs towards codebook entries;
@@ -58,6 +53,7 @@ class VQConfig:
         "lfq",
         "bsq",
         "simvq",
+        "latent",
     ] = "vq"
     image_size: tuple[int, int] | None = None
     vq: VectorOptions = field(default_factory=VectorOptions)
@@ -68,6 +64,10 @@ class VQConfig:
         sizes = (*self.channel_multipliers, self.num_res_blocks, self.z_channels, self.codebook_dim)
         if not self.channel_multipliers or min(sizes) < 1 or self.vocab_size < 2:
             raise ValueError("model: all sizes must be >= 1, vocab_size >= 2")
+        if len(self.channel_multipliers) > MAX_LEVELS or self.num_res_blocks > MAX_BLOCKS:
+            raise ValueError(
+                f"model: at most {MAX_LEVELS} channel_multipliers and {MAX_BLOCKS} num_res_blocks"
+            )
         if self.base_channels < 1 or self.base_channels % NORM_GROUPS:
             raise ValueError(
                 f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
@@ -99,6 +99,7 @@ class VQConfig:
 
 
 NORM_GROUPS = 32
+MAX_LEVELS, MAX_BLOCKS = 16, 100  # more would take minutes to build even without memory
 USUAL_SIZE = (256, 256)  # of the published tokenizers, whose files do not tell it
 
 

@@ -12,6 +12,7 @@ from core.config import InputError, load_config
 from core.released import released_architecture
 from core.weights import (
     Weights,
+    check_shapes,
     file_sha256,
     find_model,
     load_weights,
@@ -69,6 +70,8 @@ def load_tokenizer(
         tensors, fields = read_tokenizer(path, weights)
         told = released_architecture(source)
         config = VQConfig(**{**_infer_shape(tensors, path), **fields, **told, **overrides})
+    with torch.device("meta"):  # sizes that do not fit the weights need no memory
+        check_shapes(VQModel(config), {key: value.shape for key, value in tensors.items()}, path)
     vq = VQModel(config)
     load_weights(vq, {key: value.float() for key, value in tensors.items()}, path)
     recorded = path.with_name(CHECKSUMS).exists() and config_path

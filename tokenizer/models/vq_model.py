@@ -4,6 +4,8 @@ Module names follow the released files, whose keys they must match.
 """
 
 import dataclasses
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +14,11 @@ from torch import nn
 
 from core.config import InputError, config_text
 from core.weights import save_model
+from tokenizer import quantizers
 from tokenizer.models.config import VQConfig
 from tokenizer.models.layers import Decoder, Encoder
-from tokenizer.quantizers.base import Quantizer
-from tokenizer.quantizers.binary_spherical import BinarySphericalQuantizer
-from tokenizer.quantizers.finite_scalar import FiniteScalarQuantizer
-from tokenizer.quantizers.index_backprop import IndexBackpropQuantizer
-from tokenizer.quantizers.lookup_free import LookupFreeQuantizer
+from tokenizer.quantizers.base import Quantizer, QuantizerSettings
 from tokenizer.quantizers.perturbation import LatentPerturbation
-from tokenizer.quantizers.sim_vq import SimVQQuantizer
-from tokenizer.quantizers.vector import VectorQuantizer
 
 PRESETS = {"VQ-16": (1, 1, 2, 2, 4), "VQ-8": (1, 2, 2, 4)}  # channel_multipliers
 
@@ -38,23 +35,22 @@ class Reconstruction(NamedTuple):
     features: torch.Tensor
 
 
+def _read_quantizers() -> dict[str, type[Quantizer]]:
+    """The quantizers of all files in tokenizer/quantizers, by their kind."""
+    for file in pkgutil.iter_modules(quantizers.__path__):
+        importlib.import_module(f"{quantizers.__name__}.{file.name}")
+    return {found.kind: found for found in Quantizer.__subclasses__()}
+
+
+QUANTIZERS = _read_quantizers()
+
+
 def build_quantizer(config: VQConfig) -> Quantizer:
     """The quantizer that a configuration describes."""
-    size = (config.vocab_size, config.codebook_dim)
+    options = getattr(config, config.quantizer, None)
+    sizes = (config.vocab_size, config.codebook_dim, config.l2_normalize)
     weights = (config.commitment_weight, config.entropy_weight)
-    match config.quantizer:
-        case "vq":
-            return VectorQuantizer(*size, config.l2_normalize, *weights, config.vq)
-        case "ibq":
-            return IndexBackpropQuantizer(*size, *weights)
-        case "fsq":
-            return FiniteScalarQuantizer(*size, config.entropy_weight, config.fsq)
-        case "lfq":
-            return LookupFreeQuantizer(*size, *weights)
-        case "bsq":
-            return BinarySphericalQuantizer(*size, *weights, config.bsq)
-        case "simvq":
-            return SimVQQuantizer(*size, *weights)
+    return QUANTIZERS[config.quantizer].build(QuantizerSettings(*sizes, *weights, options))
 
 
 class VQModel(nn.Module):
@@ -164,9 +160,25 @@ class VQModel(nn.Module):
         return self.quantize(self._project(images.to(self.quant_conv.weight.dtype))).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped."""
+        """Codes (b, h, w) int64 -> images (b, 3, h f, w f) in about [-1, 1], not clamped.
+
+        Raises InputError for another shape or dtype and, on the CPU, for a code outside the
+        codebook; on a GPU this would wait for it.
+        """
+        self._check_codes(codes)
         vectors = self.quantize.lookup(codes).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(vectors))
+
+    def _check_codes(self, codes: torch.Tensor) -> None:
+        if codes.ndim != 3 or codes.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"codes {tuple(codes.shape)} {codes.dtype}: expected (batch, height, width) int64"
+            )
+        size = self.quantize.vocab_size
+        if codes.device.type == "cpu" and codes.numel():
+            least, greatest = (int(value) for value in codes.aminmax())
+            if not 0 <= least <= greatest < size:
+                raise InputError(f"codes {least} .. {greatest}: the codebook has {size} entries")
 
     def _project(self, images: torch.Tensor) -> torch.Tensor:
         f = self.config.downsample

@@ -1,7 +1,7 @@
 """The interface of a quantizer, which is all that the VQ model knows about it."""
 
 import abc
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -20,16 +20,39 @@ class Quantized(NamedTuple):
     losses: dict[str, torch.Tensor]
 
 
+class QuantizerSettings(NamedTuple):
+    """What a configuration says about its quantizer: fields of VQConfig.
+
+    options: The group of options that has the quantizer's name; None if there is none.
+    """
+
+    vocab_size: int
+    dim: int
+    l2_normalize: bool
+    commitment_weight: float
+    entropy_weight: float
+    options: Any
+
+
 class Quantizer(nn.Module, abc.ABC):
     """Maps vectors to integer codes and back.
 
     vocab_size: The number of codes. dim: The number of channels of a vector.
-    A subclass defines `forward` (z -> Quantized) and `lookup` (codes -> vectors).
+    A subclass defines `kind`, its name in VQConfig.quantizer, `forward` (z -> Quantized) and
+    `lookup` (codes -> vectors); and `build`, if its arguments are others than those here.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.vocab_size, self.dim = vocab_size, dim
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "Quantizer":
+        """The quantizer of a configuration; raises InputError for sizes that do not fit."""
+        s = settings
+        return cls(s.vocab_size, s.dim, s.commitment_weight, s.entropy_weight)  # pyright: ignore[reportCallIssue]
 
     def plain_codebook(self) -> torch.Tensor | None:
         """Entries (vocab_size, dim) float32 with which a plain vq gives the same codes and vectors.

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from core.errors import InputError
-from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 from tokenizer.quantizers.lookup_free import check_bits, signs_of
 
+LARGEST_GROUP = 20  # the entropy of a group takes 2 ** group_size probabilities of each vector
 EPSILON = 1e-8  # added to probabilities inside the logarithm, as published
 
 
@@ -33,8 +34,10 @@ class BinarySphericalOptions:
     codebook_entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.inverse_temperature <= 0:
-            raise ValueError("model.bsq: group_size must be >= 1, inverse_temperature > 0")
+        if not 1 <= self.group_size <= LARGEST_GROUP or self.inverse_temperature <= 0:
+            raise ValueError(
+                f"model.bsq: group_size must be in 1 .. {LARGEST_GROUP}, inverse_temperature > 0"
+            )
         if min(self.sample_entropy_weight, self.codebook_entropy_weight) < 0:
             raise ValueError("model.bsq: the weights must be >= 0")
 
@@ -42,6 +45,7 @@ class BinarySphericalOptions:
 class BinarySphericalQuantizer(Quantizer):
     """Replaces u = z / |z| by sign(u) / sqrt(dim), with straight-through gradients."""
 
+    kind = "bsq"
     bits: torch.Tensor
 
     def __init__(
@@ -62,6 +66,12 @@ class BinarySphericalQuantizer(Quantizer):
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.options = options
         self.register_buffer("bits", torch.arange(dim - 1, -1, -1), persistent=False)
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "BinarySphericalQuantizer":
+        """See Quantizer."""
+        s = settings
+        return cls(s.vocab_size, s.dim, s.commitment_weight, s.entropy_weight, s.options)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (b, dim, h, w) -> codes, unit vectors, and the losses commitment and entropy."""

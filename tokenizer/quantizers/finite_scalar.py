@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from core.errors import InputError
-from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 
 MARGIN = 1e-3  # tanh ends this share beyond the outer levels, so that they can be reached
 SIGMOID_SLOPE = 1.6  # of iFSQ
@@ -36,6 +36,7 @@ class FiniteScalarOptions:
 class FiniteScalarQuantizer(Quantizer):
     """Rounds each channel to its levels, with straight-through gradients."""
 
+    kind = "fsq"
     levels: torch.Tensor
     basis: torch.Tensor
 
@@ -59,6 +60,12 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = [math.prod(levels[:i]) for i in range(dim)]
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "FiniteScalarQuantizer":
+        """See Quantizer."""
+        s = settings
+        return cls(s.vocab_size, s.dim, s.entropy_weight, s.options)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (b, dim, h, w) -> codes and vectors in about [-1, 1]; no losses."""

@@ -27,6 +27,8 @@ class IndexBackpropQuantizer(Quantizer):
     codebook_weight is the 0.25 of the published loss, which weights the codebook term.
     """
 
+    kind = "ibq"
+
     def __init__(
         self, vocab_size: int, dim: int, codebook_weight: float, entropy_weight: float
     ) -> None:

@@ -16,6 +16,7 @@ MEAN_EPSILON = 1e-5  # added to the mean assignment inside its logarithm, as pub
 class LookupFreeQuantizer(Quantizer):
     """Replaces each channel by its sign, with straight-through gradients; has no parameters."""
 
+    kind = "lfq"
     bits: torch.Tensor
 
     def __init__(

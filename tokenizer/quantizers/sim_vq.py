@@ -15,6 +15,8 @@ from tokenizer.quantizers.vector import nearest
 class SimVQQuantizer(Quantizer):
     """Replaces each vector by its nearest mapped entry, with straight-through gradients."""
 
+    kind = "simvq"
+
     def __init__(
         self, vocab_size: int, dim: int, commitment_weight: float, entropy_weight: float
     ) -> None:

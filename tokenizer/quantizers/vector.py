@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokenizer.quantizers.base import Quantized, Quantizer
+from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerSettings
 from tokenizer.quantizers.dead_codes import revive_dead_codes
 
 SEARCH_ROWS = 8192  # vectors compared with the codebook at once, fewer if it is large:
@@ -37,6 +37,7 @@ DEFAULT_OPTIONS = VectorOptions()
 class VectorQuantizer(Quantizer):
     """Replaces each vector by its nearest codebook entry, with straight-through gradients."""
 
+    kind = "vq"
     code_frequency: torch.Tensor  # only with dead_codes cvq
 
     def __init__(
@@ -63,6 +64,14 @@ class VectorQuantizer(Quantizer):
     def codebook(self) -> torch.Tensor:
         """The entries (vocab_size, dim) float32, normalised if the model normalises vectors."""
         return self._normalized(self.embedding.weight.float())
+
+    @classmethod
+    def build(cls, settings: QuantizerSettings) -> "VectorQuantizer":
+        """See Quantizer."""
+        s = settings
+        return cls(
+            s.vocab_size, s.dim, s.l2_normalize, s.commitment_weight, s.entropy_weight, s.options
+        )
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (b, dim, h, w) -> codes, vectors, and the losses codebook, commitment and entropy."""

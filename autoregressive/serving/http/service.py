@@ -80,8 +80,10 @@ class ImageService:
             raise InputError(f"size must be {self.size}, which this model makes, or auto")
         if request.partial_images and not request.stream:
             raise InputError("partial_images needs stream: true")
-        if self.engine.gpt.guidance_input and request.cfg_scale is not None:
-            raise InputError("cfg_scale: this model takes guidance as an input; use guidance")
+        scaled = request.cfg_scale is not None or request.cfg_schedule != "constant"
+        if self.engine.gpt.guidance_input and scaled:
+            name = "cfg_schedule" if request.cfg_scale is None else "cfg_scale"
+            raise InputError(f"{name}: this model takes guidance as an input; use guidance")
         if not self.engine.gpt.guidance_input and request.guidance is not None:
             raise InputError("guidance: this model does not take it as an input; use cfg_scale")
         prompt = self._prompt(request)

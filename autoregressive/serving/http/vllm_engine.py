@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.serving.export import PROCESSORS
 from autoregressive.serving.http.image_engine import (
     Encode,
     EngineStoppingError,
@@ -25,19 +26,22 @@ from autoregressive.serving.http.image_engine import (
     decode_rows,
     image_size,
 )
-from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
+from autoregressive.serving.vllm_requests import (
+    caption_prompt,
+    class_prompt,
+    condition_prompt,
+    sampling_arguments,
+)
 from core.config import InputError
 from core.rng import random_bits
 from tokenizer.models.vq_model import VQModel
-
-GUIDANCE = "autoregressive.serving.vllm_guidance:Guidance"
 
 
 class VLLMEngine:
     """Samples with vLLM's AsyncLLM.
 
     Args:
-        gpt: The configuration of the exported model.
+        gpt: The exported model. Kept only where it takes guidance as an input, for its embeddings.
         vq: The tokenizer, prepared.
         encode: Turns a caption into the GPT's condition.
         folder: The exported model (see export_vllm).
@@ -50,7 +54,7 @@ class VLLMEngine:
 
     def __init__(
         self,
-        gpt: GPTConfig,
+        gpt: GPT,
         vq: VQModel,
         encode: Encode,
         folder: Path,
@@ -61,7 +65,8 @@ class VLLMEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ModuleNotFoundError as error:
             raise InputError(f"{error.name} is not installed; engine: vllm needs vLLM") from error
-        self.gpt, self.image_size = gpt, image_size(vq, gpt)
+        self.gpt, self.image_size = gpt.config, image_size(vq, gpt.config)
+        self._embeddings = gpt if gpt.config.guidance_input else None
         self._vq, self._encode = vq, encode
         # One for the tokenizer and the text encoder: they share a device.
         self._thread = ThreadPoolExecutor(1, "decoding")
@@ -69,8 +74,8 @@ class VLLMEngine:
         ours = {
             "model": str(folder),
             "skip_tokenizer_init": True,
-            "logits_processors": [GUIDANCE],
-            "enable_prompt_embeds": gpt.condition == "text",
+            "logits_processors": [PROCESSORS[self.gpt.guidance_input]],
+            "enable_prompt_embeds": self.gpt.condition == "text" or self.gpt.guidance_input,
         }
         try:
             arguments = AsyncEngineArgs(**{**ours, **options})
@@ -131,14 +136,28 @@ class VLLMEngine:
                     found.put_nowait(ImageProgress(index, finished, pixels))
 
     def _prompt(self, task: ImageTask) -> dict[str, Any]:
+        if self._embeddings is not None:
+            return condition_prompt(self.gpt, self._condition_tokens(self._embeddings, task))
         if self.gpt.condition == "class":
             return class_prompt(self.gpt, int(task.prompt))
         condition, _ = self._encode(task.prompt, None)
         features, length = condition.features[0], int(condition.lengths[0])  # pyright: ignore
         return caption_prompt(self.gpt, features[:length].float().cpu())
 
+    @torch.inference_mode()
+    def _condition_tokens(self, gpt: GPT, task: ImageTask) -> torch.Tensor:
+        """The class or caption with the strength of guidance, (n, dim) float32 on the CPU."""
+        condition, _ = self._encode(task.prompt, None)
+        condition = condition.to(gpt.device)
+        strength = task.sampling.resolved(self.gpt.condition, guidance_input=True).guidance
+        guidance, drop = torch.tensor([strength]), torch.zeros(1, dtype=torch.bool)
+        tokens = gpt.prefix(condition, drop.to(gpt.device), guidance.to(gpt.device))[0]
+        lengths = gpt.cls_embedding.lengths(condition)
+        return tokens[: len(tokens) if lengths is None else int(lengths[0])].float().cpu()
+
     def _parameters(self, task: ImageTask) -> dict[str, Any]:
-        sampling = task.sampling.resolved(self.gpt.condition)
+        sampling = task.sampling.resolved(self.gpt.condition, self.gpt.guidance_input)
+        scale = {"cfg_scale": sampling.cfg_scale, "cfg_schedule": sampling.cfg_schedule}
         bits = random_bits(sampling.seed, torch.tensor([task.sample_id]))
         return sampling_arguments(
             self.gpt,
@@ -146,8 +165,7 @@ class VLLMEngine:
             top_k=sampling.top_k or 0,
             top_p=sampling.top_p,
             seed=int(bits) & (2**63 - 1),
-            cfg_scale=sampling.cfg_scale,
-            cfg_schedule=sampling.cfg_schedule,
+            **({} if self.gpt.guidance_input else scale),
         )
 
     def drain(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.commands import environment
 from helpers.models import tiny, write_models
 from helpers.paths import ROOT
@@ -23,6 +24,7 @@ from helpers.http_server import pixels_of, wait_until
 
 from autoregressive import ImagePipeline
 from autoregressive.inference.sampling_config import SamplingConfig
+from autoregressive.sampling.conditions import prompt_encoder
 from autoregressive.serve import ServeConfig, read_class_names, serve
 from core.config import InputError
 
@@ -147,23 +149,65 @@ def vllm_marks(test):
     return test
 
 
+VLLM_FLAGS = ["--engine", "vllm", "--vllm_options", '{"enforce_eager": true, "max_num_seqs": 8}']
+VLLM_RUN = {"python": PYTHON, "seconds": 700}
+
+
+def assert_alike(b64_json: str, image: np.ndarray) -> None:
+    """Up to a level of 255: another torch decodes in vLLM's environment."""
+    assert abs(pixels_of(b64_json).astype(int) - image).max() <= 1
+
+
 @vllm_marks
-def test_vllm_behind_the_server_gives_the_same_answers(tmp_path):
+@pytest.mark.parametrize("guidance_input", [False, True])
+def test_vllm_behind_the_server_reads_prompts(tmp_path, tiny_t5, guidance_input, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    shape = {"condition": "text", "text_dim": 32, "max_text_tokens": 8}
+    gpt = tiny(vocab_size=50, **shape, guidance_input=guidance_input)
+    if guidance_input:
+        torch.nn.init.normal_(gpt.t_embedder.mlp[2].weight)  # zero in a new model
+    paths = write_models(tmp_path, gpt)
+    pipeline = ImagePipeline.from_pretrained(*paths).prepare("fp32", device="cpu", verbose=False)
+    encode = prompt_encoder(gpt.config, str(tiny_t5), torch.device("cpu"))
+    name = "guidance" if guidance_input else "cfg_scale"
+    asked = [("a cat", 0.3), ("the blue dog run", 0.5), ("a red cat and the blue dog run on", 0.9)]
+    if not guidance_input:
+        asked = [(prompt, 10 * value) for prompt, value in asked]
+    bodies = [{"prompt": prompt, "temperature": 0, name: value} for prompt, value in asked]
+    flags = [*VLLM_FLAGS, "--text_encoder", str(tiny_t5)]
+    with served(paths, tmp_path / "log", *flags, **VLLM_RUN) as (_, url):
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(
+                pool.map(lambda body: httpx.post(url + IMAGES, json=body, timeout=120), bodies)
+            )
+        for (prompt, value), answer in zip(asked, answers, strict=True):
+            sampling = SamplingConfig(greedy=True, **{name: value})
+            image = pipeline.decode(pipeline.sample(encode(prompt, None)[0], sampling)).numpy()[0]
+            assert_alike(answer.json()["data"][0]["b64_json"], image)
+        for wrong, message in [
+            ({"prompt": "a cat", "negative_prompt": "a dog"}, "needs the native engine"),
+            ({"class_index": 1}, "needs a class model"),
+            ({"prompt": "a cat", "cfg_schedule": "cosine", "cfg_scale": 0.5}, "cfg_scale"),
+            ({"prompt": "a cat", "guidance": 1.5}, "guidance"),
+        ]:
+            answer = httpx.post(url + IMAGES, json=wrong)
+            assert answer.status_code == 400
+            assert message in answer.json()["error"]["message"]
+
+
+@vllm_marks
+def test_vllm_behind_the_server_gives_the_same_answers(tmp_path, monkeypatch):
     gpt = tiny(vocab_size=50)
     paths = write_models(tmp_path, gpt)
-    options = '{"enforce_eager": true, "max_num_seqs": 8}'
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    flags = ["--engine", "vllm", "--vllm_options", options]
-    run = {"python": PYTHON, "seconds": 700}
-    with served(paths, tmp_path / "log", *flags, **run) as (process, url):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    with served(paths, tmp_path / "log", *VLLM_FLAGS, **VLLM_RUN) as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
         greedy = {"temperature": 0, "cfg_scale": 3.0}
         response = client.images.generate(prompt="3", n=2, extra_body=greedy)
         pipeline = ImagePipeline.from_pretrained(*paths).prepare("fp32", device="cpu")
         images = pipeline(3, sampling=SamplingConfig(cfg_scale=3.0, greedy=True)).images
         for image in response.data:
-            difference = pixels_of(image.b64_json).astype(int) - np.asarray(images[0])
-            assert abs(difference).max() <= 1  # another torch decodes there
+            assert_alike(image.b64_json, np.asarray(images[0]))
         *partial, last = list(
             client.images.generate(
                 prompt="2", stream=True, partial_images=3, extra_body={"seed": 4}

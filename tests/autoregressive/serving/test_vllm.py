@@ -7,8 +7,15 @@ from vllm_job import CLASSES, MARKS, Job, exported, filled, greedy, request
 
 from autoregressive import GPT, generate
 from autoregressive.inference.sampler import filter_logits
+from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.models.config import GPTConfig
-from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
+from autoregressive.serving.export import PROCESSORS
+from autoregressive.serving.vllm_requests import (
+    caption_prompt,
+    class_prompt,
+    condition_prompt,
+    sampling_arguments,
+)
 
 pytestmark = MARKS
 SCALES = [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
@@ -89,6 +96,40 @@ def text_run(gpt: GPT, job: Job, name: str) -> list[dict]:
     return requests
 
 
+STRENGTHS = [0.2, 0.5, 0.9, 1.0, 0.3]  # of a model that takes guidance as an input
+
+
+def one_stream_models() -> dict[str, GPT]:
+    text = {"condition": "text", "max_text_tokens": 120, "text_dim": 48}
+    return {
+        "one row": filled(seed=11, guidance_input=True),
+        "one row, text": filled(seed=12, guidance_input=True, **text),
+    }
+
+
+def one_stream_conditions(gpt: GPT) -> list[ConditionLike]:
+    if gpt.config.condition == "class":
+        return [torch.tensor([label]) for label in (0, 3, 5, 11, 3)]
+    features, lengths = captions(gpt)
+    return [(features[i : i + 1], lengths[i : i + 1]) for i in (0, 1, 2, 3, 1)]
+
+
+@torch.no_grad()
+def one_stream_run(gpt: GPT, job: Job, name: str) -> list[dict]:
+    """One request per condition and strength, whose tokens are the prompt."""
+    requests = []
+    sampling = sampling_arguments(gpt.config, temperature=0.0)
+    for i, (given, strength) in enumerate(zip(one_stream_conditions(gpt), STRENGTHS, strict=True)):
+        condition = as_condition(given)
+        lengths = gpt.cls_embedding.lengths(condition)
+        length = None if lengths is None else int(lengths[0])
+        tokens = gpt.prefix(condition, torch.tensor([False]), torch.tensor([strength]))[0, :length]
+        prompt = condition_prompt(gpt.config, tokens)["prompt_embeds"]
+        job.features[f"{name} {i}"] = prompt.contiguous()
+        requests.append({"features": f"{name} {i}", "sampling": sampling})
+    return requests
+
+
 VARIANTS = {
     "head 100": {"num_heads": 2, "dim": 200},
     "head 20, grouped": {"num_heads": 6, "dim": 120, "num_kv_heads": 2},
@@ -141,6 +182,13 @@ def job(tmp_path_factory) -> Job:
         options = {"enable_prompt_embeds": True, "max_num_batched_tokens": 256}
         job.engine(name, exported(text, folder / name.replace(" ", "_")), runs, **options)
 
+    for name, gpt in one_stream_models().items():
+        requests = one_stream_run(gpt, job, name)
+        scale = {**requests[0]["sampling"], "extra_args": {"cfg_scale": 2.0}}
+        runs = {"strengths": requests, "scale": [{**requests[0], "sampling": scale}]}
+        options = {"enable_prompt_embeds": True, "logits_processors": [PROCESSORS[True]]}
+        job.engine(name, exported(gpt, folder / name.replace(" ", "_")), runs, **options)
+
     tiny = draws_model()
     arguments = sampling_arguments(tiny.config, **FILTERS, cfg_scale=DRAW_SCALE)
     draws = [{**class_prompt(tiny.config, 1), "sampling": arguments}] * DRAWS
@@ -186,6 +234,22 @@ def test_captions_of_all_lengths_in_one_batch_give_equal_codes(job, name, run):
         for i, scale in [(0, 3.0), (1, 3.0), (2, 3.0), (3, 3.0), (1, 7.5)]
     ]
     assert torch.equal(job.codes(f"{name}/{run}"), torch.cat(wanted).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["one row", "one row, text"])
+def test_a_model_with_guidance_as_an_input_draws_equal_codes_with_one_row_per_image(job, name):
+    gpt = one_stream_models()[name]
+    wanted = [
+        generate(gpt, condition, guidance=strength, greedy=True)
+        for condition, strength in zip(one_stream_conditions(gpt), STRENGTHS, strict=True)
+    ]
+    drawn = job.codes(f"{name}/strengths")
+    assert torch.equal(drawn, torch.cat(wanted).flatten(1))
+    assert not torch.equal(drawn[1], drawn[4])  # the strength matters
+    # The keys and values of one row: one stream's heads, not two.
+    assert job.results[name]["kv_heads"] == gpt.config.kv_heads
+    assert job.results["class"]["kv_heads"] == 2 * filled().config.kv_heads
+    assert "this model takes guidance in its prompt" in job.results[f"{name}/scale"]["error"]
 
 
 @pytest.mark.parametrize(

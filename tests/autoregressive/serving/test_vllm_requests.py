@@ -13,9 +13,14 @@ from autoregressive import GPT, convert
 from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.transformer import PRESETS
-from autoregressive.serving.export import export_vllm, padded_head_dim
+from autoregressive.serving.export import export_vllm, model_card, padded_head_dim, vllm_config
 from autoregressive.serving.guidance import guidance_scales, parse_guidance
-from autoregressive.serving.vllm_requests import caption_prompt, class_prompt, sampling_arguments
+from autoregressive.serving.vllm_requests import (
+    caption_prompt,
+    class_prompt,
+    condition_prompt,
+    sampling_arguments,
+)
 from core.config import InputError, save_config
 from core.weights import save_tensors
 
@@ -105,6 +110,24 @@ def test_a_prompt_of_the_other_condition_is_refused():
         caption_prompt(CLASSES, torch.zeros(1, 8))
 
 
+def test_guidance_as_an_input_is_part_of_the_prompt():
+    gpt = GPT(GPTConfig(**TINY, num_classes=4, guidance_input=True))
+    tokens = torch.ones(1, 32)
+    assert condition_prompt(gpt.config, tokens)["prompt_embeds"] is tokens
+    for wrong in (torch.ones(2, 32), torch.ones(1, 31), torch.ones(32), tokens / 0, tokens.int()):
+        with pytest.raises(ValueError, match="condition tokens"):
+            condition_prompt(gpt.config, wrong)
+    with pytest.raises(ValueError, match="takes guidance as an input"):
+        class_prompt(gpt.config, 0)
+    with pytest.raises(ValueError, match="cfg_scale: this model takes guidance in its prompt"):
+        sampling_arguments(gpt.config, cfg_scale=2.0)
+    with pytest.raises(ValueError, match="does not take guidance as an input"):
+        condition_prompt(CLASSES, tokens)
+    config = vllm_config(gpt.config, "float32")
+    assert (config["num_attention_heads"], config["hidden_size"]) == (2, 32)  # one row per image
+    assert "GuidanceInPrompt" in model_card(gpt.config, "gft")
+
+
 def test_a_request_asks_for_the_rest_of_one_image():
     arguments = sampling_arguments(CLASSES, num_known=2, top_k=5, seed=3, cfg_scale=4.0)
     assert (arguments["max_tokens"], arguments["extra_args"]) == (4, {"cfg_scale": 4.0})
@@ -151,7 +174,8 @@ def test_the_model_card_says_how_to_start_and_ask(tmp_path, config):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"guidance_input": True}, "does not know guidance_input = True"),
+        ({"target_position": True}, "does not know target_position = True"),
+        ({"condition": "none"}, "does not know condition = 'none'"),
         ({"adaln": "full"}, "does not know adaln = 'full'"),
     ],
 )
@@ -159,7 +183,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_by_name_at_export(tmp_path, opt
     gpt = GPT(GPTConfig(**{**TINY, "num_classes": 4, **option}))
     with pytest.raises(InputError, match=message) as caught:
         export_vllm(gpt, tmp_path / "out")
-    assert "serve this model with the native engine" in str(caught.value)
+    assert "this model with the native engine" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

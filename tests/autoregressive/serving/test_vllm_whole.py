@@ -29,9 +29,8 @@ def test_gpt_b_draws_1024_equal_codes_for_four_classes(tmp_path):
     assert int((job.codes("GPT-B/classes") == wanted).sum()) == 1024
 
 
-@pytest.mark.parametrize("kv_heads", [0, 2])
-def test_two_tensor_parallel_ranks_draw_the_same_codes(tmp_path, kv_heads):
-    gpt = filled(num_kv_heads=kv_heads)
+def test_two_tensor_parallel_ranks_draw_the_same_codes(tmp_path):
+    gpt = filled(num_kv_heads=2)  # grouped: the harder case of the two
     runs = {"scales": [request(gpt, i, cfg_scale=1.0 + i) for i in range(CLASSES)]}
     job = Job(tmp_path)
     job.engine("two", exported(gpt, tmp_path / "model"), runs, tensor_parallel_size=2)

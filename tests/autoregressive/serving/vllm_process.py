@@ -30,21 +30,29 @@ def main() -> None:
 def run_engine(engine: dict, features: dict, several: bool) -> dict:
     from vllm import LLM
 
-    begin = time.time()
+    begin, cpu = time.time(), time.process_time()
     more = {} if several else {"distributed_executor_backend": "uni"}
     llm = LLM(
         engine["folder"],
         skip_tokenizer_init=True,
-        logits_processors=["autoregressive.serving.vllm_guidance:Guidance"],
         disable_log_stats=False,
-        **{"enforce_eager": True, "max_num_seqs": 16, **more, **engine["options"]},
+        **{
+            "logits_processors": ["autoregressive.serving.vllm_guidance:Guidance"],
+            **{"enforce_eager": True, "max_num_seqs": 16, **more, **engine["options"]},
+        },
     )
     results = {}
     for name, requests in engine["runs"].items():
         results[f"{engine['name']}/{name}"] = run_requests(llm, requests, features)
     metrics = {} if several else {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     preemptions = metrics.get("vllm:num_preemptions")
-    results[engine["name"]] = {"preemptions": preemptions, "seconds": time.time() - begin}
+    model = llm.llm_engine.vllm_config.model_config
+    results[engine["name"]] = {
+        "preemptions": preemptions,
+        "kv_heads": model.get_total_num_kv_heads(),
+        "seconds": time.time() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+    }
     print("ENGINE", engine["name"], results[engine["name"]], flush=True)
     del llm
     gc.collect()
