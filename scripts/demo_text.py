@@ -30,7 +30,7 @@ from core.data.grids import enlarged_grid
 from core.files import fingerprint
 
 CONFIGS = Path("configs") / "demo_text"
-IMAGES = 10_000
+IMAGES = 8000
 TWO_OBJECTS = 0.75  # share of the images: one object alone is learnt sooner
 HELD_OUT = 500  # captions of pairs that no training image shows
 CHECKED = 1000  # drawings that validate the checker
