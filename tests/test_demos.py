@@ -167,7 +167,8 @@ def test_a_rule_chooses_one_of_its_alternatives_by_weight():
 
 
 def test_words_that_training_never_saw_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny_t5.STEPS", 4)
+    for name, value in {"STEPS": 4, "BATCH": 8, "SORTED": 1}.items():
+        monkeypatch.setattr(f"tiny_t5.{name}", value)
     write_t5(tmp_path / "t5", CaptionMaker(seed=3))
     text = "A wobbly red blob, please; wobbly"
     assert unknown_words(tmp_path / "t5", text) == ["wobbly", "blob"]
