@@ -5,7 +5,7 @@
 
 Draws captioned images, makes a tiny T5, trains the tokenizer and the GPT with the commands of a
 full-size training, samples the prompts that you typed, 500 captions of pairs that no training image
-shows, and 200 prompts that people wrote, and checks the samples. Run it again: finished stages are
+shows, and 200 prompts written by hand, and checks the samples. Run it again: finished stages are
 recognised, and only new prompts are sampled.
 """
 
