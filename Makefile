@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on handwritten digits, in minutes
-# make demo-text   captions to images, in minutes (PROMPT="a small red circle in the middle")
+# make demo-text   captions to images, in minutes (PROMPT="a big blue square above a small red circle")
 # make test   all tests
 # make serve-test   the tests that run vLLM on CPU, in an environment of its own (3.5 GB), and the
 #                   server's page with gradio

@@ -5,6 +5,7 @@ patches of colour and compares each patch's outline with those of the shapes.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +22,21 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 5.0, "large": 8.0}  # half the width, in pixels
+SIZES = {"small": 5.0, "large": 6.7}  # half the width, in pixels
+# The centre of each object; of two, in the order top to bottom or left to right.
 PLACES = {
-    "top left": (10, 10),
-    "top right": (22, 10),
-    "bottom left": (10, 22),
-    "bottom right": (22, 22),
-    "middle": (16, 16),
+    "top left": ((8, 8),),
+    "top": ((16, 8),),
+    "top right": ((24, 8),),
+    "left": ((8, 16),),
+    "middle": ((16, 16),),
+    "right": ((24, 16),),
+    "bottom left": ((8, 24),),
+    "bottom": ((16, 24),),
+    "bottom right": ((24, 24),),
+    "two, above": ((16, 7.5), (16, 24.5)),
+    "two, left": ((7.5, 16), (24.5, 16)),
 }
-PAIRS = {"left of": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
-PAIR_SIZE = 6.0
-PAIR_SCENES = 720  # of the 1,152 that could be said
 BACKGROUND = (25, 25, 30)
 FINE = 8  # scale of the drawing before it is reduced
 PATCH = 16  # an outline is compared at this size
@@ -52,32 +57,6 @@ class Scene(NamedTuple):
 
     caption: str
     things: tuple[Thing, ...]
-
-
-def all_scenes() -> list[Scene]:
-    """All single objects in several wordings, and some of all pairs, in a fixed order."""
-    scenes = []
-    single = itertools.product(COLOURS, SHAPES, SIZES.items(), PLACES.items())
-    for colour, shape, (size, half), (place, centre) in single:
-        thing = Thing(colour, shape, half, centre)
-        for wording in (
-            f"a {size} {colour} {shape} in the {place}",
-            f"{place}: a {size} {colour} {shape}",
-            f"a {colour} {shape}, {size}, {place}",
-            f"in the {place} a {size} {shape}, {colour}",
-        ):
-            scenes.append(Scene(wording, (thing,)))
-    kinds = list(itertools.product(COLOURS, SHAPES))
-    pairs = list(itertools.product(kinds, kinds, PAIRS.items()))
-    order = np.random.default_rng(0).permutation(len(pairs))[:PAIR_SCENES]
-    for first, second, (relation, centres) in (pairs[i] for i in order):
-        things = tuple(
-            Thing(colour, shape, PAIR_SIZE, centre)
-            for (colour, shape), centre in zip((first, second), centres, strict=True)
-        )
-        caption = f"a {' '.join(first)} {relation} a {' '.join(second)}"
-        scenes.append(Scene(caption, things))
-    return scenes
 
 
 def draw(scene: Scene, random: np.random.Generator) -> np.ndarray:
@@ -111,10 +90,11 @@ def _box(x: float, y: float) -> list[tuple[float, float]]:
 
 
 class Found(NamedTuple):
-    """A patch that the checker sees: its colour, shape and centre (x, y)."""
+    """A patch that the checker sees: its colour, shape, size and centre (x, y)."""
 
     colour: str
     shape: str
+    size: str
     centre: tuple[float, float]
 
 
@@ -134,7 +114,10 @@ def find_things(pixels: np.ndarray) -> list[Found]:
         votes = distance[core if core.any() else mask][:, 1:].argmin(-1)
         colour = list(COLOURS)[np.bincount(votes).argmax()]
         y, x = (float(place.mean()) for place in np.nonzero(mask))
-        thing = Found(colour, _nearest_shape(mask), (x, y))
+        shape = _nearest_shape(mask)
+        half = np.sqrt(mask.sum() / _OUTLINES[shape].mean()) / 2
+        size = min(SIZES, key=lambda name, half=half: abs(SIZES[name] - half))
+        thing = Found(colour, shape, size, (x, y))
         found.append((int(mask.sum()), thing))
     return [thing for _, thing in sorted(found, key=lambda item: -item[0])]
 
@@ -167,23 +150,81 @@ def _outline_mask(shape: str) -> np.ndarray:
 _OUTLINES = {shape: _outline_mask(shape) for shape in SHAPES}
 
 
+class Asked(NamedTuple):
+    """What a prompt asks of one object; size None: any."""
+
+    size: str | None
+    colour: str
+    shape: str
+
+
 class Verdict(NamedTuple):
-    """Whether all the scene's colours, all its shapes, and both together are right."""
+    """How an image follows its prompt.
 
-    colour: bool
-    shape: bool
-    both: bool
+    right: for each object, whether one of its colour and shape is there. sizes: for each object
+    that is there and has a size, whether it is right. relation: both objects are there and stand
+    as asked; None where the prompt has one object. only: nothing else is there.
+    """
+
+    right: tuple[bool, ...]
+    sizes: tuple[bool, ...]
+    relation: bool | None
+    only: bool
+
+    @property
+    def all(self) -> bool:
+        """Whether nothing is wrong."""
+        return all((*self.right, *self.sizes, self.relation is not False, self.only))
 
 
-def check(scene: Scene, pixels: np.ndarray) -> Verdict:
-    """Is every object of the scene there, each nearest to its place, and nothing else?"""
+def check(things: Sequence[Asked], relation: str | None, pixels: np.ndarray) -> Verdict:
+    """Compare an image (SIDE, SIDE, 3) uint8 with the objects of a prompt.
+
+    relation: of the first object to the second: above, below, left, right or beside.
+    """
     found = find_things(pixels)
-    if len(found) != len(scene.things):
-        return Verdict(False, False, False)
-    matched = [
-        min(found, key=lambda f, t=thing: np.hypot(*np.subtract(f.centre, t.centre)))
-        for thing in scene.things
+    candidates = [
+        [None, *(f for f in found if (f.colour, f.shape) == (thing.colour, thing.shape))]
+        for thing in things
     ]
-    colour = all(f.colour == t.colour for f, t in zip(matched, scene.things, strict=True))
-    shape = all(f.shape == t.shape for f, t in zip(matched, scene.things, strict=True))
-    return Verdict(colour, shape, colour and shape)
+    # Two objects of one colour and shape can be either patch: the reading that fits best counts.
+    readings = [
+        _verdict(things, relation, matched, len(found))
+        for matched in itertools.product(*candidates)
+        if len(things) == 1 or matched[0] is None or matched[0] is not matched[1]
+    ]
+    return max(readings, key=lambda v: (sum(v.right), v.relation is True, sum(v.sizes)))
+
+
+def _verdict(
+    things: Sequence[Asked], relation: str | None, matched: Sequence[Found | None], patches: int
+) -> Verdict:
+    """matched: the patch of each object, or None. patches: how many there are in the image."""
+    right = tuple(found is not None for found in matched)
+    sizes = tuple(
+        found.size == thing.size
+        for thing, found in zip(things, matched, strict=True)
+        if found and thing.size
+    )
+    stands = None
+    if relation:
+        first, second = matched
+        stands = bool(first and second and _stands(relation, first.centre, second.centre))
+    return Verdict(right, sizes, stands, patches == len(things))
+
+
+def _stands(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    x, y = (a - b for a, b in zip(first, second, strict=True))
+    return {
+        "above": -y > abs(x),
+        "below": y > abs(x),
+        "left": -x > abs(y),
+        "right": x > abs(y),
+        "beside": abs(x) > abs(y),
+    }[relation]
+
+
+def describe(pixels: np.ndarray) -> str:
+    """What the checker sees in an image, in words."""
+    found = [f"a {f.size} {f.colour} {f.shape}" for f in find_things(pixels)]
+    return " and ".join(found) or "nothing"
