@@ -40,7 +40,13 @@ def write_t5(folder: Path, maker: CaptionMaker) -> None:
 
     torch.manual_seed(0)
     tokenizer = word_tokenizer(grammar_words())
-    shape = {"d_model": 128, "d_kv": 16, "num_heads": len(DISTANCES), "num_layers": 3, "d_ff": 256}
+    shape: dict[str, Any] = {
+        "d_model": 128,
+        "d_kv": 16,
+        "num_heads": len(DISTANCES),
+        "num_layers": 3,
+        "d_ff": 256,
+    }
     config = T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape)
     model = T5EncoderModel(config)
     prefer_distances(model)
