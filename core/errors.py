@@ -20,7 +20,8 @@ class InputError(ValueError):
 def shorten(message: str) -> str:
     """A message whose longest words, names that a file holds, have lost their middle."""
     short = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: _without_middle(word[0], 200), message)
-    return _without_middle(short, LONGEST_MESSAGE)
+    # Line by line: a data loader's process sends its traceback, of which the last line counts.
+    return "\n".join(_without_middle(line, LONGEST_MESSAGE) for line in short.split("\n"))
 
 
 def _without_middle(text: str, length: int) -> str:

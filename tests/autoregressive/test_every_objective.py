@@ -155,9 +155,9 @@ def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: 
     lines += ["--init_from", gpt] if objective.kind == "contrastive" else []
     config = parse_config(TrainConfig, [str(line) for line in lines])
     config = dataclasses.replace(config, objective=objective)
-    gpt_config = tiny(**objective.loss.model_fields).config
+    gpt_config = tiny(**LOSSES[objective.kind].model_fields).config
     codebook = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    codebook = codebook if objective.loss.needs_codebook else None
+    codebook = codebook if LOSSES[objective.kind].needs_codebook else None
     models = build_models(config, gpt_config, world, True, IMAGES, codebook)
     models.objective.begin_step(0.3)
     for name, parameter in models.objective.gpt.named_parameters():

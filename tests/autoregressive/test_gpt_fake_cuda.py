@@ -21,7 +21,8 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import as_condition
 from autoregressive.models.gpt import GPT
-from autoregressive.objectives.config import ObjectiveConfig, build_objective
+from autoregressive.objectives.build import LOSSES, build_objective
+from autoregressive.objectives.config import ObjectiveConfig
 from autoregressive.objectives.next_token import NextTokenLoss
 from autoregressive.objectives.noisy_context import NoisyContextOptions
 from core.distributed.world import World
@@ -195,7 +196,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_no_objective_waits_for_a_copy_from_the_host(kind):
     config = ObjectiveConfig(kind, **OBJECTIVES[kind])
-    gpt = fake_gpt(**config.loss.model_fields)
+    gpt = fake_gpt(**LOSSES[config.kind].model_fields)
     objective = build_objective(config, gpt.train(), 24, 0, None, 7)
     objective.begin_step(0.3)
     with fake_tensors():
