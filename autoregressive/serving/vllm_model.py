@@ -12,7 +12,7 @@ Shapes: T tokens of the batch, S streams (2, or 1), H heads, D width of a head.
 # vLLM has its own environment: pyright does not see it.
 # pyright: reportMissingImports=false
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -263,6 +263,7 @@ class CaptionPlaces:
     """vLLM's hook for M-RoPE: each request has positions of its own; see LlamaGenTextModel."""
 
     config: GPTConfig
+    embed_input_ids: Callable[[torch.Tensor], torch.Tensor]
     supports_mrope = True
 
     def get_mrope_input_positions(
@@ -272,6 +273,19 @@ class CaptionPlaces:
         first = self.config.max_text_tokens - len(input_tokens)
         places = torch.arange(first, self.config.max_text_tokens).clamp(min=0)
         return places.expand(3, -1), first
+
+    def embedded(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids or embeddings, positions (T,) or (3, T) -> embeddings, positions (T,)."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        # M-RoPE: three equal rows.
+        return inputs_embeds, positions[0] if positions.ndim == 2 else positions
 
 
 class LlamaGenTextModel(CaptionPlaces, LlamaGenModel):
@@ -305,10 +319,7 @@ class LlamaGenTextModel(CaptionPlaces, LlamaGenModel):
     ) -> torch.Tensor:
         """Token ids or embeddings, positions (T,) or (3, T) -> both streams (T, S * dim)."""
         config = self.config
-        positions = positions[0] if positions.ndim == 2 else positions  # M-RoPE: three equal rows
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed_input_ids(input_ids)
+        inputs_embeds, positions = self.embedded(input_ids, inputs_embeds, positions)
         # Codes pass the projection too and are dropped after it. It costs less than finding the
         # caption tokens, which would wait for the device.
         null = self.null_features[positions.clamp(0, config.max_text_tokens - 1)]
@@ -339,8 +350,4 @@ class LlamaGenOneStreamModel(CaptionPlaces, LlamaGenModel):
         **_: object,
     ) -> torch.Tensor:
         """Token ids or embeddings, positions (T,) or (3, T) -> hidden states (T, dim)."""
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed_input_ids(input_ids)
-        positions = positions[0] if positions.ndim == 2 else positions
-        return self.transformer(inputs_embeds, positions)
+        return self.transformer(*self.embedded(input_ids, inputs_embeds, positions))

@@ -45,14 +45,12 @@ def caption_prompt(config: GPTConfig, features: torch.Tensor) -> dict[str, Any]:
         raise ValueError("this model is conditioned on classes, not on captions")
     if config.guidance_input:
         raise ValueError(TAKES_GUIDANCE)
-    longest, width = config.max_text_tokens, config.text_dim
-    if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
-        raise ValueError(f"caption features are {tuple(features.shape)}, must be (n, {width})")
-    if not 1 <= len(features) <= longest:
-        raise ValueError(f"the caption has {len(features)} tokens, must have 1 .. {longest}")
-    if not bool(features.isfinite().all()):
-        raise ValueError("caption features must be finite")
-    embedded = torch.nn.functional.pad(features, (0, prompt_width(config) - width))
+    _check_rows("caption features", features, config.text_dim)
+    if not 1 <= len(features) <= config.max_text_tokens:
+        raise ValueError(
+            f"the caption has {len(features)} tokens, must have 1 .. {config.max_text_tokens}"
+        )
+    embedded = torch.nn.functional.pad(features, (0, prompt_width(config) - config.text_dim))
     return {"prompt_embeds": embedded}
 
 
@@ -64,14 +62,20 @@ def condition_prompt(config: GPTConfig, tokens: torch.Tensor) -> dict[str, Any]:
     """
     if not config.guidance_input:
         raise ValueError("this model does not take guidance as an input; use its class or caption")
-    longest, width = config.num_condition, config.dim
-    if tokens.ndim != 2 or tokens.shape[1] != width or not tokens.is_floating_point():
-        raise ValueError(f"condition tokens are {tuple(tokens.shape)}, must be (n, {width})")
-    if not 1 <= len(tokens) <= longest:
-        raise ValueError(f"there are {len(tokens)} condition tokens, must be 1 .. {longest}")
-    if not bool(tokens.isfinite().all()):
-        raise ValueError("condition tokens must be finite")
+    _check_rows("condition tokens", tokens, config.dim)
+    if not 1 <= len(tokens) <= config.num_condition:
+        raise ValueError(
+            f"there are {len(tokens)} condition tokens, must be 1 .. {config.num_condition}"
+        )
     return {"prompt_embeds": tokens}
+
+
+def _check_rows(name: str, rows: torch.Tensor, width: int) -> None:
+    """Raise ValueError unless `rows` are finite floats (n, width)."""
+    if rows.ndim != 2 or rows.shape[1] != width or not rows.is_floating_point():
+        raise ValueError(f"{name} are {tuple(rows.shape)}, must be (n, {width})")
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{name} must be finite")
 
 
 def prompt_width(config: GPTConfig) -> int:
