@@ -79,7 +79,7 @@ class ContinuousBatch:
         state, prefix = self.state, self.prefix
         prefix.begin(request)
         with self._using(self.prefix_cache):
-            self.engine._prefill(request, prefix, num_guided_codes(request.cfg_scales) > 0)
+            self.engine.prefill(request, prefix, num_guided_codes(request.cfg_scales) > 0)
         rows = [place, place + self.places]  # conditional and null
         for layer, new in zip(self.cache.layers, self.prefix_cache.layers, strict=True):
             for buffers, parts in zip(layer, new, strict=True):  # keys, then values
@@ -100,10 +100,10 @@ class ContinuousBatch:
         engine, sampler, capacity = self.engine, self.settings.sampler, self.cache.capacity
         guided = num_guided_codes(self.settings.cfg_scales) > 0
         kv_length = capacity if engine.cache_type is VarlenCache else None  # None: under a mask
-        step = functools.partial(engine._step, self.state, guided, capacity, kv_length, sampler)
+        step = functools.partial(engine.step, self.state, guided, capacity, kv_length, sampler)
         with self._using(self.cache):
             if engine.device.type == "cuda" and not self.settings.eager:
-                engine._replay(("continuous", self.places, guided, sampler), self.state, step)
+                engine.replay(("continuous", self.places, guided, sampler), self.state, step)
             else:
                 step()
         self.done = [min(done + 1, self.num_codes) if done else 0 for done in self.done]

@@ -104,20 +104,20 @@ class InferenceEngine:
         """
         num_codes, window = self.config.num_codes, request.speculation_window
         guided_until = num_guided_codes(request.cfg_scales)
-        state = self._begin(request)
-        longest, ragged = self._prefill(request, state, guided_until > 0)
+        state = self.begin(request)
+        longest, ragged = self.prefill(request, state, guided_until > 0)
         codes, done, furthest = state.codes[:, :num_codes], 1, 1
         yield codes, done
         while done < num_codes:
             guided = done < guided_until
             length = longest + furthest + window - 1
-            kv_end, masked = self._kv_extent(length, ragged or window > 1)
+            kv_end, masked = self.kv_extent(length, ragged or window > 1)
             kv_length = None if masked else length
-            step = functools.partial(self._step, state, guided, kv_end, kv_length, request.sampler)
+            step = functools.partial(self.step, state, guided, kv_end, kv_length, request.sampler)
             if self.device.type == "cuda" and not request.eager:
                 rule = request.speculative_rule, request.speculative_guess
                 key = (state.batch, window, guided, kv_end, masked, request.sampler, rule)
-                self._replay(key, state, step)
+                self.replay(key, state, step)
             else:
                 step()
             self.steps_taken += 1
@@ -127,7 +127,7 @@ class InferenceEngine:
                 done, furthest = int(state.filled.min()), int(state.filled.max())
             yield codes, done
 
-    def _kv_extent(self, length: int, needs_mask: bool) -> tuple[int, bool]:
+    def kv_extent(self, length: int, needs_mask: bool) -> tuple[int, bool]:
         """How many cache slots a step reads, of which `length` are used, and whether it masks."""
         assert self.cache is not None
         if self.cache_type is VarlenCache:
@@ -138,7 +138,7 @@ class InferenceEngine:
         bucket = GRAPH_BUCKET if cuda else CPU_BUCKET
         return min(-(-length // bucket) * bucket, self.cache.capacity), needs_mask or cuda
 
-    def _begin(self, request: GenerationRequest) -> GenerationState:
+    def begin(self, request: GenerationRequest) -> GenerationState:
         """The buffers of this batch size. Caches only grow, because graphs keep their addresses."""
         config, batch = self.config, len(request.sample_bits)
         window = request.speculation_window
@@ -156,7 +156,7 @@ class InferenceEngine:
         self.states[key].begin(request)
         return self.states[key]
 
-    def _prefill(
+    def prefill(
         self, request: GenerationRequest, state: GenerationState, guided: bool
     ) -> tuple[int, bool]:
         """Run the condition tokens, sample the first code.
@@ -195,13 +195,13 @@ class InferenceEngine:
             x = block.forward(x, rotary, attend, state.modulation(i, rows))
         x = modulated(self.norm(x), state.modulation(-1, rows))
         last = x[torch.arange(rows, device=self.device), lengths - 1]
-        logits = self._logits(state, last[:, None], state.filled, guided)
+        logits = self.logits(state, last[:, None], state.filled, guided)
         state.sample(request.sampler, logits, state.filled)
         state.filled.add_(1)
         first_guesses(state, self.config.vocab_size)
         return longest, ragged
 
-    def _step(
+    def step(
         self,
         state: GenerationState,
         guided: bool,
@@ -215,11 +215,11 @@ class InferenceEngine:
         """
         positions = state.filled - 1 + state.offsets
         inputs = state.codes.gather(1, positions)
-        x = self._hidden(state, positions, guided, kv_end, kv_length)
-        logits = self._logits(state, x, positions + 1, guided)
+        x = self.hidden(state, positions, guided, kv_end, kv_length)
+        logits = self.logits(state, x, positions + 1, guided)
         accept(state, sampler, logits, inputs, self.config.grid[1])
 
-    def _hidden(
+    def hidden(
         self,
         state: GenerationState,
         positions: torch.Tensor,
@@ -263,7 +263,7 @@ class InferenceEngine:
             x = block(x, rotary, attend, state.modulation(i, len(x)))
         return modulated(self.norm(x), state.modulation(-1, len(x)))
 
-    def _logits(
+    def logits(
         self, state: GenerationState, hidden: torch.Tensor, positions: torch.Tensor, guided: bool
     ) -> torch.Tensor:
         """Hidden (rows, n, dim) before positions (batch, n) -> logits (batch, n, vocab) float32."""
@@ -274,7 +274,7 @@ class InferenceEngine:
             hidden = guided_hidden.to(self.embedding.dtype)
         return self.output(hidden.flatten(0, 1)).float().unflatten(0, positions.shape)
 
-    def _replay(self, key: tuple, state: GenerationState, step: Callable[[], None]) -> None:
+    def replay(self, key: tuple, state: GenerationState, step: Callable[[], None]) -> None:
         """Run `step` as a CUDA graph; capture it first if its key is new."""
         if key not in self.graphs:
             changed = state.changed_by_a_step

@@ -77,8 +77,8 @@ def zipar_steps(
     config, sampler = engine.config, request.sampler
     assert request.zipar_window is not None
     guided_until = num_guided_codes(request.cfg_scales)
-    state = engine._begin(request)
-    longest, _ = engine._prefill(request, state, guided_until > 0)
+    state = engine.begin(request)
+    longest, _ = engine.prefill(request, state, guided_until > 0)
     codes = state.codes[:, : config.num_codes]
     yield codes, 1
     steps = list(zipar_schedule(config.grid, request.zipar_window))
@@ -93,10 +93,10 @@ def zipar_steps(
         state.inputs[:count] = inputs[:count]
         state.written.index_fill_(0, inputs[:count], True)
         guided = step.sampled[0] < guided_until
-        kv_end, _ = engine._kv_extent(longest + max(step.inputs) + 1, needs_mask=True)
+        kv_end, _ = engine.kv_extent(longest + max(step.inputs) + 1, needs_mask=True)
         run = functools.partial(_step, engine, state, sampled, count, guided, kv_end, sampler)
         if engine.device.type == "cuda" and not request.eager:
-            engine._replay(
+            engine.replay(
                 ("zipar", state.batch, sampled, count, guided, kv_end, sampler), state, run
             )
         else:
@@ -116,7 +116,7 @@ def _step(
 ) -> None:
     """Run the first `count` positions of state.inputs; sample a code after each of the first."""
     positions = state.inputs[:count].expand(state.batch, -1)
-    hidden = engine._hidden(state, positions, guided, kv_end, None, state.written)
+    hidden = engine.hidden(state, positions, guided, kv_end, None, state.written)
     following = positions[:, :sampled] + 1
-    logits = engine._logits(state, hidden[:, :sampled], following, guided)
+    logits = engine.logits(state, hidden[:, :sampled], following, guided)
     state.sample(sampler, logits, following)

@@ -76,14 +76,14 @@ def two_steps(
     with fake_tensors((9, 0) if varlen else (7, 0)), torch.no_grad():
         built = InferenceEngine(to_fake(gpt), *engine)
         guided = num_guided_codes(request.cfg_scales) > 0
-        state = built._begin(request)
-        longest, ragged = built._prefill(request, state, guided)
+        state = built.begin(request)
+        longest, ragged = built.prefill(request, state, guided)
         for step in (1, 2):
             length = longest + step + request.speculation_window - 1
-            kv_end, masked = built._kv_extent(length, ragged or request.speculation_window > 1)
+            kv_end, masked = built.kv_extent(length, ragged or request.speculation_window > 1)
             assert masked or built.cache_type is VarlenCache
             kv_length = None if masked else length
-            built._step(state, guided, kv_end, kv_length, request.sampler)
+            built.step(state, guided, kv_end, kv_length, request.sampler)
         assert state.codes.device == CUDA
         assert state.codes.dtype == torch.int64
     return built

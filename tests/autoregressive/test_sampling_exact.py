@@ -15,7 +15,7 @@ from autoregressive.inference.precision_check import compare
 from autoregressive.inference.quantized_linear import Int8Prepacked, WeightOnly, pack, quantize
 from autoregressive.inference.sampler import gumbel
 from autoregressive.inference.sampling_config import SamplingConfig
-from benchmarks import reference_sampler
+from benchmarks.support import reference_sampler
 from core.config import InputError
 from core.rng import random_bits
 
@@ -285,6 +285,6 @@ def test_a_masked_prefix_longer_than_what_is_valid_changes_nothing(monkeypatch):
     exact = generate(gpt, LABELS, seed=4, cfg_interval=5)
     decoder = InferenceEngine(gpt)
     monkeypatch.setattr(
-        decoder, "_kv_extent", lambda length, needs_mask: (decoder.cache.capacity, True)
+        decoder, "kv_extent", lambda length, needs_mask: (decoder.cache.capacity, True)
     )
     assert torch.equal(generate(decoder, LABELS, seed=4, cfg_interval=5), exact)
