@@ -23,7 +23,7 @@ PAIRS = 0.8  # captions of two objects: the single ones are learnt in no time
 # Each head of attention prefers one distance from the start, or it learns slowly what belongs
 # together: the words around a word, and None for two heads that are free.
 DISTANCES, PREFERENCE = (-1, 1, -2, 2, -3, 3, None, None), 4.0
-UNKNOWN = 0.05  # chance that an unknown word precedes a word, or replaces one of no object
+UNKNOWN = 0.05  # chance that an unknown word precedes a word
 SPECIAL = ("<pad>", "</s>", "<unk>")
 # What a word names: the facts of the object that it speaks of.
 FACTS = [tuple(COLOURS), SHAPES, (None, *SIZES), SINGLE_PLACES]
@@ -143,16 +143,15 @@ def token_batch(
 
     Unknown words are strewn in, as people's prompts have them.
     """
-    chance, ignored = random.random, [IGNORED] * len(FACTS)
+    ignored = [IGNORED] * len(FACTS)
     unknown = (vocabulary["<unk>"], ignored)
     rows = []
     for caption in captions:
         row = []
         for word, facts in zip(caption.words, word_facts(caption), strict=True):
-            if chance() < UNKNOWN:
+            if random.random() < UNKNOWN:
                 row.append(unknown)
-            replaced = facts is ignored and chance() < UNKNOWN
-            row.append(unknown if replaced else (vocabulary[word], facts))
+            row.append((vocabulary[word], facts))
         rows.append([*row, (vocabulary["</s>"], ignored)])
     longest = max(map(len, rows))
     rows = [row + [(vocabulary["<pad>"], ignored)] * (longest - len(row)) for row in rows]
