@@ -82,7 +82,7 @@ from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.validation import open_validation, validation_loss
-from benchmarks.evidence import Results
+from benchmarks.support.evidence import Results
 from core.data.loader import CenterCrop, OrderedImages, ordered_batches
 from core.data.open import open_images
 from core.distributed.world import World, distributed
@@ -121,7 +121,7 @@ SCORES = {
     "agreement": "class agreement",
 }
 COSTS = {"steps": "steps", "process_seconds": "process seconds"}
-CALIBRATION = (4, 16)  # steps of the two short trainings whose difference is the cost of a step
+CALIBRATION = (16, 64)  # steps of the two short trainings whose difference is the cost of a step
 FEATURE_BATCH = 60
 
 

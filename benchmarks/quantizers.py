@@ -1,7 +1,7 @@
 r"""Quantizers side by side: a small tokenizer, equal steps and data, mean and range over seeds.
 
-python -m benchmarks.quantizers --data scenes64/train --validation scenes64/val \
-    --out runs/quantizers
+    python -m benchmarks.quantizers --data scenes64/train --validation scenes64/val \
+        --out runs/quantizers
 
 Run it again to continue: finished runs are kept in results.json, from which table.md and
 scores.png are made.
@@ -54,7 +54,7 @@ import time
 
 import torch
 
-from benchmarks.evidence import Results
+from benchmarks.support.evidence import Results
 from core.data.images import pixels_to_images
 from core.distributed.world import World, distributed
 from core.lock import writer_lock

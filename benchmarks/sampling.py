@@ -80,7 +80,7 @@ import torch
 from autoregressive.inference.engine import InferenceEngine, num_guided_codes
 from autoregressive.inference.generate import generate_steps, generation_request
 from autoregressive.models.gpt import GPT
-from benchmarks import reference_sampler
+from benchmarks.support import reference_sampler
 from core.distributed.config import Precision
 from core.distributed.world import choose_device, dtype_of
 from tokenizer.models.vq_model import VQModel

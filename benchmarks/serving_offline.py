@@ -45,7 +45,7 @@ from autoregressive.inference.sampling_config import SamplingConfig
 from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.serve import open_engine
 from autoregressive.serving.http.image_engine import ImageEngine, ImageTask
-from benchmarks import reference_sampler
+from benchmarks.support import reference_sampler
 from core.distributed.world import choose_device
 
 

@@ -51,8 +51,8 @@ from PIL import Image
 
 from autoregressive.sampling.loop import score_samples
 from autoregressive.sampling.pipeline import ImagePipeline
-from benchmarks import reference_sampler
 from benchmarks.sampling import seconds
+from benchmarks.support import reference_sampler
 from core.data.images import save_png
 from core.data.npz import save_npz
 from core.distributed.world import World, distributed

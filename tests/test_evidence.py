@@ -1,8 +1,8 @@
-"""benchmarks.evidence: results are kept, compared and shown honestly."""
+"""benchmarks.support.evidence: results are kept, compared and shown honestly."""
 
 import pytest
 
-from benchmarks.evidence import Results
+from benchmarks.support.evidence import Results
 from core.errors import InputError
 
 SCORES = {"psnr": "PSNR, dB"}
