@@ -1,8 +1,8 @@
 """Which objective a training uses, and the options of each.
 
 An objective is one file of this folder with one subclass of Objective, and a line here: the name of
-the file in `Kind`. Its options, if it has any, are a dataclass and a field here, so
-that flags are parsed, and help is shown, before torch is imported.
+the file in `Kind`. Its options, if it has any, are a dataclass and a field here, so that flags are
+parsed, and help is shown, before torch is imported.
 """
 
 from dataclasses import dataclass, field, fields
