@@ -37,14 +37,14 @@ def main() -> None:
     parser.add_argument("--caption", default="text", help="where the name is, as in pairs.captions")
     arguments = parser.parse_args()
     try:
-        judge(arguments)
+        print_scores(arguments)
     except InputError as error:
         parser.error(str(error))
 
 
 @torch.no_grad()
-def judge(arguments: argparse.Namespace) -> None:
-    """Judge samples, reconstructions and moved copies; print a line for each."""
+def print_scores(arguments: argparse.Namespace) -> None:
+    """Score samples, reconstructions and moved copies; print a line for each."""
     index = read_index(arguments.samples, FIELDS)
     with np.load(arguments.samples / "samples.npz", allow_pickle=False) as file:
         sampled = torch.from_numpy(file["arr_0"])

@@ -22,7 +22,7 @@ def retrieval_ranks(
 ) -> torch.Tensor:
     """The place of the right name for each image, (n,) int64 in 0 .. candidates - 1; 0 is best.
 
-    queries: features (n, dim) of the images to judge. gallery: features (m, dim) of one real image
+    queries: features (n, dim) of generated images. gallery: features (m, dim) of one real image
     for each name, m >= candidates. wanted: the names asked for, (n,) int64 rows of the gallery.
     Similarity is the cosine after the gallery's mean is subtracted. Others that are as similar as
     the right one come before it. The other candidates of image i depend on (seed, i) alone.

@@ -55,7 +55,7 @@ def test_fewer_names_than_candidates_are_refused(gallery):
         retrieval_ranks(gallery[:5], torch.arange(5), gallery[:50])
 
 
-def test_the_script_judges_samples_beside_reconstructions_and_real_images(
+def test_the_script_scores_samples_beside_reconstructions_and_real_images(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(name_retrieval, "EfficientNetExtractor", ProxyExtractor)  # quick
@@ -76,7 +76,7 @@ def test_the_script_judges_samples_beside_reconstructions_and_real_images(
     index = {"prompts": ["a cat", "a hat"], "images_per_prompt": 2, "rows": [4], "count": 4}
     (run / "index.json").write_text(json.dumps(index))
     given = argparse.Namespace(pairs=pairs, samples=run, tokenizer=str(vq), caption="txt")
-    name_retrieval.judge(given)
+    name_retrieval.print_scores(given)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("samples: top1 1.000, top5 1.000 of 4 images, 3 of 3 names each")
     assert [line.split(":")[0] for line in lines[1:]] == [
@@ -86,4 +86,4 @@ def test_the_script_judges_samples_beside_reconstructions_and_real_images(
     index["prompts"][1] = "a bird"
     (run / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="no image of: a bird"):
-        name_retrieval.judge(given)
+        name_retrieval.print_scores(given)
