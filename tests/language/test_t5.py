@@ -71,7 +71,5 @@ def test_a_damaged_tokenizer_is_one_line(tiny_t5, tmp_path):
     folder = shutil.copytree(tiny_t5, tmp_path / "t5")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "version": "x"}))
-    with pytest.raises(
-        InputError, match=r"not a T5 that can be loaded .*Unknown tokenizer version"
-    ):
+    with pytest.raises(InputError, match=r"not a T5 .*Unknown tokenizer version"):
         load_t5(folder, CPU, torch.float32)
