@@ -173,7 +173,7 @@ class SamplingConfig:
         if self.cfg_start >= num_codes:
             raise InputError(
                 f"cfg_start is {self.cfg_start}, but an image has {num_codes} codes, so that no "
-                f"code would be guided; give at most {num_codes - 1}, or cfg_scale 1 for no guidance"
+                f"code would be guided; give at most {num_codes - 1}, or cfg_scale 1 for none"
             )
 
     def cfg_scales(self, num_codes: int) -> list[float]:
