@@ -3,8 +3,8 @@
 It is exact: a step computes what `GPT.forward` computes at one position. Guidance acts on hidden
 states, which equals guiding the logits of a linear head; unconditional rows are dropped after the
 last guided code. On a GPU the whole step, sampling included, is one CUDA graph on fixed buffers.
-A step can verify several guessed codes (speculation.py). zipar.py and continuous.py are other loops
-over the same steps.
+A step can verify several guessed codes (parallel_decoding/speculation.py). continuous.py and the
+other files of parallel_decoding are other loops over the same steps.
 """
 
 import copy
@@ -29,8 +29,8 @@ from autoregressive.inference.kv_cache import (
     VarlenCache,
 )
 from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
+from autoregressive.inference.parallel_decoding.speculation import accept, first_guesses
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
-from autoregressive.inference.speculation import accept, first_guesses
 from autoregressive.models.gpt import GPT, modulated
 from core.distributed.parallel import compile_blocks
 
@@ -72,6 +72,11 @@ class InferenceEngine:
         if gpt.target_position is not None:
             table = gpt.target_position.weight.detach()
             self.targets = F.pad(table, (0, 0, 0, 1)).to(like)
+        self.region_order, self.region_tokens = None, None  # see parallel_decoding/regions.py
+        if gpt.spe_tok_embeddings is not None:
+            self.region_order = gpt.spe_tok_embeddings.order(self.device)
+            learned = gpt.spe_tok_embeddings.special_embeddings.weight
+            self.region_tokens = learned.detach().to(like)
         varlen = VarlenCache if VarlenCache.available(like) else PrefixCache
         self.cache_type = QUANTIZED_CACHES[cache] if cache else varlen
         self.cls_embedding, self.t_embedder = gpt.cls_embedding, gpt.t_embedder
@@ -102,6 +107,7 @@ class InferenceEngine:
 
         Every step, and the next call, yields the same buffer.
         """
+        assert self.config.parallel_regions is None  # see parallel_decoding/regions.py
         num_codes, window = self.config.num_codes, request.speculation_window
         guided_until = num_guided_codes(request.cfg_scales)
         state = self.begin(request)
@@ -233,7 +239,6 @@ class InferenceEngine:
         written: (num_codes,) bool, the positions to attend to, where some before a code's own have
         no keys and values yet; None: all before it.
         """
-        assert self.cache is not None
         x = self.embedding[state.codes.gather(1, positions)]
         rows = positions
         if state.window > 1:
@@ -241,21 +246,42 @@ class InferenceEngine:
         if self.targets is not None:
             x = x + self.targets[rows + 1]
         rotary = self.rotary[self.config.num_condition + rows]
+        return self.run(state, x, rotary, positions, guided, kv_end, kv_length, written)
+
+    def run(
+        self,
+        state: GenerationState,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        places: torch.Tensor,
+        guided: bool,
+        kv_end: int,
+        kv_length: int | None,
+        written: torch.Tensor | None = None,
+        is_group: bool = False,
+    ) -> torch.Tensor:
+        """Run tokens (batch, n, dim) at these places behind the condition -> (rows, n, dim).
+
+        rotary: (batch, n, head_dim // 2, 2). places: (batch, n) int64. written: as for `hidden`.
+        is_group: The tokens see one another, and not only those before them.
+        """
+        assert self.cache is not None
         if guided:
             x, rotary = x.repeat(2, 1, 1), rotary.repeat(2, 1, 1, 1)
-            positions = positions.repeat(2, 1)
+            places = places.repeat(2, 1)
         prefix_lengths = state.prefix_lengths[: len(x), None]
-        slots, mask = prefix_lengths + positions, None
+        slots, mask = prefix_lengths + places, None
         if kv_length is None:
             every = torch.arange(kv_end, device=self.device)
-            mask = every > slots[..., None]
+            seen = slots[:, -1:].expand_as(slots) if is_group else slots
+            mask = every > seen[..., None]
             if written is not None:
                 position = every - prefix_lengths
                 empty = ~written[position.clamp(0, len(written) - 1)] & (position >= 0)
                 mask |= empty[:, None]
         row_lengths = (slots[:, -1] + 1).int()
         metadata = AttentionMetadata(
-            self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask
+            self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask, is_group
         )
         self.cache.fit(len(x), kv_end)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):

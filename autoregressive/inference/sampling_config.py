@@ -121,6 +121,15 @@ class SamplingConfig:
             return "ZipAR"
         return "speculative decoding" if self.speculation_window > 1 else ""
 
+    def check_order(self, parallel_regions: int | None) -> None:
+        """Raise InputError for a method of raster order, for a model with parallel_regions."""
+        if parallel_regions and self.several_codes_per_step:
+            name = "zipar_window" if self.zipar_window else "speculation_window"
+            raise InputError(
+                f"{name}: this model has parallel_regions and samples {parallel_regions} codes per "
+                f"step already; leave {name} out"
+            )
+
     def resolved(self, condition: str, guidance_input: bool = False) -> "SamplingConfig":
         """A copy whose cfg_scale, top_k and guidance are set.
 

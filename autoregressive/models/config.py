@@ -1,5 +1,6 @@
 """The configuration of a GPT: its transformer, and what its training data decides."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,9 @@ class TransformerConfig:
             With both, one more layer gives scale and shift of the last norm.
         adaln_gain: Factor on the initial weights of the gains, with adaln; IBQ takes 1e-3 for its
             B and L models, 1e-4 for XL and 1e-5 for XXL.
+        parallel_regions: Number of regions of the image that are predicted in parallel, one code
+            of each per step (PAR, arXiv 2412.15119): 4 or 16. The model learns n - 1 more tokens;
+            sampling takes codes / n + n - 1 steps. null: one code per step, in raster order.
     """
 
     num_layers: int = 12
@@ -63,6 +67,7 @@ class TransformerConfig:
     qk_norm: bool = False
     adaln: Literal["none", "shared", "full"] = "none"
     adaln_gain: float = 1e-3
+    parallel_regions: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -79,6 +84,12 @@ class TransformerConfig:
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
+            )
+        regions = self.parallel_regions
+        if regions is not None and (regions < 4 or math.isqrt(regions) ** 2 != regions):
+            raise ValueError(
+                f"model.parallel_regions is {regions}, must be a square >= 4: regions "
+                "form a grid of 2 x 2, 3 x 3, ...; null: no regions"
             )
         for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
@@ -223,6 +234,23 @@ class GPTConfig(TransformerConfig):
             raise ValueError(f"model.lora.new_classes: the base has a class, of {self.num_classes}")
         if self.adaln != "none" and self.condition == "text":
             raise ValueError("model.adaln needs a condition of one token: condition class or none")
+        self._check_regions()
+
+    def _check_regions(self) -> None:
+        """Raise ValueError for regions that the grid cannot be cut into."""
+        if self.parallel_regions is None:
+            return
+        side = math.isqrt(self.parallel_regions)
+        if any(size % side for size in self.grid) or self.parallel_regions == self.num_codes:
+            raise ValueError(
+                f"model.parallel_regions {self.parallel_regions}: a grid of {self.grid} codes "
+                f"cannot be cut into {side} x {side} equal regions of several codes"
+            )
+        if self.target_position:
+            raise ValueError(
+                "model.parallel_regions and target_position cannot be combined: regions have one "
+                "order of codes"
+            )
 
     @property
     def num_codes(self) -> int:

@@ -23,8 +23,15 @@ from autoregressive.models.conditioning import (
 )
 from autoregressive.models.config import PRESETS, GPTConfig
 from autoregressive.models.lora import add_lora, freeze_base, merge_lora
+from autoregressive.models.parallel_regions import RegionTokens
 from autoregressive.models.rope import rotary_table
-from autoregressive.models.transformer import AdaptiveLinear, Block, RMSNorm
+from autoregressive.models.transformer import (
+    AdaptiveLinear,
+    Attend,
+    Block,
+    RMSNorm,
+    causal_attention,
+)
 from core.config import InputError, config_text
 from core.training.initialization import Constant, Normal, initialize
 from core.weights import save_model
@@ -47,6 +54,10 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.target_position = (
             nn.Embedding(config.num_codes, config.dim) if config.target_position else None
+        )
+        regions = config.parallel_regions
+        self.spe_tok_embeddings = (
+            RegionTokens(config.grid, regions, config.dim) if regions else None
         )
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -265,39 +276,57 @@ class GPT(nn.Module):
 
         taps: Its keys are blocks' indices; the values become these blocks' outputs (batch, N,
             dim): entry i predicts code i, and its input is code i - 1.
+
+        With parallel_regions, inputs and entries are in raster order all the same; the input of
+        entry i is then another code than i - 1. Raises InputError for less than a whole image, or
+        positions.
         """
         condition, device = as_condition(condition), inputs.device
         batch, num_codes = inputs.shape[0], inputs.shape[1] + 1
         if drop_condition is None:
             drop_condition = torch.zeros(batch, dtype=torch.bool, device=device)
+        regions = self.spe_tok_embeddings
+        if regions is not None and (positions is not None or num_codes < self.config.num_codes):
+            raise InputError("a model with parallel_regions takes whole images in raster order")
         if positions is None:
             positions = torch.arange(num_codes, device=device)[None]
         prefix = self.prefix(condition, drop_condition, guidance)
         adaptive = None if self.norm_ada_lin is None else prefix
-        x = torch.cat([prefix, inputs], dim=1)
         # Rows of the rotary table: condition tokens use the last ones before the grid's.
         num_prefix, num_condition = prefix.shape[1], self.config.num_condition
         first = torch.arange(num_condition - num_prefix, num_condition, device=device)
-        rows = torch.cat(
-            [first.expand(len(positions), -1), num_condition + positions[:, :-1]], dim=1
-        )
+        rows = num_condition + positions[:, :-1]
+        if regions is not None:
+            inputs, rows = regions(inputs), regions.rotary_rows(num_condition, device)[None]
+        x = torch.cat([prefix, inputs], dim=1)
+        rows = torch.cat([first.expand(len(positions), -1), rows], dim=1)
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
             x = self._add_targets(x, positions, num_prefix - 1)
-            hidden = self._blocks(x, self.rotary[rows], adaptive, taps)
+            attend = causal_attention if regions is None else regions.attend(num_prefix, device)
+            hidden = self._blocks(x, self.rotary[rows], adaptive, taps, attend)
             if taps is not None:
                 taps.update({i: tap[:, num_prefix - 1 :] for i, tap in taps.items()})
-            return hidden[:, num_prefix - 1 :]
-        order = ragged_order(lengths, num_prefix, num_codes - 1)
-        x = x.gather(1, order[..., None].expand_as(x))
-        last = (lengths[:, None] - 1 + torch.arange(num_codes, device=device))[..., None]
-        last = last.expand(-1, -1, x.shape[-1])
-        x = self._add_targets(x, positions, last)
-        rotary = self.rotary[rows.expand(batch, -1).gather(1, order)]
-        hidden = self._blocks(x, rotary, taps=taps)
+            hidden = hidden[:, num_prefix - 1 :]
+        else:
+            order = ragged_order(lengths, num_prefix, num_codes - 1)
+            x = x.gather(1, order[..., None].expand_as(x))
+            last = (lengths[:, None] - 1 + torch.arange(num_codes, device=device))[..., None]
+            last = last.expand(-1, -1, x.shape[-1])
+            x = self._add_targets(x, positions, last)
+            rotary = self.rotary[rows.expand(batch, -1).gather(1, order)]
+            attend = causal_attention
+            if regions is not None:
+                attend = regions.attend(num_prefix, device, order, lengths)
+            hidden = self._blocks(x, rotary, taps=taps, attend=attend)
+            if taps is not None:
+                taps.update({i: tap.gather(1, last) for i, tap in taps.items()})
+            hidden = hidden.gather(1, last)
+        if regions is None:
+            return hidden
         if taps is not None:
-            taps.update({i: tap.gather(1, last) for i, tap in taps.items()})
-        return hidden.gather(1, last)
+            taps.update({i: regions.in_raster_order(tap) for i, tap in taps.items()})
+        return regions.in_raster_order(hidden)
 
     def _add_targets(
         self, x: torch.Tensor, positions: torch.Tensor, places: int | torch.Tensor
@@ -333,11 +362,12 @@ class GPT(nn.Module):
         rotary: torch.Tensor,
         condition: torch.Tensor | None = None,
         taps: dict[int, torch.Tensor] | None = None,
+        attend: Attend = causal_attention,
     ) -> torch.Tensor:
         x = self.tok_dropout(x)
         given = condition if self.shared_ada_lin is None else self.shared_ada_lin(condition)
         for i, block in enumerate(self.layers):
-            x = block(x, rotary) if given is None else block(x, rotary, condition=given)
+            x = block(x, rotary, attend) if given is None else block(x, rotary, attend, given)
             if taps is not None and i in taps:
                 taps[i] = x
         x = self.norm(x)

@@ -65,17 +65,23 @@ class RMSNorm(nn.Module):
 
 
 def causal_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every position attends to itself and the positions before it; see Attend for the shapes.
 
     scale multiplies the scores; None: 1 / sqrt(head_dim).
+    mask: (batch or 1, 1, length, length) bool, true where a query attends to a key instead.
     """
     attended = F.scaled_dot_product_attention(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )

@@ -19,6 +19,7 @@ from autoregressive.models.conditioning import ClassCondition, Condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.lora import CLASS_TABLE, NEW_CLASSES, is_lora_weight
+from autoregressive.models.parallel_regions import REGION_TOKENS
 from autoregressive.models.pretrained import read_gpt
 from autoregressive.objectives.base import Objective
 from autoregressive.sampling.loop import score_samples
@@ -40,8 +41,8 @@ from tokenizer.models.vq_model import VQModel
 logger = logging.getLogger(__name__)
 
 
-# Parts that an objective adds to a model: weights without them are a start all the same.
-ADDED_PARTS = ("t_embedder.", "target_position.")
+# Parts that an objective or parallel_regions adds to a model: weights without them are a start too.
+ADDED_PARTS = ("t_embedder.", "target_position.", REGION_TOKENS)
 
 
 def start_from(gpt: GPT, source: str, seed: int = 0) -> None:

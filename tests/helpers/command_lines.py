@@ -41,6 +41,7 @@ MINIMAL: dict[str, dict[str, object]] = {
     "evaluations.sweep": {"runs": ["x"], "out": "x"},
     "evaluations.verify_adm": {"samples": "x", "out": "x"},
     "language.encode": {"out": "x"},
+    "language.hold_out": {"out": "x"},
     "tokenizer.convert": {"source": "x", "out": "x"},
     "tokenizer.encode": {"tokenizer": "x", "data": "x", "out": "x"},
     "tokenizer.reconstruct": {"tokenizer": "x", "data": "x", "out": "x"},
