@@ -60,6 +60,7 @@ def train(config: TrainConfig, world: World) -> None:
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
     config, gpt_config = resolve_model(config, data, world)
+    config.sampling.check_grid(gpt_config.num_codes)
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     if LOSSES[config.objective.kind].needs_one_crop and data.crops != 1:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from autoregressive.models.config import PRESETS, TransformerConfig
 from autoregressive.models.rope import rotate
 
+USUAL_HEAD_DIM = 64  # of weights that do not tell their number of heads
+
 # (queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim))
 # -> (batch, length, heads, head_dim)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,18 +29,17 @@ def infer_transformer_fields(
 ) -> dict[str, Any]:
     """Fields of TransformerConfig that a state dict tells by its keys and shapes.
 
-    num_heads cannot be told from shapes: the published one for this width if None, else heads of
-    width 64. Raises KeyError for a state dict without transformer blocks.
+    num_heads can be told from shapes only with qk_norm. If None, it is the published one for this
+    width, else that of heads of width 64. Raises KeyError for a state dict without transformer
+    blocks, ValueError for a width that heads of 64 do not divide.
     """
     dim = tensors["tok_embeddings.weight"].shape[1]
     packed = tensors["layers.0.attention.wqkv.weight"].shape[0]
-    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
+    num_heads = num_heads or _infer_num_heads(tensors, dim)
     more: dict[str, Any] = {}
     if "learned.cls_token" in tensors:
-        num_heads = num_heads or dim // len(tensors["layers.0.attention.q_norm.weight"])
         width = len(tensors["layers.0.feed_forward.w1.weight"])
         more = {"family": "rar", "ffn_width": width, "norm_eps": 1e-6}
-    num_heads = num_heads or heads_of_width.get(dim, dim // 64)
     kv_heads = (packed - dim) // 2 // (dim // num_heads)
     return {
         "num_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key[:7] == "layers."),
@@ -49,6 +50,22 @@ def infer_transformer_fields(
         "adaln": _infer_adaln(tensors),
         **more,
     }
+
+
+def _infer_num_heads(tensors: Mapping[str, torch.Tensor], dim: int) -> int:
+    norm = tensors.get("layers.0.attention.q_norm.weight")
+    if norm is not None:
+        return dim // len(norm)
+    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
+    if dim in heads_of_width:
+        return heads_of_width[dim]
+    if dim % USUAL_HEAD_DIM:
+        raise ValueError(
+            f"their width is {dim}, which is no multiple of {USUAL_HEAD_DIM}, and no file tells "
+            "the number of heads: in Python, give it to GPT.from_pretrained(..., num_heads=...), "
+            "and write a folder with save_pretrained"
+        )
+    return dim // USUAL_HEAD_DIM
 
 
 def _infer_adaln(tensors: Mapping[str, torch.Tensor]) -> str:
