@@ -84,6 +84,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
     """Inpaint every image and write the results."""
     pipeline = load_pipeline(config)
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
+    config.sampling.check_grid(gpt_config.num_codes)
     mask = positions_to_inpaint(config, gpt_config.grid)
     images = open_images(config.images)
     count = min(config.num_images or len(images), len(images))

@@ -106,6 +106,8 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     """Score the candidates that have no score yet, then write the table, the plot and the best."""
     pipeline = load_pipeline(config)
     gpt = pipeline.gpt.config
+    for candidate in config.candidates():
+        candidate.check_grid(gpt.num_codes)
     conditions = open_conditions(
         config.conditions, config.num_images, gpt, config.sampling.seed, world
     )

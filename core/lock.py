@@ -9,6 +9,7 @@ start time; on another host when its heartbeat, the time of the file, stands sti
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -75,12 +76,7 @@ class _Lock:
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
             undo.callback(self._remove_made_folders)
-            while not self._create():
-                found = _read(self.path)
-                if found is None:
-                    continue  # released in between
-                self._check_stale(found)
-                self._remove(found)
+            self._take(self.path)
             undo.pop_all()
         self._remove_leftovers()
         self.heart.start()
@@ -92,30 +88,57 @@ class _Lock:
             self.path.unlink(missing_ok=True)
         self._remove_made_folders()
 
-    def _create(self) -> bool:
+    def _take(self, path: Path) -> None:
+        """Make the lock file `path` ours; raise InputError if a living process has it.
+
+        The lock of a dead process is replaced, in one step, by the one process that holds the
+        lock of replacing it, whose name tells the two locks: a newer lock is never touched.
+        """
+        while not self._create(path):
+            found = _read(path)
+            if found is None:  # released in between
+                continue
+            if not self._is_dead(path, found):
+                continue
+            turn = path.with_name(f"{path.name}.{hashlib.sha256(found.encode()).hexdigest()[:8]}")
+            self._take(turn)
+            try:
+                if _read(path) == found:
+                    os.replace(turn, path)
+                    return
+            finally:
+                turn.unlink(missing_ok=True)
+
+    def _create(self, path: Path) -> bool:
         """Create the lock file; False if there is one."""
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:
             file.write(self.text)
         return True
 
-    def _check_stale(self, found: str) -> None:
-        """Return if the holder of the lock is dead; raise InputError if it is alive."""
+    def _is_dead(self, path: Path, found: str) -> bool:
+        """Whether the holder named in `found` is dead; False if the file has another text by now.
+
+        Raises InputError if the holder is alive.
+        """
         holder = _parse(found)
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
         problem = InputError(
             f"{self.written}: {who} has been writing here since {holder.get('started', '?')}; wait "
-            f"for it or choose another place ({self.path.name} there says so)"
+            f"for it or choose another place ({path.name} there says so)"
         )
         if holder.get("host") == socket.gethostname():
             pid = holder.get("pid")
             if isinstance(pid, int) and process_start(pid) == holder.get("process_start"):
                 raise problem
-            return
-        before, deadline = self._heartbeat(), time.monotonic() + STALE_SECONDS
+            return True
+        before, deadline = _heartbeat(path), time.monotonic() + STALE_SECONDS
+        time.sleep(0.05)
+        if _read(path) != found:  # it was just being written
+            return False
         print(
             f"{self.written}: locked by {who}; waiting for its next heartbeat, at most "
             f"{STALE_SECONDS:.0f} s",
@@ -124,28 +147,11 @@ class _Lock:
         # Compared with itself: the clocks of two hosts may differ.
         while time.monotonic() < deadline:
             time.sleep(min(1.0, STALE_SECONDS / 10))
-            if self._heartbeat() != before or _read(self.path) != found:
+            if _read(path) != found:
+                return False
+            if _heartbeat(path) != before:
                 raise problem
-
-    def _heartbeat(self) -> int:
-        """The time of the lock file in ns; 0 where it is gone."""
-        try:
-            with self.path.open("rb") as file:  # opened: NFS then asks its server
-                return os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
-    def _remove(self, found: str) -> None:
-        """Remove the lock `found`, but not one that another process has made since."""
-        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            os.replace(self.path, temporary)
-        except FileNotFoundError:
-            return
-        if _read(temporary) == found:
-            temporary.unlink()
-        else:
-            os.replace(temporary, self.path)
+        return True
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files of writers that were killed; see core.files.atomic_path."""
@@ -192,6 +198,15 @@ def _alive(pid: int) -> str | None:
     except PermissionError:
         return "alive"
     return "alive"
+
+
+def _heartbeat(path: Path) -> int:
+    """The time of a lock file in ns; 0 where it is gone."""
+    try:
+        with path.open("rb") as file:  # opened: NFS then asks its server
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _read(path: Path) -> str | None:

@@ -18,7 +18,8 @@ class EncodeConfig:
     """Settings of language.encode.
 
     Args:
-        t5: Text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5).
+        t5: Text encoder: a folder or a Hub id (FLAN-T5, T5 v1.1, any T5), or wordllama: token
+            embeddings that come in a package (requirements-extra.txt).
         reference_features: Instead of encoding, pack the reference's folder of one .npy per
             caption into shards. For image-text pairs in the reference's jsonl folders.
         out: Output folder: features_*.npy, lengths_*.npy, ids_*.npy and index.json.

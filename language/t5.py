@@ -92,12 +92,19 @@ def load_t5(
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # the tokenizers library raises it itself, for a file that is wrong
+        raise _not_a_t5(source, error) from error
+    try:
         model = T5EncoderModel.from_pretrained(str(source), dtype=dtype)
     except (*DAMAGE, AttributeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: not a T5 that can be loaded ({reason})") from error
+        raise _not_a_t5(source, error) from error
     model = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return T5(model, tokenizer, max_tokens)
+
+
+def _not_a_t5(source: str | Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{source}: not a T5 that can be loaded ({reason})")
 
 
 def _identity(model: Any) -> str:  # noqa: ANN401 - a transformers model

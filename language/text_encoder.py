@@ -1,26 +1,47 @@
-"""Text to features: clean the captions, then encode them with a T5."""
+"""Text to features: clean the captions, then encode them."""
 
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from core.data.config import Cleaning
 from core.data.image_text import ImageTextPairs
 from language.captions import all_captions, clean_captions
-from language.t5 import T5, load_t5, pad
+from language.t5 import load_t5, pad
+from language.wordllama import NAME as WORDLLAMA
+from language.wordllama import load_wordllama
+
+
+class TokenEncoder(Protocol):
+    """Captions to features: a T5, or WordLlama.
+
+    dim: width of the features. identity: tells this encoder from others, independent of the dtype
+    that it is loaded in. max_tokens: longer captions are cut. cut: how many have been so far.
+    """
+
+    model: Any
+    dim: int
+    identity: str
+    max_tokens: int
+    cut: int
+
+    def encode(self, captions: list[str]) -> list[torch.Tensor]:
+        """Captions -> features (valid tokens, dim) of each, at least one token."""
+        ...
 
 
 class TextEncoder:
-    """A frozen T5 and the rules by which captions are cleaned before they reach it.
+    """A frozen encoder and the rules by which captions are cleaned before they reach it.
 
-    dim: width of the features. identity: a hash that tells this encoder from others, independent
-    of the dtype that it is loaded in. max_tokens: longer captions are cut.
+    dim, identity, max_tokens: those of the encoder.
     """
 
-    def __init__(self, t5: T5, clean: Cleaning = "clean") -> None:
-        self.t5 = t5
+    def __init__(self, encoder: TokenEncoder, clean: Cleaning = "clean") -> None:
+        self.encoder = encoder
         self.clean: Cleaning = clean
-        self.dim, self.identity, self.max_tokens = t5.dim, t5.identity, t5.max_tokens
+        self.dim, self.identity = encoder.dim, encoder.identity
+        self.max_tokens = encoder.max_tokens
         self.cut = 0
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,9 +64,9 @@ class TextEncoder:
 
         `cut` is then the number of these captions that were longer than max_tokens.
         """
-        self.t5.cut = 0
-        features = self.t5.encode(captions)
-        self.cut = self.t5.cut
+        self.encoder.cut = 0
+        features = self.encoder.encode(captions)
+        self.cut = self.encoder.cut
         return features
 
 
@@ -56,5 +77,10 @@ def load_text_encoder(
     max_tokens: int = 120,
     clean: Cleaning = "clean",
 ) -> TextEncoder:
-    """Load a T5 from a folder or the Hub; raises InputError if it cannot be loaded."""
+    """Load a text encoder; raises InputError if it cannot be loaded.
+
+    source: A T5's folder or Hub id, or "wordllama". A folder of this name is "./wordllama".
+    """
+    if source == WORDLLAMA:
+        return TextEncoder(load_wordllama(device, dtype, max_tokens), clean)
     return TextEncoder(load_t5(source, device, dtype, max_tokens), clean)

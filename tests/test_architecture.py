@@ -123,7 +123,7 @@ def test_there_is_no_import_circle_but_the_lazy_ones_of_from_pretrained_and_gene
 
 def test_the_transformer_and_its_engine_know_no_tokenizer():
     for folder in ("models", "inference", "objectives"):
-        for path in (ROOT / "autoregressive" / folder).glob("*.py"):
+        for path in (ROOT / "autoregressive" / folder).rglob("*.py"):
             found = {m.split(".")[0] for m in imports(TREES[path])}
             assert not found & {"tokenizer", "language"}, path
 
@@ -279,7 +279,7 @@ def test_nothing_is_unpickled_freely_and_no_error_is_swallowed(path):
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
             assert node.type is not None, f"bare except at line {node.lineno}"
             # What the thread of prefetch catches is raised in its consumer.
-            allowed = path.name == "prefetch.py"
+            allowed = path.name == "prefetch.py" or isinstance(node.body[-1], ast.Raise)
             assert allowed or caught not in {"Exception", "BaseException"}, f"line {node.lineno}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             flags = {k.arg: getattr(k.value, "value", None) for k in node.keywords}

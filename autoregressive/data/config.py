@@ -15,7 +15,7 @@ class OnlineConfig:
         pairs: The images with captions. If pairs.source is given, the only other settings of `data`
             that are used are those of the caption variants.
         tokenizer: Encodes the images: a run or checkpoint folder, a released file, or a Hub id.
-        t5: Encodes the captions: a folder or a Hub id.
+        t5: Encodes the captions: a T5's folder or Hub id, or wordllama.
         image_size: Height and width of the crops.
         crop_scale: Smallest share of the resized short side that a random crop keeps, in (0, 1].
         max_tokens: Longer captions are truncated.

@@ -64,7 +64,7 @@ class ConditionConfig:
         negative_prompt: Guidance leads away from this text; null for the null caption.
         clean_prompts: clean (as language.encode cleans captions), reference (the published rules)
             or none.
-        text_encoder: The T5 of the text model: a folder or a Hub id.
+        text_encoder: The text encoder of the text model: a T5's folder or Hub id, or wordllama.
         text_encoder_precision: bf16 or fp32.
     """
 

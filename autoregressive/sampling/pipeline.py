@@ -243,7 +243,7 @@ class ImagePipeline:
         torch.inference_mode().
         cfg_scale, seed: replace these two fields of `sampling`; None keeps what it says (seed 0
         by default). Image i depends on (seed, i), not on batch_size.
-        text_encoder: folder or Hub id of the T5; loaded on the first call with prompts.
+        text_encoder: a T5's folder or Hub id, or wordllama; loaded on the first call with prompts.
         """
         values = prompts_or_classes
         values = [values] if isinstance(values, str | int | None) else list(values)

@@ -20,7 +20,7 @@ class ServeConfig(PipelineConfig):
         vllm_options: Further arguments of vLLM's AsyncEngineArgs, e.g. tensor_parallel_size.
         batch_size: Images that the native engine samples together. Every step has this size, even
             for one image, so that an image is the same bit for bit whatever else runs.
-        text_encoder: The T5 of a text model: a folder or a Hub id.
+        text_encoder: The text encoder of a text model: a T5's folder or Hub id, or wordllama.
         class_names: Text file with the name of a class on each line, which prompts may use; null
             for class numbers only.
         limits: What is refused.

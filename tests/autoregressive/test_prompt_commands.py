@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import tiny, write_models
+from helpers.wordllama import install_wordllama
 from PIL import Image
 
 from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
@@ -17,8 +18,11 @@ from autoregressive.sampling.conditions import read_prompts
 from autoregressive.sampling.config import ConditionConfig
 from autoregressive.sampling.run import sample
 from core.config import InputError
+from core.data.config import ImageTextConfig
 from core.data.shards import ShardReader, read_index
 from core.distributed.world import choose_device
+from language.encode import EncodeConfig, encode
+from language.features import FeatureDataset
 from language.text_encoder import load_text_encoder
 
 COMPUTE = ComputeConfig(precision="fp32", device="cpu")
@@ -176,3 +180,32 @@ def test_impossible_inpainting_is_refused_in_one_line(models, tiny_t5, tmp_path,
         InpaintConfig(**run, out=out)
     with pytest.raises(ValueError, match="either keep_rows or region"):
         InpaintConfig(**run, out=out, keep_rows=1, region=(0, 0, 1, 1))
+
+
+def test_a_model_names_wordllama_in_its_config_and_follows_typed_prompts(
+    tmp_path, monkeypatch, world
+):
+    install_wordllama(tmp_path, monkeypatch)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    Image.new("RGB", (20, 20)).save(pairs / "a.png")
+    (pairs / "a.txt").write_text("a red cat")
+    text = EncodeConfig(tmp_path / "text", "wordllama", pairs=ImageTextConfig(pairs), max_tokens=4)
+    encode(text, world)
+    features = FeatureDataset(tmp_path / "text")
+    identity = features.index["t5_identity"]
+    assert identity.startswith("wordllama-")
+    assert features.batch(np.array([0]), np.array([0]))[1].tolist() == [4]
+    gpt = tiny(
+        vocab_size=50, text_encoder=identity, condition="text", text_dim=2, max_text_tokens=4
+    )
+    gpt, vq = write_models(tmp_path, gpt)
+    models = {"gpt": str(gpt), "tokenizer": str(vq)}
+    codes = {}
+    for prompt in ("red cat", "dog"):
+        out = tmp_path / prompt
+        typed = ConditionConfig(prompt=prompt, text_encoder="wordllama")
+        sample(settings(models, out, typed), world)
+        codes[prompt] = ShardReader(out, "codes")[np.array([0])]
+        assert read_index(out)["t5"] == "wordllama"
+    assert not np.array_equal(codes["red cat"], codes["dog"])

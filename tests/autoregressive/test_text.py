@@ -249,8 +249,9 @@ def test_the_text_encoder_of_sample_prompts_is_loaded_once_and_only_where_they_a
 
     def load(*arguments) -> TextEncoder:
         encoder = load_text_encoder(*arguments)
-        assert encoder.t5.model.dtype == DTYPES[dtype]  # of the features that the training sees
-        loaded.append(weakref.ref(encoder.t5.model))
+        model = encoder.encoder.model
+        assert model.dtype == DTYPES[dtype]  # of the features that the training sees
+        loaded.append(weakref.ref(model))
         return encoder
 
     monkeypatch.setattr(captions_module, "load_text_encoder", load)

@@ -118,29 +118,33 @@ def test_a_damaged_lock_is_taken_over_when_nobody_renews_it(tmp_path, monkeypatc
 
 
 def test_of_many_processes_that_find_a_stale_lock_one_takes_it_over(tmp_path):
-    leave_lock(tmp_path)
-    inside, most, refused = [], [], []
-    ready, done = threading.Barrier(8), threading.Barrier(8)
+    for attempt in range(40):  # the order in which they run is another one each time
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        leave_lock(folder)
+        inside, most, refused = [], [], []
+        ready, done = threading.Barrier(8), threading.Barrier(8)
 
-    def enter() -> None:
-        ready.wait()
-        try:
-            with writer_lock(tmp_path):
-                inside.append(1)
-                most.append(len(inside))
+        def enter(folder=folder, inside=inside, most=most, refused=refused, ready=ready, done=done):
+            ready.wait()
+            try:
+                with writer_lock(folder):
+                    inside.append(1)
+                    most.append(len(inside))
+                    done.wait()
+                    inside.pop()
+            except InputError:
+                refused.append(1)
                 done.wait()
-                inside.pop()
-        except InputError:
-            refused.append(1)
-            done.wait()
 
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1]
-    assert len(refused) == 7
+        threads = [threading.Thread(target=enter) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1]
+        assert len(refused) == 7
+        assert not list(folder.iterdir())
 
 
 def test_a_command_that_fails_before_it_writes_leaves_no_folder(tmp_path):

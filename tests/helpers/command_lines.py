@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 # `-m tokenizer.train`, `scripts/launch.sh tokenizer.train`, `scripts/slurm.sbatch tokenizer.train`
 MODULE = re.compile(
-    r"(?:-m|launch\.sh|slurm\.sbatch) "
+    r"(?:-m|launch\.sh\"?|slurm\.sbatch) "
     r"((?:tokenizer|autoregressive|evaluations|language|benchmarks)\.\w+)"
 )
 START = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|make|sbatch|scripts/\S+)(?: |$)")
@@ -41,6 +41,7 @@ MINIMAL: dict[str, dict[str, object]] = {
     "evaluations.sweep": {"runs": ["x"], "out": "x"},
     "evaluations.verify_adm": {"samples": "x", "out": "x"},
     "language.encode": {"out": "x"},
+    "language.hold_out": {"out": "x"},
     "tokenizer.convert": {"source": "x", "out": "x"},
     "tokenizer.encode": {"tokenizer": "x", "data": "x", "out": "x"},
     "tokenizer.reconstruct": {"tokenizer": "x", "data": "x", "out": "x"},

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -62,3 +65,11 @@ def test_a_missing_encoder_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": "x"}')
     with pytest.raises(InputError, match=r"not a T5 that can be loaded .*d_model"):
         load_t5(tmp_path, CPU, torch.float32)
+
+
+def test_a_damaged_tokenizer_is_one_line(tiny_t5, tmp_path):
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "version": "x"}))
+    with pytest.raises(InputError, match=r"not a T5 .*Unknown tokenizer version"):
+        load_t5(folder, CPU, torch.float32)
