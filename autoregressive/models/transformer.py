@@ -36,6 +36,10 @@ def infer_transformer_fields(
     dim = tensors["tok_embeddings.weight"].shape[1]
     packed = tensors["layers.0.attention.wqkv.weight"].shape[0]
     num_heads = num_heads or _infer_num_heads(tensors, dim)
+    more: dict[str, Any] = {}
+    if "learned.cls_token" in tensors:
+        width = len(tensors["layers.0.feed_forward.w1.weight"])
+        more = {"family": "rar", "ffn_width": width, "norm_eps": 1e-6}
     kv_heads = (packed - dim) // 2 // (dim // num_heads)
     return {
         "num_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key[:7] == "layers."),
@@ -44,6 +48,7 @@ def infer_transformer_fields(
         "dim": dim,
         "qk_norm": "layers.0.attention.q_norm.weight" in tensors,
         "adaln": _infer_adaln(tensors),
+        **more,
     }
 
 
@@ -67,6 +72,13 @@ def _infer_adaln(tensors: Mapping[str, torch.Tensor]) -> str:
     if "shared_ada_lin.1.weight" in tensors:
         return "shared"
     return "full" if "layers.0.ada_lin.1.weight" in tensors else "none"
+
+
+def norm_layer(config: TransformerConfig, dim: int, weighted: bool = True) -> nn.Module:
+    """The norm of the model's family. weighted: it has weights of its own."""
+    if config.family == "rar":
+        return nn.LayerNorm(dim, config.norm_eps, elementwise_affine=weighted)
+    return RMSNorm(dim, config.norm_eps)
 
 
 class RMSNorm(nn.Module):
@@ -114,13 +126,13 @@ class Attention(nn.Module):
         self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_dim
         packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(config.dim, packed, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = nn.Linear(config.dim, packed, bias=config.family == "rar")
+        self.wo = nn.Linear(config.dim, config.dim, bias=config.family == "rar")
         self.dropout = _dropout(config.residual_dropout)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = norm_layer(config, config.head_dim)
+            self.k_norm = norm_layer(config, config.head_dim)
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
@@ -159,6 +171,21 @@ class FeedForward(nn.Module):
         return self.w1(x), self.w3(x)
 
 
+class GELUFeedForward(nn.Module):
+    """The FFN of a ViT, with biases: w2(GELU(w1 x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim)
+        self.dropout = _dropout(config.ffn_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        out = self.w2(F.gelu(self.w1(x)))
+        return out if self.dropout is None else self.dropout(out)
+
+
 class Block(nn.Module):
     """Pre-norm attention and FFN, each added to the residual stream.
 
@@ -170,9 +197,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        rar = config.family == "rar"
+        self.feed_forward = GELUFeedForward(config) if rar else FeedForward(config)
+        self.attention_norm = norm_layer(config, config.dim)
+        self.ffn_norm = norm_layer(config, config.dim)
         self.ada_lin = _adaptive(config)
         self.drop_path = _drop_path(config, layer)
 
@@ -185,7 +213,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim).
 
-        condition: (batch, 1, dim), with adaln; (batch, 1, 6 dim) where it is shared.
+        condition: (batch, 1, dim), with adaln; (batch, 1, 6 dim) where it is shared; (batch,
+            length, dim) in the family rar.
         """
         if self.ada_lin is None:
             x = self._add(x, self.attention(self.attention_norm(x), rotary, attend))
@@ -220,6 +249,19 @@ class AdaptiveTable(nn.Module):
     def forward(self, shared: torch.Tensor) -> torch.Tensor:
         """(..., parts * dim) -> (..., parts * dim)."""
         return shared + self.table.flatten()
+
+
+def with_one(x: torch.Tensor) -> torch.Tensor:
+    """(..., dim) -> (..., dim + 1): a last column of ones, which the head's bias multiplies."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
+    if modulation is None:
+        return x
+    scale, shift = modulation.chunk(2, dim=-1)
+    return x * (1 + scale) + shift
 
 
 def _adaptive(config: TransformerConfig) -> nn.Module | None:
