@@ -1,7 +1,7 @@
 r"""Inpaint images: keep the top rows, or replace a rectangle; with classes or prompts.
 
     python -m autoregressive.inpaint --gpt runs/gpt_b --tokenizer weights/vq16 --images photos \
-        --keep_rows 8 --conditions.classes '[207]' --out inpainted
+        --keep_rows 8 --conditions.classes 207 --out inpainted
 
 Inpainting follows raster order: masked tokens are conditioned on what is above and to their left
 only. Image content below and to the right of the region stays, but visible seams are expected.

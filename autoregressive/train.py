@@ -3,9 +3,9 @@ r"""Train the transformer on codes, conditioned on classes or captions.
 Run the same command again to continue: the result is the same bit for bit.
 
     python -m autoregressive.train --config configs/autoregressive/class_256.yaml \
-        --config configs/autoregressive/size/b.yaml --data.codes '[codes/train]' --out runs/gpt_b
+        --config configs/autoregressive/size/b.yaml --data.codes codes/train --out runs/gpt_b
     python -m autoregressive.train --config configs/autoregressive/text_256.yaml \
-        --data.codes '[codes/laion]' --data.features features/laion --out runs/t2i_stage1
+        --data.codes codes/laion --data.features features/laion --out runs/t2i_stage1
     torchrun --nproc-per-node 8 -m autoregressive.train ...
 """
 

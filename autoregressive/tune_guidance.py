@@ -2,7 +2,7 @@ r"""Find the guidance with the best score: every schedule is scored on the same 
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
         --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
-        --scales '[1.5,2.0,2.5]' --schedules '[constant,cosine]' --powers '[1.0,2.75]'
+        --scales 1.5 2.0 2.5 --schedules constant cosine --powers 1.0 2.75
 
 Writes search.csv, search.json and search.png, and prints the flags of the best setting. Run it
 again with more values: settings that were scored before are not scored again. Distances at 10,000
