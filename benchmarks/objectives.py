@@ -1,7 +1,7 @@
 r"""Objectives side by side: a small GPT on one tokenizer's codes, equal training compute.
 
-    python -m benchmarks.objectives --codes runs/scenes64/codes/train \
-        --validation_codes runs/scenes64/codes/val --tokenizer runs/scenes64/tokenizer \
+    python -m benchmarks.objectives --codes runs/scenes64_short/codes/train \
+        --validation_codes runs/scenes64_short/codes/val --tokenizer runs/scenes64_short/tokenizer \
         --train scenes64/train --validation scenes64/val --out runs/objectives
 
 Each objective gets as many steps as fit into the same process time, by the cost of a step that is

@@ -123,7 +123,7 @@ def test_there_is_no_import_circle_but_the_lazy_ones_of_from_pretrained_and_gene
 
 def test_the_transformer_and_its_engine_know_no_tokenizer():
     for folder in ("models", "inference", "objectives"):
-        for path in (ROOT / "autoregressive" / folder).glob("*.py"):
+        for path in (ROOT / "autoregressive" / folder).rglob("*.py"):
             found = {m.split(".")[0] for m in imports(TREES[path])}
             assert not found & {"tokenizer", "language"}, path
 

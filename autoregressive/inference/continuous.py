@@ -31,10 +31,16 @@ class ContinuousBatch:
         places: Number of images that are sampled together.
 
     `done[place]` codes of `codes[place]` are final; 0 where a place has never been taken.
+    Raises InputError for a model with parallel_regions.
     """
 
     def __init__(self, engine: InferenceEngine, places: int) -> None:
         config = engine.config
+        if config.parallel_regions:
+            raise InputError(
+                "a model with parallel_regions samples several codes per step, but continuous "
+                "batching one; use autoregressive.sample"
+            )
         self.engine, self.num_codes, self.places = engine, config.num_codes, places
         capacity = config.num_condition + config.num_codes
         heads = config.kv_heads, engine.head_dim

@@ -7,9 +7,10 @@ import torch
 
 from autoregressive.inference.engine import InferenceEngine, engine_of
 from autoregressive.inference.generation import GenerationRequest
+from autoregressive.inference.parallel_decoding.regions import region_steps
+from autoregressive.inference.parallel_decoding.zipar import zipar_steps
 from autoregressive.inference.sampler import TopKTopPSampler
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import ConditionLike, as_condition
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
@@ -60,8 +61,8 @@ def sample_codes(
         (seed, sample_ids[i], position), not on the batch.
     negative: a condition per image that guidance leads away from, instead of the null condition.
     forced_codes: (batch, height, width) int64, codes to use instead of sampled ones; -1: sample.
-        Codes are sampled in raster order, each from the codes before it; forced codes after it
-        have no influence on it.
+        Codes are sampled in raster order (or that of parallel_regions), each from the codes before
+        it; forced codes after it have no influence on it.
     Raises InputError (a ValueError) for arguments that do not fit the model.
     """
     request = generation_request(engine, condition, sampling, sample_ids, negative, forced_codes)
@@ -86,6 +87,8 @@ def generate_steps(
     """Sample step by step: yields one buffer (batch, codes) int64, and how many are final."""
     if not isinstance(engine, InferenceEngine):
         engine = engine_of(engine)
+    if engine.config.parallel_regions:
+        return region_steps(engine, request)
     return zipar_steps(engine, request) if request.zipar_window else engine.steps(request)
 
 
@@ -111,6 +114,7 @@ def generation_request(
             f"sample_ids: expected ({len(condition)},), one per condition, got {tuple(ids.shape)}"
         )
     config = engine.config
+    sampling.check_order(config.parallel_regions)
     sampling = sampling.resolved(config.condition, config.guidance_input)
     if sampling.guidance is not None and not config.guidance_input:
         raise InputError("guidance: this model does not take it as an input; use cfg_scale")

@@ -63,8 +63,9 @@ class GenerationState:
     rule, guess: How guesses are accepted and made; see speculation.py.
     proposals: (batch, window - 1, vocab) float32, for rule same_distribution: the distribution that
         each guess was drawn from.
-    inputs, written: (num_codes,) int64 and bool, for ZipAR: the positions that a step runs, and
-        those whose keys and values are stored.
+    inputs: (num_codes,) int64, for ZipAR the positions that a step runs, for parallel regions the
+        places of the codes that it samples.
+    written: (num_codes,) bool, for ZipAR: the positions whose keys and values are stored.
     """
 
     def __init__(self, batch: int, num_codes: int, window: int, device: torch.device) -> None:

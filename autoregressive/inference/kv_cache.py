@@ -36,6 +36,7 @@ class AttentionMetadata(NamedTuple):
         last of them. Used only without a mask.
     mask: (rows, new, kv_end) bool, True where a query must not attend; None if every query may
         attend to the first kv_length slots.
+    is_group: Without a mask, new positions see one another; False only where one is new.
     """
 
     scale: float
@@ -44,6 +45,7 @@ class AttentionMetadata(NamedTuple):
     kv_end: int
     kv_length: int
     mask: torch.Tensor | None
+    is_group: bool = False
 
 
 class PrefixCache:
@@ -337,7 +339,8 @@ class VarlenCache(PrefixCache):
             new,
             capacity,
             scale=metadata.scale,
-            window_size=(-1, 0),  # causal, aligned to the last slot in use
+            # Causal, aligned to the last slot in use; or all slots in use.
+            window_size=(-1, -1) if metadata.is_group else (-1, 0),
             enable_gqa=heads != kv_heads,
             seqused_k=metadata.row_lengths,
         )

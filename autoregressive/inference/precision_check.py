@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from autoregressive.inference.engine import InferenceEngine
+from autoregressive.inference.generate import generate_steps
 from autoregressive.inference.generation import GenerationRequest, Sampler
 
 
@@ -18,17 +19,20 @@ def next_code_logits(
     Each code is picked by `sampler`, and the logits of the next one follow from it.
     """
     logits_of_steps: list[torch.Tensor] = []
+    batch = len(request.sample_bits)
 
     def record(
         logits: torch.Tensor, sample_bits: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        logits_of_steps.append(logits)
+        logits_of_steps.append(logits.unflatten(0, (batch, -1)))
         return sampler(logits, sample_bits, positions)
 
-    steps = engine.steps(replace(request, sampler=record, speculation_window=1, eager=True))
-    for _ in itertools.islice(steps, count):
+    one_by_one = replace(
+        request, sampler=record, speculation_window=1, zipar_window=None, eager=True
+    )
+    for _ in itertools.islice(generate_steps(engine, one_by_one), count):
         pass
-    return torch.stack(logits_of_steps, dim=1)
+    return torch.cat(logits_of_steps, dim=1)[:, :count]
 
 
 def compare(
@@ -45,7 +49,8 @@ def compare(
     def force(
         logits: torch.Tensor, sample_bits: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        return codes.gather(1, positions)[:, 0]
+        rows = codes.repeat_interleave(len(positions) // len(codes), dim=0)
+        return rows.gather(1, positions)[:, 0]
 
     actual = next_code_logits(other, request, count, force)
     expected_log, actual_log = expected.log_softmax(-1), actual.log_softmax(-1)

@@ -121,6 +121,15 @@ class SamplingConfig:
             return "ZipAR"
         return "speculative decoding" if self.speculation_window > 1 else ""
 
+    def check_order(self, parallel_regions: int | None) -> None:
+        """Raise InputError for a method of raster order, for a model with parallel_regions."""
+        if parallel_regions and self.several_codes_per_step:
+            name = "zipar_window" if self.zipar_window else "speculation_window"
+            raise InputError(
+                f"{name}: this model has parallel_regions and samples {parallel_regions} codes per "
+                f"step already; leave {name} out"
+            )
+
     def resolved(self, condition: str, guidance_input: bool = False) -> "SamplingConfig":
         """A copy whose cfg_scale, top_k and guidance are set.
 
@@ -168,9 +177,21 @@ class SamplingConfig:
             del values["zipar_window"]
         return {**values, "speculative": window if window > 1 else 0}
 
+    def check_grid(self, num_codes: int) -> None:
+        """Raise InputError if guidance would start after an image's last code."""
+        if self.cfg_start >= num_codes:
+            raise InputError(
+                f"cfg_start is {self.cfg_start}, but an image has {num_codes} codes, so that no "
+                f"code would be guided; give at most {num_codes - 1}, or cfg_scale 1 for none"
+            )
+
     def cfg_scales(self, num_codes: int) -> list[float]:
-        """The guidance scale at each code (1: no guidance), of a resolved configuration."""
+        """The guidance scale at each code (1: no guidance), of a resolved configuration.
+
+        Raises InputError, see check_grid.
+        """
         assert self.cfg_scale is not None
+        self.check_grid(num_codes)
         last = num_codes - 1 if self.cfg_interval is None else self.cfg_interval + 1
         return [
             1 + (self.cfg_scale - 1) * self._share(position / num_codes)

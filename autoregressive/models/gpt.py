@@ -22,9 +22,19 @@ from autoregressive.models.conditioning import (
     ragged_order,
 )
 from autoregressive.models.config import PRESETS, GPTConfig
+from autoregressive.models.learned_positions import LearnedPositions
 from autoregressive.models.lora import add_lora, freeze_base, merge_lora
-from autoregressive.models.rope import rotary_table
-from autoregressive.models.transformer import AdaptiveLinear, Block, RMSNorm
+from autoregressive.models.parallel_regions import RegionTokens
+from autoregressive.models.rope import identity_table, rotary_table
+from autoregressive.models.transformer import (
+    AdaptiveLinear,
+    Attend,
+    Block,
+    causal_attention,
+    modulated,
+    norm_layer,
+    with_one,
+)
 from core.config import InputError, config_text
 from core.training.initialization import Constant, Normal, initialize
 from core.weights import save_model
@@ -48,17 +58,24 @@ class GPT(nn.Module):
         self.target_position = (
             nn.Embedding(config.num_codes, config.dim) if config.target_position else None
         )
+        regions = config.parallel_regions
+        self.spe_tok_embeddings = (
+            RegionTokens(config.grid, regions, config.dim) if regions else None
+        )
+        rar = config.family == "rar"
+        self.learned = LearnedPositions(config.num_codes, config.dim) if rar else None
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = norm_layer(config, config.dim, weighted=not rar)
         self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
         self.shared_ada_lin = AdaptiveLinear(config.dim, 6) if config.adaln == "shared" else None
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # In the family rar, hidden states end with a one, and the last column is the bias.
+        self.output = nn.Linear(config.dim + rar, config.vocab_size, bias=False)
         if config.lora:
             add_lora(self.layers, config.lora)
             freeze_base(self)
         self.build_rotary()
-        if not self.norm.weight.is_meta:
+        if not self.output.weight.is_meta:
             # The seed comes from torch's own generator, so that torch.manual_seed decides it.
             initialize(self, int(torch.randint(2**62, (), device="cpu")))
 
@@ -129,12 +146,12 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.norm.weight.device
+        return self.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.norm.weight.dtype
+        return self.output.weight.dtype
 
     @property
     def blocks(self) -> list[Block]:
@@ -144,16 +161,19 @@ class GPT(nn.Module):
     def build_rotary(self) -> None:
         """Compute the rotary table; call it again after building the model on the meta device."""
         config = self.config
-        table = rotary_table(
-            config.grid,
-            config.head_dim,
-            config.rope_base,
-            config.num_condition,
-            config.rope_condition,
-        )
+        if self.learned is not None:
+            table = identity_table(config.num_condition + config.num_codes, config.head_dim)
+        else:
+            table = rotary_table(
+                config.grid,
+                config.head_dim,
+                config.rope_base,
+                config.num_condition,
+                config.rope_condition,
+            )
         # Kept as integer bits, because model.to(bfloat16) would round a float buffer. Computed on
         # the CPU, so that every device has the same bits.
-        bits = table.view(torch.int32).to(self.norm.weight.device)
+        bits = table.view(torch.int32).to(self.device)
         self.register_buffer("rotary_bits", bits, persistent=False)
 
     def initial_distribution(self, name: str) -> Constant | Normal:
@@ -168,6 +188,8 @@ class GPT(nn.Module):
             return Normal(1 / math.sqrt(self.config.dim))
         if name == "cls_embedding.uncond_embedding":
             return Normal(1 / math.sqrt(self.config.text_dim))
+        if name.endswith("ada_lin.1.weight") and self.learned is not None:
+            return Constant(0.0)
         if name.endswith("ada_lin.1.weight"):
             # IBQ: the rows of the gains, if any, are small, and the others half of the rest's.
             gain_rows = 0 if name.startswith("norm_") else 2 * self.config.dim
@@ -187,6 +209,8 @@ class GPT(nn.Module):
             "feed_forward.w3": [config.ffn_dim],
             "feed_forward.w2": [config.dim],
         }
+        if self.learned is not None:
+            del names["feed_forward.w3"]
         return {
             f"layers.{i}.{name}.weight": rows
             for i in range(config.num_layers)
@@ -265,39 +289,62 @@ class GPT(nn.Module):
 
         taps: Its keys are blocks' indices; the values become these blocks' outputs (batch, N,
             dim): entry i predicts code i, and its input is code i - 1.
+
+        With parallel_regions, inputs and entries are in raster order all the same; the input of
+        entry i is then another code than i - 1. Raises InputError for less than a whole image, or
+        positions.
         """
         condition, device = as_condition(condition), inputs.device
         batch, num_codes = inputs.shape[0], inputs.shape[1] + 1
         if drop_condition is None:
             drop_condition = torch.zeros(batch, dtype=torch.bool, device=device)
+        regions = self.spe_tok_embeddings
+        if regions is not None and (positions is not None or num_codes < self.config.num_codes):
+            raise InputError("a model with parallel_regions takes whole images in raster order")
         if positions is None:
             positions = torch.arange(num_codes, device=device)[None]
         prefix = self.prefix(condition, drop_condition, guidance)
         adaptive = None if self.norm_ada_lin is None else prefix
-        x = torch.cat([prefix, inputs], dim=1)
+        if self.learned is not None:
+            places = torch.arange(num_codes + 1, device=device)
+            adaptive = self.learned.conditions(prefix, places)
+            prefix = self.learned.prefix(prefix)
+            inputs = self.learned.place(inputs, positions[:, :-1])
         # Rows of the rotary table: condition tokens use the last ones before the grid's.
         num_prefix, num_condition = prefix.shape[1], self.config.num_condition
         first = torch.arange(num_condition - num_prefix, num_condition, device=device)
-        rows = torch.cat(
-            [first.expand(len(positions), -1), num_condition + positions[:, :-1]], dim=1
-        )
+        rows = num_condition + positions[:, :-1]
+        if regions is not None:
+            inputs, rows = regions(inputs), regions.rotary_rows(num_condition, device)[None]
+        x = torch.cat([prefix, inputs], dim=1)
+        rows = torch.cat([first.expand(len(positions), -1), rows], dim=1)
         lengths = self.cls_embedding.lengths(condition)
         if lengths is None:
             x = self._add_targets(x, positions, num_prefix - 1)
-            hidden = self._blocks(x, self.rotary[rows], adaptive, taps)
+            attend = causal_attention if regions is None else regions.attend(num_prefix, device)
+            hidden = self._blocks(x, self.rotary[rows], adaptive, taps, attend)
             if taps is not None:
                 taps.update({i: tap[:, num_prefix - 1 :] for i, tap in taps.items()})
-            return hidden[:, num_prefix - 1 :]
-        order = ragged_order(lengths, num_prefix, num_codes - 1)
-        x = x.gather(1, order[..., None].expand_as(x))
-        last = (lengths[:, None] - 1 + torch.arange(num_codes, device=device))[..., None]
-        last = last.expand(-1, -1, x.shape[-1])
-        x = self._add_targets(x, positions, last)
-        rotary = self.rotary[rows.expand(batch, -1).gather(1, order)]
-        hidden = self._blocks(x, rotary, taps=taps)
+            hidden = hidden[:, num_prefix - 1 :]
+        else:
+            order = ragged_order(lengths, num_prefix, num_codes - 1)
+            x = x.gather(1, order[..., None].expand_as(x))
+            last = (lengths[:, None] - 1 + torch.arange(num_codes, device=device))[..., None]
+            last = last.expand(-1, -1, x.shape[-1])
+            x = self._add_targets(x, positions, last)
+            rotary = self.rotary[rows.expand(batch, -1).gather(1, order)]
+            attend = causal_attention
+            if regions is not None:
+                attend = regions.attend(num_prefix, device, order, lengths)
+            hidden = self._blocks(x, rotary, taps=taps, attend=attend)
+            if taps is not None:
+                taps.update({i: tap.gather(1, last) for i, tap in taps.items()})
+            hidden = hidden.gather(1, last)
+        if regions is None:
+            return hidden
         if taps is not None:
-            taps.update({i: tap.gather(1, last) for i, tap in taps.items()})
-        return hidden.gather(1, last)
+            taps.update({i: regions.in_raster_order(tap) for i, tap in taps.items()})
+        return regions.in_raster_order(hidden)
 
     def _add_targets(
         self, x: torch.Tensor, positions: torch.Tensor, places: int | torch.Tensor
@@ -333,22 +380,16 @@ class GPT(nn.Module):
         rotary: torch.Tensor,
         condition: torch.Tensor | None = None,
         taps: dict[int, torch.Tensor] | None = None,
+        attend: Attend = causal_attention,
     ) -> torch.Tensor:
         x = self.tok_dropout(x)
         given = condition if self.shared_ada_lin is None else self.shared_ada_lin(condition)
         for i, block in enumerate(self.layers):
-            x = block(x, rotary) if given is None else block(x, rotary, condition=given)
+            x = block(x, rotary, attend) if given is None else block(x, rotary, attend, given)
             if taps is not None and i in taps:
                 taps[i] = x
         x = self.norm(x)
         if self.norm_ada_lin is None:
             return x
-        return modulated(x, self.norm_ada_lin(condition))
-
-
-def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
-    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
-    if modulation is None:
-        return x
-    scale, shift = modulation.chunk(2, dim=-1)
-    return x * (1 + scale) + shift
+        x = modulated(x, self.norm_ada_lin(condition))
+        return x if self.learned is None else with_one(x)

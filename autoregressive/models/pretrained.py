@@ -11,6 +11,7 @@ import torch
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.models.lora import LoRAWeights, merge_lora
+from autoregressive.models.parallel_regions import REGION_TOKENS
 from autoregressive.models.released_layouts import TransformerWeights, read_transformer
 from autoregressive.models.transformer import infer_transformer_fields
 from core.config import InputError, load_config
@@ -147,6 +148,8 @@ def _infer_config(
         fields["vocab_size"] = len(tensors["tok_embeddings.weight"])
         fields["guidance_input"] = "t_embedder.mlp.0.weight" in tensors
         fields["target_position"] = "target_position.weight" in tensors
+        if REGION_TOKENS in tensors:
+            fields["parallel_regions"] = 1 + len(tensors[REGION_TOKENS])
     except KeyError as error:
         raise InputError(f"{path}: not a GPT of this project ({error} is missing)") from error
     except (ValueError, IndexError, ZeroDivisionError, TypeError) as error:
@@ -184,8 +187,8 @@ def _infer_grid(stored: TransformerWeights, num_condition: int, path: Path) -> t
         side = round(int(flags["block_size"]) ** 0.5)
     else:
         raise InputError(
-            f"{path}: does not tell its grid of codes; give --grid '[16,16]' for 256 px, '[24,24]' "
-            "for 384 px or '[32,32]' for 512 px at 16 pixels per code (grid=(24, 24) in Python), "
+            f"{path}: does not tell its grid of codes; give --grid 16 16 for 256 px, 24 24 "
+            "for 384 px or 32 32 for 512 px at 16 pixels per code (grid=(24, 24) in Python), "
             "or load it by its name in autoregressive.convert --list true"
         )
     return side, side

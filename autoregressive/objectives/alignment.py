@@ -42,7 +42,12 @@ class AlignmentLoss(Objective):
         self.heads = Projectors(align=Projector(gpt.config.dim, options.hidden, shape[2], 3))
 
     def check(self, config: GPTConfig, images: int) -> None:
-        """Refuse features of other images."""
+        """Refuse features of other images, and a shift by one where codes have another order."""
+        if config.parallel_regions and self.options.shift:
+            raise InputError(
+                "objective.alignment.shift 1 needs codes in raster order: leave it out, or "
+                "model.parallel_regions"
+            )
         if len(self.features) != images:
             raise InputError(
                 f"{self.options.features}: features of {len(self.features)} images, the codes are "

@@ -47,6 +47,7 @@ class Objective(nn.Module):
     check: Refuses a model or a run that it cannot train.
     needs_codebook: `set_codebook` gets the tokenizer's vectors (vocab, codebook_dim) float32.
     needs_one_crop: Its `extra` data belong to one crop of each image.
+    raster_order: It cannot train a model with parallel_regions, whose codes have another order.
     sequences_per_image: How many sequences of codes it trains on for an image of the batch.
     extra: More data for a micro-batch.
 
@@ -60,6 +61,7 @@ class Objective(nn.Module):
     model_fields: ClassVar[dict[str, Any]] = {}
     needs_codebook: ClassVar[bool] = False
     needs_one_crop: ClassVar[bool] = False
+    raster_order: ClassVar[bool] = False
     sequences_per_image: ClassVar[int] = 1
 
     def __init__(self, gpt: GPT, chunk: int, seed: int = 0, options: Any = None) -> None:  # noqa: ANN401

@@ -8,6 +8,7 @@ import torch
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.base import Objective
 from autoregressive.objectives.config import Kind, ObjectiveConfig
+from core.errors import InputError
 
 
 def _read_objective(kind: str) -> type[Objective]:
@@ -19,6 +20,15 @@ def _read_objective(kind: str) -> type[Objective]:
 
 
 LOSSES: dict[str, type[Objective]] = {kind: _read_objective(kind) for kind in get_args(Kind)}
+
+
+def check_order(config: ObjectiveConfig, parallel_regions: int | None) -> None:
+    """Raise InputError for an objective of raster order, for a model with parallel_regions."""
+    if parallel_regions and LOSSES[config.kind].raster_order:
+        raise InputError(
+            f"objective.kind {config.kind} and model.parallel_regions {parallel_regions} have "
+            "different orders of codes: leave one of them out"
+        )
 
 
 def build_objective(
@@ -35,6 +45,7 @@ def build_objective(
     images: how many images the training data have.
     Raises InputError where the objective cannot train this model.
     """
+    check_order(config, gpt.config.parallel_regions)
     objective = LOSSES[config.kind](gpt, chunk, seed, config.options)
     objective.check(gpt.config, images)
     if codebook is not None:

@@ -17,6 +17,8 @@ from core.training.linear_cross_entropy import linear_cross_entropy
 class NextPatchLoss(Objective):
     """Cross-entropy, first of patches of codes, which are shorter sequences (NPP)."""
 
+    raster_order = True
+
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: NextPatchOptions) -> None:
         super().__init__(gpt, chunk, seed)
         self.options = options

@@ -26,6 +26,7 @@ class NoisyContextLoss(Objective):
     """Cross-entropy behind a noisy context, and heads that predict codes' vectors (reAR)."""
 
     needs_codebook = True
+    raster_order = True
     codebook: torch.Tensor
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: NoisyContextOptions) -> None:

@@ -17,6 +17,7 @@ class RandomOrderLoss(Objective):
     """Cross-entropy in random orders, which become raster order (RAR)."""
 
     model_fields: ClassVar[dict[str, Any]] = {"target_position": True}
+    raster_order = True
 
     def __init__(self, gpt: GPT, chunk: int, seed: int, options: RandomOrderOptions) -> None:
         super().__init__(gpt, chunk, seed)

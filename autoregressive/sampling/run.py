@@ -35,6 +35,8 @@ def sample(config: SampleRunConfig, world: World) -> None:
     """Sample all images, each rank its own shards, then write npz, png, image grid and index."""
     pipeline = load_pipeline(config)
     gpt_config = pipeline.gpt.config
+    config.sampling.check_grid(gpt_config.num_codes)
+    config.sampling.check_order(gpt_config.parallel_regions)
     conditions = open_conditions(
         config.conditions, config.num_images, gpt_config, config.sampling.seed, world
     )
@@ -116,7 +118,8 @@ def write_shards(
             )
         if written:
             written.result()
-    method = config.sampling.several_codes_per_step
+    regions = "parallel regions" if engine.config.parallel_regions else ""
+    method = regions or config.sampling.several_codes_per_step
     if world.is_main and method and engine.steps_taken:
         batch_count = sum(math.ceil(len(writer.items(shard)) / size) for shard in todo)
         tokens = (engine.config.num_codes - 1) * batch_count

@@ -115,6 +115,7 @@ class TrainConfig:
                     "null class"
                 )
             self.sampling.resolved("class", guidance_input=True)  # refuses a cfg_scale
+        self.sampling.check_order(self.model.parallel_regions)
         if self.evaluation.every and self.metrics.reference is None:
             raise ValueError("evaluation.every needs metrics.reference")
 

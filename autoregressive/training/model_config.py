@@ -9,7 +9,7 @@ from autoregressive.data.codes import tokenizer_names
 from autoregressive.data.open import Dataset
 from autoregressive.models.config import GPTConfig, LoRAConfig, TransformerConfig
 from autoregressive.models.pretrained import Stored, read_gpt
-from autoregressive.objectives.build import LOSSES
+from autoregressive.objectives.build import LOSSES, check_order
 from autoregressive.training.config import LORA_LACKS, TrainConfig
 from core.config import InputError
 from core.distributed.world import World
@@ -27,6 +27,7 @@ def resolve_model(
     All ranks call it. Raises InputError if the data do not fit the base of a LoRA.
     """
     if config.lora.rank is None:
+        check_order(config.objective, config.model.parallel_regions)
         added = LOSSES[config.objective.kind].model_fields
         shape = dataclasses.asdict(config.model)
         return config, GPTConfig(**shape, **data.model_fields(), **added)

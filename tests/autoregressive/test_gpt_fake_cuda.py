@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoregressive.inference.engine import GenerationRequest, InferenceEngine, num_guided_codes
 from autoregressive.inference.generate import generation_request
 from autoregressive.inference.kv_cache import Fp8Cache, Int8Cache, PrefixCache, VarlenCache
+from autoregressive.inference.parallel_decoding.regions import region_steps
+from autoregressive.inference.parallel_decoding.zipar import zipar_steps
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.inference.zipar import zipar_steps
 from autoregressive.models.conditioning import as_condition
 from autoregressive.models.gpt import GPT
 from autoregressive.objectives.build import LOSSES, build_objective
@@ -128,6 +129,18 @@ def test_all_steps_of_zipar(condition, varlen):
         engine = InferenceEngine(to_fake(gpt), "bf16")
         assert (engine.cache_type is VarlenCache) == (varlen and VARLEN)
         *_, (codes, done) = zipar_steps(engine, request)
+        assert (codes.device, done) == (CUDA, 16)
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_all_steps_of_parallel_regions(condition, varlen):
+    gpt = fake_gpt(condition, parallel_regions=4)
+    request = request_of(gpt, cfg_interval=4, top_k=9)
+    with fake_tensors((9, 0) if varlen else (7, 0)), torch.no_grad():
+        engine = InferenceEngine(to_fake(gpt), "bf16")
+        assert (engine.cache_type is VarlenCache) == (varlen and VARLEN)
+        *_, (codes, done) = region_steps(engine, request)
         assert (codes.device, done) == (CUDA, 16)
 
 

@@ -14,9 +14,9 @@ from autoregressive.inference.generate import (
     generate_steps,
     generation_request,
 )
+from autoregressive.inference.parallel_decoding.zipar import zipar_schedule
 from autoregressive.inference.sampler import TopKTopPSampler
 from autoregressive.inference.sampling_config import SamplingConfig
-from autoregressive.inference.zipar import zipar_schedule
 from autoregressive.models.conditioning import as_condition
 from core.config import InputError
 from core.rng import random_bits

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import small
+from torch import nn
 from torch.nn import functional as F
 
 from core.config import InputError
@@ -211,11 +212,20 @@ def test_the_generator_s_loss_follows_the_discriminator_s_unless_it_is_chosen():
 def test_impossible_shapes_are_refused_by_name():
     for wrong, name in (
         ({"base_channels": 20}, "base_channels"),
+        ({"base_channels": 32, "norm_groups": 5}, "norm_groups"),
         ({"vocab_size": 1}, "vocab_size"),
         ({"dropout": 1.0}, "dropout"),
     ):
         with pytest.raises(ValueError, match=name):
             VQConfig(**wrong)
+
+
+def test_every_group_norm_has_the_groups_of_the_config_and_the_weights_stay_the_same():
+    groups = {m.num_groups for m in small(norm_groups=8).modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {8}
+    published = {m.num_groups for m in small().modules() if isinstance(m, nn.GroupNorm)}
+    assert published == {32}
+    assert small(norm_groups=8).state_dict().keys() == small().state_dict().keys()
 
 
 class SignQuantizer(Quantizer):

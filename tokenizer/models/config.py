@@ -17,6 +17,9 @@ class VQConfig:
         channel_multipliers: Width of each level, in multiples of base_channels; each level but the
             last halves the resolution.
         num_res_blocks: Residual blocks per encoder level; the decoder has one more.
+        norm_groups: Groups of every group norm; base_channels is a multiple of it. With as many
+            groups as channels, the last norm takes the mean of each channel away, and with it the
+            brightness of the image: a narrow model needs fewer groups than the published 32.
         z_channels: Width of the encoder's output.
         vocab_size: Entries of the codebook.
         codebook_dim: Width of an entry.
@@ -37,6 +40,7 @@ class VQConfig:
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
+    norm_groups: int = 32
     z_channels: int = 256
     vocab_size: int = 16384
     codebook_dim: int = 8
@@ -66,9 +70,10 @@ class VQConfig:
             raise ValueError(
                 f"model: at most {MAX_LEVELS} channel_multipliers and {MAX_BLOCKS} num_res_blocks"
             )
-        if self.base_channels < 1 or self.base_channels % NORM_GROUPS:
+        if min(self.base_channels, self.norm_groups) < 1 or self.base_channels % self.norm_groups:
             raise ValueError(
-                f"model.base_channels {self.base_channels} must be a multiple of {NORM_GROUPS}"
+                f"model.base_channels {self.base_channels} must be a multiple of "
+                f"model.norm_groups {self.norm_groups}"
             )
         if self.quantizer != "vq" and self.l2_normalize:
             raise ValueError(
@@ -96,7 +101,6 @@ class VQConfig:
         return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
 
 
-NORM_GROUPS = 32
 MAX_LEVELS, MAX_BLOCKS = 16, 100  # more would take minutes to build even without memory
 USUAL_SIZE = (256, 256)  # of the published tokenizers, whose files do not tell it
 
@@ -114,7 +118,7 @@ def choose_image_size(
     if any(side < 1 or side % config.downsample for side in size):
         raise InputError(f"image_size {size} must be divisible by {config.downsample}")
     if trained is None:
-        unknown = "the tokenizer does not tell its training size (--image_size '[height,width]')"
+        unknown = "the tokenizer does not tell its training size (--image_size height width)"
         return size, "" if asked else f"images of {size[0]} x {size[1]} pixels; {unknown}"
     if size == trained:
         return size, ""

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokenizer.models.config import NORM_GROUPS, VQConfig
+from tokenizer.models.config import VQConfig
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """The norm that all layers of the model use."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -25,10 +25,11 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
 class ResnetBlock(nn.Module):
     """Twice norm, swish and convolution, plus a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+    def __init__(self, inputs: int, outputs: int, config: VQConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(inputs), conv3x3(inputs, outputs)
-        self.norm2, self.conv2 = group_norm(outputs), conv3x3(outputs, outputs)
+        groups, dropout = config.norm_groups, config.dropout
+        self.norm1, self.conv1 = group_norm(inputs, groups), conv3x3(inputs, outputs)
+        self.norm2, self.conv2 = group_norm(outputs, groups), conv3x3(outputs, outputs)
         self.dropout = nn.Dropout(dropout)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -42,9 +43,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """One-head self-attention over all positions, added to its input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +89,15 @@ class Level(nn.Module):
         outputs: int,
         num_blocks: int,
         attention: bool,
-        dropout: float,
+        config: VQConfig,
         resize: tuple[str, nn.Module] | None,
     ) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * num_blocks
-        self.res = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in itertools.pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(outputs) for _ in range(num_blocks * attention))
+        self.res = nn.ModuleList(ResnetBlock(a, b, config) for a, b in itertools.pairwise(widths))
+        self.attn = nn.ModuleList(
+            AttnBlock(outputs, config.norm_groups) for _ in range(num_blocks * attention)
+        )
         self.resize = resize[0] if resize else ""
         if resize:
             self.add_module(*resize)
@@ -108,13 +111,13 @@ class Level(nn.Module):
         return self.get_submodule(self.resize)(x) if self.resize else x
 
 
-def middle(channels: int, dropout: float) -> nn.ModuleList:
+def middle(channels: int, config: VQConfig) -> nn.ModuleList:
     """Residual block, attention, residual block, at the lowest resolution."""
     return nn.ModuleList(
         [
-            ResnetBlock(channels, channels, dropout),
-            AttnBlock(channels),
-            ResnetBlock(channels, channels, dropout),
+            ResnetBlock(channels, channels, config),
+            AttnBlock(channels, config.norm_groups),
+            ResnetBlock(channels, channels, config),
         ]
     )
 
@@ -132,13 +135,13 @@ class Encoder(nn.Module):
                 widths[i],
                 config.num_res_blocks,
                 attention=i == last,
-                dropout=config.dropout,
+                config=config,
                 resize=None if i == last else ("downsample", Downsample(widths[i])),
             )
             for i in range(len(widths))
         )
-        self.mid = middle(widths[-1], config.dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = middle(widths[-1], config)
+        self.norm_out = group_norm(widths[-1], config.norm_groups)
         self.conv_out = conv3x3(widths[-1], config.z_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,19 +160,19 @@ class Decoder(nn.Module):
         widths = config.widths[::-1]
         last = len(widths) - 1
         self.conv_in = conv3x3(config.z_channels, widths[0])
-        self.mid = middle(widths[0], config.dropout)
+        self.mid = middle(widths[0], config)
         self.conv_blocks = nn.ModuleList(
             Level(
                 widths[max(i - 1, 0)],
                 widths[i],
                 config.num_res_blocks + 1,
                 attention=i == 0,
-                dropout=config.dropout,
+                config=config,
                 resize=None if i == last else ("upsample", Upsample(widths[i])),
             )
             for i in range(len(widths))
         )
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(widths[-1], config.norm_groups)
         self.conv_out = conv3x3(widths[-1], 3)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:

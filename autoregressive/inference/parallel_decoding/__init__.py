@@ -1,0 +1,1 @@
+"""Ways to sample several codes of an image per step."""
