@@ -1,6 +1,6 @@
 """Convert a GPT to a folder of ours or of vLLM, upload it, or list the released models.
 
-python -m autoregressive.convert --source c2i_L_384.pt --grid '[24,24]' --out weights/gpt_l_384
+python -m autoregressive.convert --source c2i_L_384.pt --grid 24 24 --out weights/gpt_l_384
 python -m autoregressive.convert --source runs/gpt_b --format vllm --out weights/gpt_b_vllm
 python -m autoregressive.convert --source runs/gpt_b --push_to owner/gpt_b
 python -m autoregressive.convert --list true

@@ -1,7 +1,7 @@
 r"""Inpaint images: keep the top rows, or replace a rectangle; with classes or prompts.
 
     python -m autoregressive.inpaint --gpt runs/gpt_b --tokenizer weights/vq16 --images photos \
-        --keep_rows 8 --conditions.classes '[207]' --out inpainted
+        --keep_rows 8 --conditions.classes 207 --out inpainted
 
 Inpainting follows raster order: masked tokens are conditioned on what is above and to their left
 only. Image content below and to the right of the region stays, but visible seams are expected.
@@ -84,6 +84,7 @@ def inpaint(config: InpaintConfig, world: World) -> None:
     """Inpaint every image and write the results."""
     pipeline = load_pipeline(config)
     gpt_config, downsample = pipeline.gpt.config, pipeline.vq.config.downsample
+    config.sampling.check_grid(gpt_config.num_codes)
     mask = positions_to_inpaint(config, gpt_config.grid)
     images = open_images(config.images)
     count = min(config.num_images or len(images), len(images))

@@ -3,9 +3,9 @@ r"""Train the transformer on codes, conditioned on classes or captions.
 Run the same command again to continue: the result is the same bit for bit.
 
     python -m autoregressive.train --config configs/autoregressive/class_256.yaml \
-        --config configs/autoregressive/size/b.yaml --data.codes '[codes/train]' --out runs/gpt_b
+        --config configs/autoregressive/size/b.yaml --data.codes codes/train --out runs/gpt_b
     python -m autoregressive.train --config configs/autoregressive/text_256.yaml \
-        --data.codes '[codes/laion]' --data.features features/laion --out runs/t2i_stage1
+        --data.codes codes/laion --data.features features/laion --out runs/t2i_stage1
     torchrun --nproc-per-node 8 -m autoregressive.train ...
 """
 
@@ -25,7 +25,7 @@ from autoregressive.data.codes import drop_condition, tokenizer_names
 from autoregressive.data.open import Dataset, open_data
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
-from autoregressive.models.lora import LoRAWeights
+from autoregressive.models.lora import LoRAWeights, share_base
 from autoregressive.models.transformer import Block
 from autoregressive.objectives.base import Objective
 from autoregressive.objectives.build import LOSSES, build_objective
@@ -36,6 +36,7 @@ from autoregressive.training.validation import (
     SampleGrid,
     SampleScorer,
     check_resumable,
+    check_same_heads,
     open_validation,
     read_codebook,
     start_from,
@@ -60,6 +61,7 @@ def train(config: TrainConfig, world: World) -> None:
     check_batch_size(config.training.batch_size, config.training.gradient_accumulation, world)
     data = open_data(config.data, world, config.out)
     config, gpt_config = resolve_model(config, data, world)
+    config.sampling.check_grid(gpt_config.num_codes)
     validation = open_validation(config, gpt_config, world)
     resumes = check_resumable(config.out, gpt_config, tokenizer_names(data.index))
     if LOSSES[config.objective.kind].needs_one_crop and data.crops != 1:
@@ -73,6 +75,8 @@ def train(config: TrainConfig, world: World) -> None:
     if not approve(plan, config, config.parallel, world, config.dry_run):
         return
     models = build_models(config, gpt_config, world, not resumes, len(data), codebook)
+    if resumes:
+        check_same_heads(config.out, models.objective.heads)
     flops = gpt_config.training_flops
     session = Session(config, gpt_config, world, models.checkpointed, unit="token", flops=flops)
     batches = prefetch(
@@ -216,6 +220,8 @@ def build_models(
         ema_objective.requires_grad_(False).eval()
         shard(ema_objective, config.parallel, world, config.training.precision, Block)
         ema = EMA(gpt, config.training.ema_decay, ema_objective.gpt)
+        if gpt_config.lora:
+            share_base(gpt, ema.model)
     optimizer = build_optimizer(gpt, config.optimizer, gpt.hidden_matrices(), objective.heads)
     stepper = Stepper(optimizer, config.optimizer, world.device)
     return TrainingModels(objective, parallel, ema, ema_objective, stepper)

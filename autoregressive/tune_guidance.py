@@ -2,7 +2,7 @@ r"""Find the guidance with the best score: every schedule is scored on the same 
 
     python -m autoregressive.tune_guidance --gpt runs/gpt_b --tokenizer weights/vq16 \
         --metrics.reference VIRTUAL_imagenet256_labeled.npz --out searches/gpt_b \
-        --scales '[1.5,2.0,2.5]' --schedules '[constant,cosine]' --powers '[1.0,2.75]'
+        --scales 1.5 2.0 2.5 --schedules constant cosine --powers 1.0 2.75
 
 Writes search.csv, search.json and search.png, and prints the flags of the best setting. Run it
 again with more values: settings that were scored before are not scored again. Distances at 10,000
@@ -106,6 +106,8 @@ def tune_guidance(config: TuneConfig, world: World) -> None:
     """Score the candidates that have no score yet, then write the table, the plot and the best."""
     pipeline = load_pipeline(config)
     gpt = pipeline.gpt.config
+    for candidate in config.candidates():
+        candidate.check_grid(gpt.num_codes)
     conditions = open_conditions(
         config.conditions, config.num_images, gpt, config.sampling.seed, world
     )

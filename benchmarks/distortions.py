@@ -1,6 +1,6 @@
 r"""Whether a distance rises with blur, noise and lost classes, on real images.
 
-python -m benchmarks.distortions --images cifar10/train --image_size '[32,32]' \
+python -m benchmarks.distortions --images cifar10/train --image_size 32 32 \
     --metrics.extractor proxy --out runs/benchmarks/distortions
 """
 

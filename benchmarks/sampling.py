@@ -1,6 +1,6 @@
 """Sampling speed, next to the device's lower bound and to a plain implementation.
 
-python -m benchmarks.sampling --precisions '[bf16,int8]' --batches '[1,8]' --against reference
+python -m benchmarks.sampling --precisions bf16 int8 --batches 1 8 --against reference
 
 The lower bound ("floor") is, per code, the time to read the weights and the stored keys and values
 once, or to multiply by them if that takes longer, at the bandwidth and speed measured at the start.

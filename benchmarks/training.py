@@ -1,6 +1,6 @@
 """Speed of training: steps against a plain loop, memory of the loss, reading codes, saving.
 
-python -m benchmarks.training --out runs/benchmarks/training.json --sizes '[GPT-B]'
+python -m benchmarks.training --out runs/benchmarks/training.json --sizes GPT-B
 """
 
 from dataclasses import dataclass, field

@@ -114,6 +114,8 @@ def check_nulls(config_class: type, values: Mapping[str, Any]) -> None:
 
 def name_flags(config_class: type, arguments: Sequence[str], message: str) -> str:
     """The message, after the flags and files that were given where it names no field by itself."""
+    if "unrecognized arguments: --" in message:
+        return message
     if any(name in message for name in field_names(config_class)):
         return message
     given = [argument.partition("=")[0] for argument in arguments]

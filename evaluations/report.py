@@ -60,8 +60,9 @@ def publish(
         change = scores.influence.numpy()
         write_class_report(change, labels, scored.classes, scorer.distance, out)
         print(out / "classes.png")
+    print(f"{count} images{f'; {note}' if note else ''}")
     for name, value in scores.values.items():
-        print(f"{name}{f' ({note})' if note else ''}: {value:.4f} on {count} images")
+        print(f"{name}: {value:.4f}")
     print(out / "scores.json")
     return scores.values
 
@@ -92,14 +93,14 @@ def _facts(scorer: Scorer, scored: Scored) -> dict[str, Any]:
     ids = scored.statistics.ids
     note, features = note_of(scorer.extractor), scorer.reference_features
     # Papers call it FID-50k only for 50,000 images.
-    label = note or ("FID-50k" if len(ids) == 50_000 else "not FID-50k")
+    label = "FID-50k" if len(ids) == 50_000 else "not FID-50k"
     balance = None
     if scored.labels is not None:
         sizes = np.unique(scored.labels[ids.numpy()], return_counts=True)[1]
         balance = {"classes": len(sizes), "least": int(sizes.min()), "most": int(sizes.max())}
     return {
         "n": len(ids),
-        "name": f"{scorer.distance} of {len(ids)} images ({label})",
+        "name": f"{scorer.distance} of {len(ids)} images" + ("" if note else f" ({label})"),
         "note": note,
         "reference": scorer.reference.path.name,
         "reference_sha256": scorer.reference.sha256,

@@ -2,7 +2,7 @@ r"""Score several sample runs against one reference: guidance, top-k, top-p, tem
 
 Sample the runs with autoregressive.sample (scripts/evaluations/sweep.sh does both), then
 
-python -m evaluations.sweep --runs '[samples/cfg_1.5,samples/cfg_2.0]' \
+python -m evaluations.sweep --runs samples/cfg_1.5 samples/cfg_2.0 \
     --metrics.reference VIRTUAL_imagenet256_labeled.npz --out scores/sweep
 """
 

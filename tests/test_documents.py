@@ -46,8 +46,9 @@ def test_every_shown_command_exists_and_its_flags_parse(line, monkeypatch):
         assert set(targets) <= TARGETS, line
     elif script and "..." not in words:
         text = (ROOT / script).read_text()
-        if found := MODULE.search(text):  # a launcher, which hands its flags on
-            line = f"-m {found[1]} {shlex.join(words[words.index(script) + 1 :])}"
+        commands = MODULE.findall(text)
+        if len(commands) == 1:  # a launcher, which hands its flags on
+            line = f"-m {commands[0]} {shlex.join(words[words.index(script) + 1 :])}"
             parse_command(line)
         else:
             assert all(f'"{word}"' in text for word in words if word.startswith("--")), line
@@ -58,6 +59,13 @@ def test_every_shown_command_means_the_same_in_zsh(line):
     """Outside quotes, zsh takes brackets, braces and stars for patterns and fails."""
     unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", re.sub(r" # .*", "", line))
     assert not re.search(r"[\[\]{}*?]", unquoted.replace("${", "").replace("}", ""))
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_lists_in_a_readme_have_no_brackets(path):
+    """People type `--data.codes a b`; brackets are only for lists of words that look like flags."""
+    for line in shown_commands(path):
+        assert not re.search(r"'\[[^\"']*\]'", line), line
 
 
 def test_the_readmes_show_every_command():
@@ -73,7 +81,9 @@ def test_every_link_of_a_readme_leads_to_a_file(path):
 
 def test_every_package_has_a_readme_and_the_first_one_stays_short():
     for folder in (*PACKAGES, "benchmarks"):
-        assert (ROOT / folder / "README.md").is_file(), folder
+        headings = re.findall(r"^## .*", (ROOT / folder / "README.md").read_text(), re.M)
+        assert "## What to know" in headings, folder
+        assert folder == "benchmarks" or "## How to extend it" in headings, folder
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 

@@ -24,8 +24,8 @@ def demo_commands() -> list[str]:
 @pytest.mark.slow
 def test_the_commands_on_the_demo_s_outputs_run_as_printed(tmp_path):
     demo = tmp_path / "runs" / "demo"
-    tiny(num_classes=10, vocab_size=40).save_pretrained(demo / "gpt")
-    small(channel_multipliers=(1, 1, 1, 1), image_size=(32, 32)).save_pretrained(demo / "tokenizer")
+    tiny(num_classes=10, vocab_size=40, grid=(8, 8)).save_pretrained(demo / "gpt")
+    small(channel_multipliers=(1, 1, 1), image_size=(32, 32)).save_pretrained(demo / "tokenizer")
     random = np.random.default_rng(0)
     for folder in ("digits/test/7", "samples"):
         (demo / folder).mkdir(parents=True)

@@ -3,7 +3,7 @@
 A tokenizer with simvq becomes one with a plain codebook.
 
 python -m tokenizer.convert --source vq_ds16_c2i.pt --out weights/vq16
-python -m tokenizer.convert --source runs/vq16 --push_to owner/vq16 --card.results '[scores/vq16]'
+python -m tokenizer.convert --source runs/vq16 --push_to owner/vq16 --card.results scores/vq16
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 r"""Encode images as codes in shards, to train the transformer on. Run it again to continue.
 
 python -m tokenizer.encode --tokenizer runs/vq16 --data imagenet/train --out codes/imagenet256 \
-    --crop ten --crop_ranges '[1.1,1.05]'
+    --crop ten --crop_ranges 1.1 1.05
 torchrun --nproc-per-node 8 -m tokenizer.encode ...
 """
 

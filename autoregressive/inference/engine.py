@@ -28,10 +28,16 @@ from autoregressive.inference.kv_cache import (
     PrefixCache,
     VarlenCache,
 )
-from autoregressive.inference.packing import aligned_head_dim, inference_block, inference_norm
+from autoregressive.inference.packing import (
+    aligned_head_dim,
+    inference_block,
+    inference_norm,
+    raster_vectors,
+)
 from autoregressive.inference.parallel_decoding.speculation import accept, first_guesses
 from autoregressive.inference.quantized_linear import QUANTIZED, DecodePrecision, pack
-from autoregressive.models.gpt import GPT, modulated
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import modulated, with_one
 from core.distributed.parallel import compile_blocks
 
 # Without lengths on the device, the prefix is rounded up to a multiple of this: fewer CUDA graphs;
@@ -68,10 +74,11 @@ class InferenceEngine:
         chosen = torch.float32 if precision == "fp32" else torch.bfloat16
         dtype = chosen if precision else weight.dtype
         self.embedding = weight.detach().to(self.device, dtype)
-        like, self.targets = self.embedding[:0], None  # of the next codes; zeros after the last
-        if gpt.target_position is not None:
-            table = gpt.target_position.weight.detach()
-            self.targets = F.pad(table, (0, 0, 0, 1)).to(like)
+        like = self.embedding[:0]
+        self.raster_vectors = raster_vectors(gpt, like)
+        self.learned = copy.deepcopy(gpt.learned)
+        if self.learned is not None:
+            self.learned = self.learned.to(like).requires_grad_(False)
         self.region_order, self.region_tokens = None, None  # see parallel_decoding/regions.py
         if gpt.spe_tok_embeddings is not None:
             self.region_order = gpt.spe_tok_embeddings.order(self.device)
@@ -180,26 +187,32 @@ class InferenceEngine:
         if self.t_embedder is not None and request.guidance is not None:
             x = x + self.t_embedder(torch.full((rows,), request.guidance, device=self.device))
         x = x.to(self.embedding.dtype)
-        state.modulate([part(x) for part in self.adaptive])
+        if self.learned is None:
+            state.modulate([part(x) for part in self.adaptive])
+        else:  # the class, from which a step computes what its tokens' norms read
+            state.modulate([x])
+            x = self.learned.prefix(x)
         longest = x.shape[1]
         lengths, ragged = self.cls_embedding.lengths(condition), False
         if lengths is not None and self.device.type != "cuda":  # which masks, or reads the lengths
             ragged = bool((lengths != longest).any())
         state.prefix_lengths[:rows] = longest if lengths is None else lengths
         lengths = state.prefix_lengths[:rows]
-        if self.targets is not None:
-            x[torch.arange(rows, device=self.device), lengths - 1] += self.targets[0]
+        if self.raster_vectors is not None:
+            x[torch.arange(rows, device=self.device), lengths - 1] += self.raster_vectors[0]
         first = self.config.num_condition - longest
         rotary = self.rotary[first : first + longest].expand(rows, -1, -1, -1)
         slots = torch.arange(longest, device=self.device).expand(rows, -1)
         scale, row_lengths = self.attention_scale, lengths.int()
         metadata = AttentionMetadata(scale, slots, row_lengths, longest, longest, None)
         self.cache.fit(rows, longest)
+        given = self.conditions(state, slots)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.prefill, layer, metadata)
             # `forward` skips torch.compile: this runs once per image, with many lengths of text.
-            x = block.forward(x, rotary, attend, state.modulation(i, rows))
-        x = modulated(self.norm(x), state.modulation(-1, rows))
+            modulation = state.modulation(i, rows) if given is None else given
+            x = block.forward(x, rotary, attend, modulation)
+        x = self.final_norm(state, x, given)
         last = x[torch.arange(rows, device=self.device), lengths - 1]
         logits = self.logits(state, last[:, None], state.filled, guided)
         state.sample(request.sampler, logits, state.filled)
@@ -243,8 +256,8 @@ class InferenceEngine:
         rows = positions
         if state.window > 1:
             rows = rows.clamp(max=state.num_codes - 1)  # of finished images
-        if self.targets is not None:
-            x = x + self.targets[rows + 1]
+        if self.raster_vectors is not None:
+            x = x + self.raster_vectors[rows + 1]
         rotary = self.rotary[self.config.num_condition + rows]
         return self.run(state, x, rotary, positions, guided, kv_end, kv_length, written)
 
@@ -284,10 +297,27 @@ class InferenceEngine:
             self.attention_scale, slots, row_lengths, kv_end, kv_length or kv_end, mask, is_group
         )
         self.cache.fit(len(x), kv_end)
+        given = self.conditions(state, slots)
         for i, (block, layer) in enumerate(zip(self.blocks, self.cache.layers, strict=True)):
             attend = functools.partial(self.cache_type.attend, layer, metadata)
-            x = block(x, rotary, attend, state.modulation(i, len(x)))
-        return modulated(self.norm(x), state.modulation(-1, len(x)))
+            modulation = state.modulation(i, len(x)) if given is None else given
+            x = block(x, rotary, attend, modulation)
+        return self.final_norm(state, x, given)
+
+    def conditions(self, state: GenerationState, slots: torch.Tensor) -> torch.Tensor | None:
+        """What the adaptive norms of tokens at cache slots (rows, n) read, in the family rar."""
+        if self.learned is None:
+            return None
+        places = slots.clamp(max=len(self.learned.steps) - 1)  # of finished images
+        return self.learned.conditions(state.modulations[0][: len(slots)], places)
+
+    def final_norm(
+        self, state: GenerationState, x: torch.Tensor, given: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The last blocks' output -> the input of the head. given: what `conditions` returned."""
+        if given is None:
+            return modulated(self.norm(x), state.modulation(-1, len(x)))
+        return with_one(modulated(self.norm(x), self.adaptive[-1](given)))
 
     def logits(
         self, state: GenerationState, hidden: torch.Tensor, positions: torch.Tensor, guided: bool

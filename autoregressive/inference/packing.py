@@ -1,6 +1,7 @@
 """Converts a transformer block for inference: the same Block class, with packed weights."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from autoregressive.inference.quantized_linear import pack
 from autoregressive.models.config import TransformerConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import Block, FeedForward, RMSNorm
 
 ALIGNMENT = 8  # attention kernels want head_dim to be a multiple of this
@@ -30,29 +32,68 @@ def inference_block(
     attention, ffn, head_dim = block.attention, block.feed_forward, config.head_dim
     padding = aligned_head_dim(config) - head_dim
 
-    def packed(weight: torch.Tensor) -> nn.Module:
-        return pack(weight.detach().to(like.device), like.dtype, precision)
+    def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
+        product = pack(weight.detach().to(like.device), like.dtype, precision)
+        return product if bias is None else Biased(product, bias.detach().to(like))
 
     with torch.device("meta"):
         copy = Block(config, layer=0).eval()
     wqkv = attention.wqkv.weight.unflatten(0, (-1, head_dim))
     wo = attention.wo.weight.unflatten(1, (-1, head_dim))
     copy.attention.head_dim = head_dim + padding
-    copy.attention.add_module("wqkv", packed(F.pad(wqkv, (0, 0, 0, padding)).flatten(0, 1)))
-    copy.attention.add_module("wo", packed(F.pad(wo, (0, padding)).flatten(1)))
+    qkv_bias, out_bias = attention.wqkv.bias, attention.wo.bias  # in the family rar, unpadded
+    wqkv = F.pad(wqkv, (0, 0, 0, padding)).flatten(0, 1)
+    copy.attention.add_module("wqkv", packed(wqkv, qkv_bias))
+    copy.attention.add_module("wo", packed(F.pad(wo, (0, padding)).flatten(1), out_bias))
     copy.attention.dropout = copy.drop_path = None
-    copy.feed_forward = FusedFeedForward(ffn, packed)
-    if copy.ada_lin is not None:
+    if isinstance(ffn, FeedForward):
+        copy.feed_forward = FusedFeedForward(ffn, packed)
+    else:
+        copy.feed_forward.add_module("w1", packed(ffn.w1.weight, ffn.w1.bias))
+        copy.feed_forward.add_module("w2", packed(ffn.w2.weight, ffn.w2.bias))
+        copy.feed_forward.dropout = None
+    if config.family == "rar":  # the condition changes with the token
+        weight, bias = (block.get_parameter(f"ada_lin.1.{name}") for name in ("weight", "bias"))
+        copy.add_module("ada_lin", nn.Sequential(nn.SiLU(), packed(weight, bias)))
+    elif copy.ada_lin is not None:
         # The engine computes scales, shifts and gains once per image and passes them instead of
         # the condition.
         copy.add_module("ada_lin", nn.Identity())
     for name, norm in block.named_modules():
-        if isinstance(norm, RMSNorm):
+        if isinstance(norm, RMSNorm | nn.LayerNorm):
             padded = padding if name.startswith("attention.") else 0  # a norm over head_dim
             copy.set_submodule(name, inference_norm(norm, like, padded))
     left = [name for name, parameter in copy.named_parameters() if parameter.is_meta]
     assert not left, f"parameters that the inference engine does not know: {left}"
     return copy
+
+
+class Biased(nn.Module):
+    """A packed product, and a bias."""
+
+    def __init__(self, product: nn.Module, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.product, self.bias = product, nn.Buffer(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.product(x) + self.bias
+
+
+def raster_vectors(gpt: GPT, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the tokens: row i to the token that predicts code i, (codes + 1, dim).
+
+    They are those of the codes' own positions and of the positions to predict; None if the model
+    has none. The last row is for the last code.
+    """
+    if gpt.target_position is None and gpt.learned is None:
+        return None
+    table = torch.zeros(gpt.config.num_codes + 1, gpt.config.dim)
+    if gpt.target_position is not None:
+        table[:-1] += gpt.target_position.weight.detach().float().cpu()
+    if gpt.learned is not None:
+        table[1:] += gpt.learned.positions[gpt.learned.PREFIX :].detach().float().cpu()
+    return table.to(like)
 
 
 class FusedFeedForward(FeedForward):
@@ -70,12 +111,15 @@ class FusedFeedForward(FeedForward):
         return gate, up
 
 
-def inference_norm(norm: RMSNorm, like: torch.Tensor, padding: int = 0) -> RMSNorm:
+def inference_norm(norm: nn.Module, like: torch.Tensor, padding: int = 0) -> nn.Module:
     """A copy of a norm in the dtype and on the device of `like`, without gradients.
 
-    padding: zeros that follow the inputs. They lower the mean square by dim / padded dim, which
-    the copy's epsilon and weight compensate.
+    padding: zeros that follow the inputs of an RMSNorm. They lower the mean square by dim / padded
+    dim, which the copy's epsilon and weight compensate.
     """
+    if not isinstance(norm, RMSNorm):
+        assert padding == 0
+        return deepcopy(norm).to(like).requires_grad_(False)
     weight = norm.weight.detach()
     dim = len(weight)
     share = dim / (dim + padding)

@@ -177,9 +177,21 @@ class SamplingConfig:
             del values["zipar_window"]
         return {**values, "speculative": window if window > 1 else 0}
 
+    def check_grid(self, num_codes: int) -> None:
+        """Raise InputError if guidance would start after an image's last code."""
+        if self.cfg_start >= num_codes:
+            raise InputError(
+                f"cfg_start is {self.cfg_start}, but an image has {num_codes} codes, so that no "
+                f"code would be guided; give at most {num_codes - 1}, or cfg_scale 1 for none"
+            )
+
     def cfg_scales(self, num_codes: int) -> list[float]:
-        """The guidance scale at each code (1: no guidance), of a resolved configuration."""
+        """The guidance scale at each code (1: no guidance), of a resolved configuration.
+
+        Raises InputError, see check_grid.
+        """
         assert self.cfg_scale is not None
+        self.check_grid(num_codes)
         last = num_codes - 1 if self.cfg_interval is None else self.cfg_interval + 1
         return [
             1 + (self.cfg_scale - 1) * self._share(position / num_codes)

@@ -50,6 +50,12 @@ class TransformerConfig:
         parallel_regions: Number of regions of the image that are predicted in parallel, one code
             of each per step (PAR, arXiv 2412.15119): 4 or 16. The model learns n - 1 more tokens;
             sampling takes codes / n + n - 1 steps. null: one code per step, in raster order.
+        family: llama: RMSNorm, SwiGLU, rotary positions, no biases. rar: the transformer of RAR
+            and reAR (arXiv 2411.00776, 2510.04450): LayerNorm, GELU, biases, learned positions, a
+            learned first token, and adaptive norms whose condition differs from token to token; it
+            needs adaln full and qk_norm.
+        ffn_width: Hidden width of the FFN; null: 8/3 dim as said above, and 4 dim in the family
+            rar.
     """
 
     num_layers: int = 12
@@ -68,6 +74,8 @@ class TransformerConfig:
     adaln: Literal["none", "shared", "full"] = "none"
     adaln_gain: float = 1e-3
     parallel_regions: int | None = None
+    family: Literal["llama", "rar"] = "llama"
+    ffn_width: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.num_heads, self.dim, self.ffn_multiple) < 1:
@@ -91,9 +99,25 @@ class TransformerConfig:
                 f"model.parallel_regions is {regions}, must be a square >= 4: regions "
                 "form a grid of 2 x 2, 3 x 3, ...; null: no regions"
             )
+        if self.ffn_width is not None and self.ffn_width < 1:
+            raise ValueError(f"model.ffn_width is {self.ffn_width}, must be >= 1, or null")
+        if self.family == "rar":
+            self._check_rar()
         for name in ("token_dropout", "residual_dropout", "ffn_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, must be in [0, 1)")
+
+    def _check_rar(self) -> None:
+        """Raise ValueError for what the family rar does not have."""
+        if self.adaln != "full" or not self.qk_norm:
+            raise ValueError("model.family rar needs model.adaln full and model.qk_norm true")
+        if self.parallel_regions:
+            raise ValueError("model.parallel_regions needs rotary positions: model.family llama")
+        if self.dim % (8 * self.num_heads):
+            raise ValueError(
+                f"model.family rar: model.dim {self.dim} must be a multiple of 8 x model.num_heads "
+                f"{self.num_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -108,6 +132,10 @@ class TransformerConfig:
     @property
     def ffn_dim(self) -> int:
         """Hidden width of the FFN."""
+        if self.ffn_width is not None:
+            return self.ffn_width
+        if self.family == "rar":
+            return 4 * self.dim
         return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
 
 
@@ -260,7 +288,9 @@ class GPTConfig(TransformerConfig):
     @property
     def num_condition(self) -> int:
         """Largest number of condition tokens."""
-        return self.max_text_tokens if self.condition == "text" else 1
+        if self.condition == "text":
+            return self.max_text_tokens
+        return 2 if self.family == "rar" else 1  # rar has a learned token before the class
 
     @property
     def training_flops(self) -> float:
@@ -269,7 +299,8 @@ class GPTConfig(TransformerConfig):
         P: parameters of matrix products; L: layers; d: width; T: sequence length.
         """
         packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
-        block = self.dim * (packed + self.dim + 3 * self.ffn_dim)
+        ffn, adaptive = (2, 6 * self.dim) if self.family == "rar" else (3, 0)
+        block = self.dim * (packed + self.dim + ffn * self.ffn_dim + adaptive)
         products = self.num_layers * block + self.vocab_size * self.dim
         length = self.num_condition + self.num_codes - 1
         return (6 if self.lora is None else 4) * products + 12 * self.num_layers * self.dim * length

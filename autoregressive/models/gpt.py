@@ -22,15 +22,18 @@ from autoregressive.models.conditioning import (
     ragged_order,
 )
 from autoregressive.models.config import PRESETS, GPTConfig
+from autoregressive.models.learned_positions import LearnedPositions
 from autoregressive.models.lora import add_lora, freeze_base, merge_lora
 from autoregressive.models.parallel_regions import RegionTokens
-from autoregressive.models.rope import rotary_table
+from autoregressive.models.rope import identity_table, rotary_table
 from autoregressive.models.transformer import (
     AdaptiveLinear,
     Attend,
     Block,
-    RMSNorm,
     causal_attention,
+    modulated,
+    norm_layer,
+    with_one,
 )
 from core.config import InputError, config_text
 from core.training.initialization import Constant, Normal, initialize
@@ -59,17 +62,20 @@ class GPT(nn.Module):
         self.spe_tok_embeddings = (
             RegionTokens(config.grid, regions, config.dim) if regions else None
         )
+        rar = config.family == "rar"
+        self.learned = LearnedPositions(config.num_codes, config.dim) if rar else None
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = norm_layer(config, config.dim, weighted=not rar)
         self.norm_ada_lin = None if config.adaln == "none" else AdaptiveLinear(config.dim, 2)
         self.shared_ada_lin = AdaptiveLinear(config.dim, 6) if config.adaln == "shared" else None
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # In the family rar, hidden states end with a one, and the last column is the bias.
+        self.output = nn.Linear(config.dim + rar, config.vocab_size, bias=False)
         if config.lora:
             add_lora(self.layers, config.lora)
             freeze_base(self)
         self.build_rotary()
-        if not self.norm.weight.is_meta:
+        if not self.output.weight.is_meta:
             # The seed comes from torch's own generator, so that torch.manual_seed decides it.
             initialize(self, int(torch.randint(2**62, (), device="cpu")))
 
@@ -140,12 +146,12 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.norm.weight.device
+        return self.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.norm.weight.dtype
+        return self.output.weight.dtype
 
     @property
     def blocks(self) -> list[Block]:
@@ -155,16 +161,19 @@ class GPT(nn.Module):
     def build_rotary(self) -> None:
         """Compute the rotary table; call it again after building the model on the meta device."""
         config = self.config
-        table = rotary_table(
-            config.grid,
-            config.head_dim,
-            config.rope_base,
-            config.num_condition,
-            config.rope_condition,
-        )
+        if self.learned is not None:
+            table = identity_table(config.num_condition + config.num_codes, config.head_dim)
+        else:
+            table = rotary_table(
+                config.grid,
+                config.head_dim,
+                config.rope_base,
+                config.num_condition,
+                config.rope_condition,
+            )
         # Kept as integer bits, because model.to(bfloat16) would round a float buffer. Computed on
         # the CPU, so that every device has the same bits.
-        bits = table.view(torch.int32).to(self.norm.weight.device)
+        bits = table.view(torch.int32).to(self.device)
         self.register_buffer("rotary_bits", bits, persistent=False)
 
     def initial_distribution(self, name: str) -> Constant | Normal:
@@ -179,6 +188,8 @@ class GPT(nn.Module):
             return Normal(1 / math.sqrt(self.config.dim))
         if name == "cls_embedding.uncond_embedding":
             return Normal(1 / math.sqrt(self.config.text_dim))
+        if name.endswith("ada_lin.1.weight") and self.learned is not None:
+            return Constant(0.0)
         if name.endswith("ada_lin.1.weight"):
             # IBQ: the rows of the gains, if any, are small, and the others half of the rest's.
             gain_rows = 0 if name.startswith("norm_") else 2 * self.config.dim
@@ -198,6 +209,8 @@ class GPT(nn.Module):
             "feed_forward.w3": [config.ffn_dim],
             "feed_forward.w2": [config.dim],
         }
+        if self.learned is not None:
+            del names["feed_forward.w3"]
         return {
             f"layers.{i}.{name}.weight": rows
             for i in range(config.num_layers)
@@ -292,6 +305,11 @@ class GPT(nn.Module):
             positions = torch.arange(num_codes, device=device)[None]
         prefix = self.prefix(condition, drop_condition, guidance)
         adaptive = None if self.norm_ada_lin is None else prefix
+        if self.learned is not None:
+            places = torch.arange(num_codes + 1, device=device)
+            adaptive = self.learned.conditions(prefix, places)
+            prefix = self.learned.prefix(prefix)
+            inputs = self.learned.place(inputs, positions[:, :-1])
         # Rows of the rotary table: condition tokens use the last ones before the grid's.
         num_prefix, num_condition = prefix.shape[1], self.config.num_condition
         first = torch.arange(num_condition - num_prefix, num_condition, device=device)
@@ -373,12 +391,5 @@ class GPT(nn.Module):
         x = self.norm(x)
         if self.norm_ada_lin is None:
             return x
-        return modulated(x, self.norm_ada_lin(condition))
-
-
-def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
-    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
-    if modulation is None:
-        return x
-    scale, shift = modulation.chunk(2, dim=-1)
-    return x * (1 + scale) + shift
+        x = modulated(x, self.norm_ada_lin(condition))
+        return x if self.learned is None else with_one(x)

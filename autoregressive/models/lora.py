@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from autoregressive.models.config import LoRAConfig
@@ -50,6 +51,16 @@ def freeze_base(model: nn.Module) -> None:
     """Leave gradients only to the weights of LoRA."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora_weight(name))
+
+
+def share_base(model: nn.Module, average: nn.Module) -> None:
+    """Let the EMA of a model use the model's frozen weights, instead of a copy of them.
+
+    Sharded weights stay copies: FSDP2 keeps the memory of each module's shards.
+    """
+    for own, new in zip(average.parameters(), model.parameters(), strict=True):
+        if not new.requires_grad and not isinstance(new, DTensor):
+            own.data = new.data
 
 
 def merge_lora(tensors: Mapping[str, torch.Tensor], config: LoRAConfig) -> dict[str, torch.Tensor]:

@@ -187,8 +187,8 @@ def _infer_grid(stored: TransformerWeights, num_condition: int, path: Path) -> t
         side = round(int(flags["block_size"]) ** 0.5)
     else:
         raise InputError(
-            f"{path}: does not tell its grid of codes; give --grid '[16,16]' for 256 px, '[24,24]' "
-            "for 384 px or '[32,32]' for 512 px at 16 pixels per code (grid=(24, 24) in Python), "
+            f"{path}: does not tell its grid of codes; give --grid 16 16 for 256 px, 24 24 "
+            "for 384 px or 32 32 for 512 px at 16 pixels per code (grid=(24, 24) in Python), "
             "or load it by its name in autoregressive.convert --list true"
         )
     return side, side

@@ -4,6 +4,7 @@
 |---|---|---|
 | LlamaGen (DDP, FSDP, DeepSpeed, Hub mixin), CCA, NPP | keys of ours | left-overs of `generate()` |
 | GFT | `t_embedder.*` | guidance_input |
+| RAR, reAR | `target_aware_pos_embed` | names, one embedding table, order of adaptive rows |
 | SEED-Voken (IBQ) | `tok_emb.weight`, in a Lightning file | names, the tokenizer beside it, adaLN |
 """
 
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.errors import InputError
 from core.hub import Weights
 from core.lightning import live_weights
 from core.weights import read_file
@@ -34,6 +36,26 @@ SEED_NAMES = (
 )
 
 
+# RAR's names -> ours, below `blocks.N.` and `layers.N.`.
+RAR_MARK = "target_aware_pos_embed"
+RAR_SPARE_ROWS = 1024  # of the positions, behind those of the codes
+RAR_NAMES = {
+    "norm1": "attention_norm",
+    "attn.qkv": "attention.wqkv",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+    "attn.proj": "attention.wo",
+    "norm2": "ffn_norm",
+    "mlp.fc1": "feed_forward.w1",
+    "mlp.fc2": "feed_forward.w2",
+    "adaLN_modulation.1": "ada_lin.1",
+}
+# Ours are gain, scale, shift, each of attention and FFN; theirs shift, scale, gain of each.
+RAR_ROWS = (2, 5, 1, 4, 0, 3)
+# Heads that only training uses.
+RAR_HEADS = ("encode_align_mlp.", "decode_align_mlp.")
+
+
 class TransformerWeights(NamedTuple):
     """Weights under our keys, the training flags of the file, and its rotary table's length."""
 
@@ -49,6 +71,9 @@ def read_transformer(path: Path, weights: Weights) -> TransformerWeights:
     """
     stored = read_file(path)
     model = stored.parts.get("model", {})
+    if RAR_MARK in model:
+        tensors, codes = rar_tensors(model, path)
+        return TransformerWeights(tensors, stored.arguments, 1 + codes)
     if any(key.removeprefix(SEED_PREFIX) == "tok_emb.weight" for key in model):
         live = live_weights(model, weights, path, (SEED_TOKENIZER,))
         tensors = {seed_name(key): value for key, value in live.items()}
@@ -66,3 +91,39 @@ def seed_name(key: str) -> str:
         if key.startswith(theirs):
             return ours + key.removeprefix(theirs)
     return key
+
+
+def rar_tensors(
+    state: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights of RAR or reAR under our keys, and the number of codes of an image.
+
+    Rows that no image uses are left out: those of the mask token and of spare positions. A key that
+    is not known stays, to be refused by name. Raises InputError for a missing key.
+    """
+    left = {key: value for key, value in state.items() if not key.startswith(RAR_HEADS)}
+    try:
+        positions, targets = left.pop("pos_embed")[0], left.pop(RAR_MARK)[0]
+        codes, head = len(positions) - RAR_SPARE_ROWS, left.pop("lm_head.weight")
+        table, vocab = left.pop("embeddings.weight"), len(head)
+        tensors = {
+            "tok_embeddings.weight": table[:vocab],
+            "cls_embedding.embedding_table.weight": table[vocab + 1 :],  # behind the mask token
+            "learned.cls_token": left.pop("cls_token").flatten(),
+            "learned.positions": positions[: codes + 2],
+            "learned.steps": left.pop("timesteps_embeddings")[0, : codes + 1],
+            "target_position.weight": targets[2 : codes + 2],
+            "output.weight": torch.cat([head, left.pop("lm_head.bias")[:, None]], dim=1),
+        }
+    except KeyError as error:
+        raise InputError(f"{path}: weights of RAR, but {error} is missing") from error
+    for key, value in left.items():
+        if key.startswith("adaln_before_head.adaLN_modulation."):
+            key = key.replace("adaln_before_head.adaLN_modulation.", "norm_ada_lin.")
+        elif found := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", key):
+            layer, name, kind = found.groups()
+            if name == "adaLN_modulation.1" and len(value) % 6 == 0:
+                value = torch.cat([value.chunk(6)[row] for row in RAR_ROWS])
+            key = f"layers.{layer}.{RAR_NAMES.get(name, name)}.{kind}"
+        tensors[key] = value
+    return tensors, codes

@@ -38,6 +38,13 @@ def rotary_table(
     return torch.cat([condition, grid_rows])
 
 
+def identity_table(length: int, head_dim: int) -> torch.Tensor:
+    """Rows that leave queries and keys as they are, (length, head_dim // 2, 2) float32."""
+    table = torch.zeros(length, head_dim // 2, 2)
+    table[..., 0] = 1
+    return table
+
+
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate interleaved pairs (2i, 2i + 1) of x (batch, length, heads, head_dim), in float32.
 

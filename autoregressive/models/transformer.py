@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from autoregressive.models.config import PRESETS, TransformerConfig
 from autoregressive.models.rope import rotate
 
+USUAL_HEAD_DIM = 64  # of weights that do not tell their number of heads
+
 # (queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim))
 # -> (batch, length, heads, head_dim)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,13 +29,17 @@ def infer_transformer_fields(
 ) -> dict[str, Any]:
     """Fields of TransformerConfig that a state dict tells by its keys and shapes.
 
-    num_heads cannot be told from shapes: the published one for this width if None, else heads of
-    width 64. Raises KeyError for a state dict without transformer blocks.
+    num_heads can be told from shapes only with qk_norm. If None, it is the published one for this
+    width, else that of heads of width 64. Raises KeyError for a state dict without transformer
+    blocks, ValueError for a width that heads of 64 do not divide.
     """
     dim = tensors["tok_embeddings.weight"].shape[1]
     packed = tensors["layers.0.attention.wqkv.weight"].shape[0]
-    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
-    num_heads = num_heads or heads_of_width.get(dim, dim // 64)
+    num_heads = num_heads or _infer_num_heads(tensors, dim)
+    more: dict[str, Any] = {}
+    if "learned.cls_token" in tensors:
+        width = len(tensors["layers.0.feed_forward.w1.weight"])
+        more = {"family": "rar", "ffn_width": width, "norm_eps": 1e-6}
     kv_heads = (packed - dim) // 2 // (dim // num_heads)
     return {
         "num_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key[:7] == "layers."),
@@ -42,13 +48,37 @@ def infer_transformer_fields(
         "dim": dim,
         "qk_norm": "layers.0.attention.q_norm.weight" in tensors,
         "adaln": _infer_adaln(tensors),
+        **more,
     }
+
+
+def _infer_num_heads(tensors: Mapping[str, torch.Tensor], dim: int) -> int:
+    norm = tensors.get("layers.0.attention.q_norm.weight")
+    if norm is not None:
+        return dim // len(norm)
+    heads_of_width = {width: heads for _, heads, width in PRESETS.values()}
+    if dim in heads_of_width:
+        return heads_of_width[dim]
+    if dim % USUAL_HEAD_DIM:
+        raise ValueError(
+            f"their width is {dim}, which is no multiple of {USUAL_HEAD_DIM}, and no file tells "
+            "the number of heads: in Python, give it to GPT.from_pretrained(..., num_heads=...), "
+            "and write a folder with save_pretrained"
+        )
+    return dim // USUAL_HEAD_DIM
 
 
 def _infer_adaln(tensors: Mapping[str, torch.Tensor]) -> str:
     if "shared_ada_lin.1.weight" in tensors:
         return "shared"
     return "full" if "layers.0.ada_lin.1.weight" in tensors else "none"
+
+
+def norm_layer(config: TransformerConfig, dim: int, weighted: bool = True) -> nn.Module:
+    """The norm of the model's family. weighted: it has weights of its own."""
+    if config.family == "rar":
+        return nn.LayerNorm(dim, config.norm_eps, elementwise_affine=weighted)
+    return RMSNorm(dim, config.norm_eps)
 
 
 class RMSNorm(nn.Module):
@@ -96,13 +126,13 @@ class Attention(nn.Module):
         self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_dim
         packed = (self.num_heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(config.dim, packed, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = nn.Linear(config.dim, packed, bias=config.family == "rar")
+        self.wo = nn.Linear(config.dim, config.dim, bias=config.family == "rar")
         self.dropout = _dropout(config.residual_dropout)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = norm_layer(config, config.head_dim)
+            self.k_norm = norm_layer(config, config.head_dim)
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, attend: Attend = causal_attention
@@ -141,6 +171,21 @@ class FeedForward(nn.Module):
         return self.w1(x), self.w3(x)
 
 
+class GELUFeedForward(nn.Module):
+    """The FFN of a ViT, with biases: w2(GELU(w1 x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim)
+        self.dropout = _dropout(config.ffn_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        out = self.w2(F.gelu(self.w1(x)))
+        return out if self.dropout is None else self.dropout(out)
+
+
 class Block(nn.Module):
     """Pre-norm attention and FFN, each added to the residual stream.
 
@@ -152,9 +197,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        rar = config.family == "rar"
+        self.feed_forward = GELUFeedForward(config) if rar else FeedForward(config)
+        self.attention_norm = norm_layer(config, config.dim)
+        self.ffn_norm = norm_layer(config, config.dim)
         self.ada_lin = _adaptive(config)
         self.drop_path = _drop_path(config, layer)
 
@@ -167,7 +213,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x (batch, length, dim), rotary as for rope.rotate -> (batch, length, dim).
 
-        condition: (batch, 1, dim), with adaln; (batch, 1, 6 dim) where it is shared.
+        condition: (batch, 1, dim), with adaln; (batch, 1, 6 dim) where it is shared; (batch,
+            length, dim) in the family rar.
         """
         if self.ada_lin is None:
             x = self._add(x, self.attention(self.attention_norm(x), rotary, attend))
@@ -202,6 +249,19 @@ class AdaptiveTable(nn.Module):
     def forward(self, shared: torch.Tensor) -> torch.Tensor:
         """(..., parts * dim) -> (..., parts * dim)."""
         return shared + self.table.flatten()
+
+
+def with_one(x: torch.Tensor) -> torch.Tensor:
+    """(..., dim) -> (..., dim + 1): a last column of ones, which the head's bias multiplies."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def modulated(x: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+    """The last norm's output, scaled and shifted by modulation (batch, 1, 2 dim), if any."""
+    if modulation is None:
+        return x
+    scale, shift = modulation.chunk(2, dim=-1)
+    return x * (1 + scale) + shift
 
 
 def _adaptive(config: TransformerConfig) -> nn.Module | None:

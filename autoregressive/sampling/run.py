@@ -35,6 +35,7 @@ def sample(config: SampleRunConfig, world: World) -> None:
     """Sample all images, each rank its own shards, then write npz, png, image grid and index."""
     pipeline = load_pipeline(config)
     gpt_config = pipeline.gpt.config
+    config.sampling.check_grid(gpt_config.num_codes)
     config.sampling.check_order(gpt_config.parallel_regions)
     conditions = open_conditions(
         config.conditions, config.num_images, gpt_config, config.sampling.seed, world

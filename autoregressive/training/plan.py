@@ -47,6 +47,7 @@ def plan_training(
     logits = 4 * min(config.loss_chunk, rows * gpt_config.num_codes) * gpt_config.vocab_size
     training, parameters = config.training, count_parameters(gpt)
     in_blocks = sum(count_parameters(block) for block in gpt.blocks)
+    averaged = training.ema_decay is not None
     compute_bytes = 2 if training.precision == "bf16" else 4
     step = StepPlan(
         parameters,
@@ -56,12 +57,13 @@ def plan_training(
         compute_bytes,
         training.gradient_accumulation,
         config.parallel.activation_checkpointing,
-        training.ema_decay is not None,
+        averaged,
     )
+    frozen = sum(p.numel() for p in gpt.parameters() if not p.requires_grad)  # the base of LoRA
     return plan_model(
         objective,
         Block,
-        gpt if training.ema_decay is not None else None,
+        gpt if averaged else None,
         kept + logits,
         samples,
         training.batch_size,
@@ -71,4 +73,12 @@ def plan_training(
         compute_bytes=compute_bytes,
         step=step,
         processes=world.size,
+        one_moment=_muon_parameters(gpt) if config.optimizer.kind == "muon" else 0,
+        ema_shared=frozen if averaged else 0,
+        sampled=parameters,
     )
+
+
+def _muon_parameters(gpt: GPT) -> int:
+    state = gpt.state_dict()
+    return sum(state[name].numel() for name in gpt.hidden_matrices())

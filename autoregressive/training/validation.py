@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from autoregressive.data.codes import CodeDataset
 from autoregressive.data.config import DataConfig, OnlineConfig
@@ -25,7 +26,7 @@ from autoregressive.objectives.base import Objective
 from autoregressive.sampling.loop import score_samples
 from autoregressive.sampling.pipeline import ImagePipeline
 from autoregressive.training.config import TrainConfig
-from core.checksums import checkpoint_folders, find_damage
+from core.checksums import checkpoint_folders, find_damage, read_checksums
 from core.config import InputError, load_config
 from core.data.grids import image_grid
 from core.distributed.config import Precision
@@ -33,6 +34,7 @@ from core.distributed.parallel import full_state, local
 from core.distributed.world import World
 from core.training.initialization import copy_weights, initialize
 from core.training.prefetch import to_device
+from core.training.safetensors_storage import read_headers
 from core.weights import load_weights
 from evaluations.scorer import open_scorer
 from tokenizer.models.pretrained import load_tokenizer
@@ -132,6 +134,32 @@ def check_resumable(
                 f"resumed. To start from its weights, give --init_from {out} and another --out"
             )
     return True
+
+
+def check_same_heads(out: Path, heads: nn.Module | None) -> None:
+    """Raise InputError if the run in `out` has been trained with other heads of an objective.
+
+    heads: Those of this run, on any device.
+    """
+    steps = list(checkpoint_folders(out / "checkpoints").values())
+    # The code that restores the run reports damaged checkpoints.
+    name = "training/objective.safetensors"
+    whole = [step for step in steps if not find_damage(step, names=["config.yaml"])]
+    if not whole:
+        return
+    ours, theirs = {}, {}
+    if name in read_checksums(whole[-1]).files:
+        if find_damage(whole[-1], names=[name]):
+            return
+        headers = read_headers({"": whole[-1] / name})
+        theirs = {key: shape for key, (_, shape) in headers.items()}
+    if heads is not None:
+        ours = {f"/{name}": tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    if ours != theirs:
+        raise InputError(
+            f"{out}: its run has another objective.kind, or other sizes of its heads; continue it "
+            f"with that objective, or give --init_from {out} and another --out"
+        )
 
 
 def open_validation(config: TrainConfig, gpt_config: GPTConfig, world: World) -> Dataset | None:

@@ -21,7 +21,6 @@ from core.training.speed_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
-STATE_BYTES = 4 + 4 + 8  # per parameter, in float32: the weight, its gradient, Adam's two moments
 CLUSTERS = (8, 64, 256)  # processes for which the time of a step is shown, besides this run's
 
 
@@ -42,14 +41,24 @@ class Plan:
     compute_bytes: int = 4  # of a weight during computation: 2 for bf16, 4 for fp32
     step: StepPlan | None = None  # what decides the time of a step; None if it is not planned
     processes: int | None = None  # that share the batch in `activations`; None: however many
+    one_moment: int = 0  # parameters of which the optimizer keeps one moment instead of two (Muon)
+    ema_shared: int = 0  # of ema_parameters, those that are the model's own unless it is sharded
+    sampled: int | None = None  # parameters of the model that draws samples; None: `parameters`
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's moments on all processes together, in float32."""
+        return 4 * (2 * self.parameters - self.one_moment)
 
     def parts(self, strategy: Strategy, size: int, shared: int) -> dict[str, float]:
         """Bytes on each of `size` processes by part; under hsdp, `shared` of them hold one copy."""
         shards = 1 if strategy == "ddp" else min(size, shared) if strategy == "hsdp" else size
         own = self.parameters / shards
-        parts = {"weights": 4 * own, "gradients": 4 * own, "Adam's moments": 8 * own}
+        name = "moments of Muon and Adam" if self.one_moment else "Adam's moments"
+        parts = {"weights": 4 * own, "gradients": 4 * own, name: self.moments / shards}
         if self.ema_parameters:
-            parts["EMA weights"] = 4 * self.ema_parameters / shards
+            kept = self.ema_parameters - (self.ema_shared if strategy == "ddp" else 0)
+            parts["EMA weights"] = 4 * kept / shards
         if self.frozen:
             parts["frozen weights"] = 4 * self.frozen / shards
         # DDP reduces gradients in place (gradient_as_bucket_view).
@@ -77,12 +86,13 @@ class Plan:
         gathers them to score samples.
         """
         # No gradients, and nothing that is frozen.
-        copied = (STATE_BYTES - 4) * self.parameters + 4 * self.ema_parameters
+        copied = 4 * self.parameters + self.moments + 4 * (self.ema_parameters - self.ema_shared)
         if strategy == "ddp":
             return copied
         shards = min(size, shared) if strategy == "hsdp" else size
         gathering = here if self.scored else 1
-        return copied / shards * min(here, shards) + 4 * self.parameters * gathering
+        sampled = self.parameters if self.sampled is None else self.sampled
+        return copied / shards * min(here, shards) + 4 * sampled * gathering
 
 
 def plan_model(
@@ -98,6 +108,9 @@ def plan_model(
     compute_bytes: int = 4,
     step: StepPlan | None = None,
     processes: int | None = None,
+    one_moment: int = 0,
+    ema_shared: int = 0,
+    sampled: int | None = None,
 ) -> Plan:
     """Plan the memory of a model, which may be on the meta device.
 
@@ -120,6 +133,9 @@ def plan_model(
         compute_bytes,
         step,
         processes,
+        one_moment,
+        ema_shared,
+        sampled,
     )
 
 

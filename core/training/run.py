@@ -139,12 +139,17 @@ class Run:
         except OSError as error:
             logger.warning("the samples of step %d could not be written: %s", step, error)
 
-    def finish(self) -> None:
-        """Close the progress bar and print where the results are."""
+    def end(self) -> None:
+        """Record when this start ended: the run is finished, or was asked to stop."""
         self.bar.close()
         if self.world.is_main:
             self._starts[-1]["ended"] = now()
             write_json(self.folder / STARTS, self._starts)
+
+    def finish(self) -> None:
+        """Record the end, and print where the results are."""
+        self.end()
+        if self.world.is_main:
             draw_curves(self._metrics, self.folder / "curves.png")
             names = ("checkpoints", "metrics.jsonl", "curves.png", "samples")
             print(f"{self.folder}: {', '.join(n for n in names if (self.folder / n).exists())}")

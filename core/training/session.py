@@ -135,6 +135,7 @@ class Session:
             self.run.say(f"step {self.step}: saving a checkpoint")
         if stopping:
             self.checkpoints.finish()
+            self.run.end()
             self.preemption.leave(self.step)
 
     def finish(self) -> None:

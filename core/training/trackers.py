@@ -4,13 +4,14 @@ To add one, write a class with the two methods of `Tracker`, and name it in `ope
 ReportConfig.trackers.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from core.config import config_text, config_values
+from core.config import config_values
 from core.files import fingerprint
 
 
@@ -52,14 +53,19 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run's folder; the configuration is a text there."""
+    """Event files in `tensorboard/` of the run's folder.
+
+    Every field of the configuration is a hyperparameter with a dotted name, e.g. optimizer.lr.
+    """
 
     def __init__(self, folder: Path, config: Any) -> None:  # noqa: ANN401 - any config dataclass
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
-        indented = "".join(f"    {line}\n" for line in config_text(config).splitlines())
-        self.writer.add_text("config", indented)
+        # SummaryWriter.add_hparams would begin a second run in a folder of its own.
+        for summary in hparams(flat_values(config_values(config)), {}):
+            self.writer._get_file_writer().add_summary(summary)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send metrics after `step` steps."""
@@ -71,6 +77,18 @@ class TensorBoard:
         """Send the sample grid of a step."""
         self.writer.add_image("samples", pixels, step, dataformats="HWC")
         self.writer.flush()
+
+
+def flat_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+    """Nested settings as one level with dotted names; lists and null become text."""
+    flat: dict[str, str | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flat_values(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, str | int | float)
+            flat[prefix + key] = value if plain else json.dumps(value)
+    return flat
 
 
 def open_tracker(name: str, folder: Path, config: Any, project: str) -> Tracker:  # noqa: ANN401

@@ -180,6 +180,8 @@ def test_a_run_asked_to_stop_saves_and_leaves_with_the_requeue_code(tmp_path, nu
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == REQUEUE == 75
+    (start,) = json.loads((out / "run.json").read_text())
+    assert start["ended"] >= start["started"]
     (saved,) = (out / "checkpoints").iterdir()
     assert f"saved after step {int(saved.name.removeprefix('step_'))}; leaving with code 75" in said
 

@@ -267,3 +267,25 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
         parse_config(
             TrainConfig, ["--out", "x", "--data.codes", "[x]", "--objective.kind", "contrastive"]
         )
+
+
+@pytest.mark.slow
+def test_a_run_does_not_continue_with_an_objective_of_other_heads(tmp_path, world):
+    _, tokenizer = write_models(tmp_path, tiny())
+    sha256 = load_tokenizer(tokenizer).identity()
+    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
+    codes = write_codes(tmp_path / "codes", IMAGES, crops=1, **known)
+    noisy = ("--objective.kind", "noisy_context", "--objective.noisy_context.hidden")
+    for name, first, second in (
+        ("plain", (), (*noisy, 16)),
+        ("noisy", (*noisy, 16), ()),
+        ("wider", (*noisy, 16), (*noisy, 8)),
+    ):
+        for steps, objective in ((1, first), (2, second)):
+            lines = flags(codes, tmp_path / name, "--training.num_steps", steps, *objective)
+            config = parse_config(TrainConfig, [str(line) for line in lines])
+            if steps == 1:
+                train(config, world)
+                continue
+            with pytest.raises(InputError, match=r"its run has another objective\.kind, or other"):
+                train(config, world)

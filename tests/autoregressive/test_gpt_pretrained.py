@@ -88,6 +88,17 @@ def test_qk_norm_is_recognised_in_a_file_and_kept_in_a_folder(tmp_path):
         torch.testing.assert_close(loaded(codes, labels), gpt(codes, labels))
 
 
+@pytest.mark.parametrize("dim", [32, 96])
+def test_a_file_that_cannot_tell_its_heads_is_refused(tmp_path, dim):
+    torch.save(tiny(dim=dim).state_dict(), tmp_path / "narrow.pt")
+    with pytest.raises(InputError, match=rf"width is {dim}.* num_heads="):
+        GPT.from_pretrained(tmp_path / "narrow.pt", grid=(4, 4))
+    gpt = GPT.from_pretrained(tmp_path / "narrow.pt", grid=(4, 4), num_heads=4)
+    assert gpt.config.num_heads == 4
+    torch.save(tiny(dim=dim, qk_norm=True).state_dict(), tmp_path / "normed.pt")
+    assert GPT.from_pretrained(tmp_path / "normed.pt", grid=(4, 4)).config.num_heads == 4
+
+
 def test_a_text_model_is_recognised(tmp_path):
     gpt = tiny(dim=128, num_heads=2, condition="text", text_dim=12, max_text_tokens=9)
     torch.save(gpt.state_dict(), tmp_path / "text.pt")

@@ -189,10 +189,16 @@ def test_validation_leaves_the_ema_model_in_evaluation_mode(tmp_path, world):
 @pytest.mark.slow
 def test_trackers_get_the_metrics_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    codes = write_codes(tmp_path / "codes")
-    more = ("--report.trackers", "[wandb,tensorboard]", "--training.num_steps", 2)
+    _, vq = write_models(tmp_path, tiny())
+    identity = load_tokenizer(vq).identity()
+    facts = {"tokenizer": "vq", "tokenizer_path": "../vq", "tokenizer_sha256": identity}
+    codes = write_codes(tmp_path / "codes", vocab_size=50, **facts)
+    more = ("--report.trackers", "wandb", "tensorboard", "--training.num_steps", 2)
     run_module("autoregressive.train", *flags(codes, tmp_path / "run", *more))
-    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+    (folder,) = (tmp_path / "run").glob("wandb/offline-run-*")
+    (records,) = folder.glob("*.wandb")
+    assert b'{"kind":"adamw","lr":0.001' in records.read_bytes()  # settings keep their nesting
+    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 2
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 

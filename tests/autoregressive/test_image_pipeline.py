@@ -40,6 +40,13 @@ def test_images_do_not_depend_on_the_batch_and_equal_those_of_generate(pipeline)
     assert np.array_equal(found, pixels)
 
 
+def test_images_are_computed_without_gradients(pipeline):
+    codes = pipeline([1], progress=False).codes
+    assert codes.is_inference()
+    assert pipeline.decode(codes).is_inference()
+    assert pipeline.sample(torch.tensor([1]), SamplingConfig()).is_inference()
+
+
 def test_sampling_settings_travel_whole_and_arguments_replace_theirs(pipeline):
     sampling = SamplingConfig(cfg_scale=3.0, top_k=5, seed=9)
     whole = pipeline(2, sampling=sampling, progress=False).codes

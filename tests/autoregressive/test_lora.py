@@ -7,19 +7,22 @@ import pytest
 import torch
 from helpers.codes import write_codes
 from helpers.commands import run_module
+from helpers.local_hub import LocalHub
 from helpers.models import tiny
 from helpers.training import flags, losses, weights
 
 from autoregressive import GPT, generate
 from autoregressive.convert import ConvertConfig, convert
 from autoregressive.inference.engine import InferenceEngine
-from autoregressive.models.config import TARGETS, LoRAConfig
+from autoregressive.models.config import TARGETS, GPTConfig, LoRAConfig
 from autoregressive.models.lora import is_lora_weight
 from autoregressive.models.pretrained import load_gpt
-from autoregressive.train import train
+from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
+from autoregressive.training.plan import plan_training
 from core.config import InputError, load_config, parse_config, save_config
 from core.files import file_sha256
+from core.training.initialization import initialize
 from core.training.memory_plan import plan_model
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=TARGETS, new_classes=2)
@@ -41,7 +44,7 @@ def write_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def fine_tune(world, codes: Path, base: Path, out: Path, *more: object) -> Path:
+def fine_tune(world, codes: Path, base: Path | str, out: Path, *more: object) -> Path:
     """Four steps of LoRA, as the command does them, without the shape of the model."""
     lines = flags(codes, out, "--init_from", base, "--lora.rank", 2, "--training.num_steps", 4)
     at = lines.index("--model.num_layers")
@@ -100,6 +103,55 @@ def test_only_its_weights_have_gradients_and_the_plan_counts_them():
     plan = plan_model(gpt, torch.nn.Module, None, 0.0, 1, 1, 1)
     trained = sum(p.numel() for n, p in gpt.named_parameters() if is_lora_weight(n))
     assert plan.parts("ddp", 1, 1)["Adam's moments"] == 8 * trained
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_ema_averages_lora_alone_and_the_plan_counts_what_is_kept(tmp_path, world, strategy):
+    base, config = tiny(num_classes=7, lora=LORA).config, given(tmp_path, strategy)
+    plan = plan_training(config, base, 40, world)
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in GPT(base).named_parameters()}
+    trained = sum(size for name, size in sizes.items() if is_lora_weight(name))
+    kept = trained if strategy == "ddp" else sum(sizes.values())
+    assert plan.parts(strategy, 1, 1)["EMA weights"] == 4 * kept
+    # A checkpoint holds LoRA, its moments and its EMA; the whole model is gathered for samples.
+    gathered = 0 if strategy == "ddp" else 4 * sum(sizes.values())
+    assert plan.host_bytes(strategy, 1, 1) == 16 * trained + gathered
+
+
+def given(folder: Path, strategy: str) -> TrainConfig:
+    """The configuration of a run with LoRA and EMA."""
+    lines = flags(folder / "codes", folder / "run", "--init_from", "base", "--lora.rank", 3)
+    lines += ["--training.ema_decay", 0.9, "--parallel.strategy", strategy]
+    return parse_config(TrainConfig, [str(line) for line in lines])
+
+
+def test_the_ema_keeps_no_copy_of_the_base(tmp_path, world, monkeypatch):
+    monkeypatch.setattr("autoregressive.train.start_from", lambda gpt, *of: initialize(gpt, 1))
+    gpt_config = tiny(num_classes=7, lora=LORA).config
+    models = build_models(given(tmp_path, "ddp"), gpt_config, world, True)
+    live = dict(models.objective.gpt.named_parameters())
+    for name, own in models.ema.model.named_parameters():
+        assert torch.equal(own, live[name])
+        assert (own.data_ptr() == live[name].data_ptr()) == (not is_lora_weight(name)), name
+
+
+@pytest.mark.slow
+def test_its_base_can_be_a_model_of_the_hub(tmp_path, world, monkeypatch):
+    folder = write_base(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    codes = write_codes(tmp_path / "codes")
+    with LocalHub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.add("owner/base", files)
+        run = fine_tune(world, codes, "owner/base", tmp_path / "run", "--training.num_steps", 2)
+        config = load_config(GPTConfig, run / "checkpoints" / "step_0000002" / "config.yaml")
+        assert (config.lora.base, config.lora.base_path) == ("owner/base", None)
+        fine_tune(world, codes, "owner/base", run)  # continues to step 4
+        gpt, original = GPT.from_pretrained(run), GPT.from_pretrained("owner/base")
+    assert torch.equal(gpt.output.weight, original.output.weight)
+    name = "layers.0.attention.wo.weight"
+    assert not torch.equal(gpt.state_dict()[name], original.state_dict()[name])
 
 
 @pytest.mark.slow

@@ -128,6 +128,12 @@ def test_the_engine_samples_what_the_model_predicts(model, sampling):
     assert torch.equal(logits.argmax(-1), codes)
 
 
+@pytest.mark.parametrize("dim", [36, 30])
+def test_a_head_that_has_no_four_equal_parts_is_refused(dim):
+    with pytest.raises(ValueError, match=r"must be a multiple of 4 x model\.num_heads 2"):
+        GPTConfig(dim=dim, num_heads=2)
+
+
 def test_guidance_as_an_input_costs_one_row_per_image_and_matters():
     gpt = varied(guidance_input=True)
     engine = InferenceEngine(gpt)

@@ -1,5 +1,7 @@
 """What the plan of a training counts, beside the parameters of the models that it builds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from autoregressive.objectives.config import (
 from autoregressive.train import build_models
 from autoregressive.training.config import TrainConfig
 from autoregressive.training.plan import plan_training
-from core.training.config import TrainingConfig
+from core.training.config import OptimizerConfig, TrainingConfig
 
 GPT_CONFIG = GPTConfig(**TINY, grid=(4, 4))
 IMAGES = 40
@@ -76,3 +78,16 @@ def test_the_reference_and_the_heads_need_memory_and_two_sequences_twice_the_act
     assert plans["alignment"].parameters == gpt + 33 * 16 + 17 * 16 + 17 * 6
     assert plans["noisy_context"].parameters == gpt + 2 * (33 * 16 + 17 * 16 + 17 * 8)
     assert plans["contrastive"].activations == 2 * plans["next_token"].activations
+
+
+def test_muon_keeps_one_moment_of_a_matrix(tmp_path, world):
+    run = config(tmp_path, "next_token")
+    run = dataclasses.replace(run, optimizer=OptimizerConfig(kind="muon"))
+    plan = plan_training(run, GPT_CONFIG, IMAGES, world)
+    models = build_models(run, GPT_CONFIG, world, True, IMAGES)
+    for parameter in models.objective.gpt.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    models.stepper.step(0, 6)
+    states = models.stepper.optimizer.state.values()
+    kept = sum(t.numel() for state in states for t in state.values() if t.ndim)
+    assert plan.parts("ddp", 1, 1)["moments of Muon and Adam"] == 4 * kept

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.models import tiny, write_models
 
+from autoregressive import generate
 from autoregressive import sample as sample_command
-from autoregressive.inference.sampling_config import ComputeConfig
+from autoregressive.inference.sampling_config import ComputeConfig, SamplingConfig
 from autoregressive.sample import SampleConfig, sample
 from core.config import InputError
 from core.lock import writer_lock
@@ -79,6 +81,15 @@ def test_a_grid_that_contradicts_the_folder_of_the_gpt_is_refused(tmp_path, mode
     with pytest.raises(InputError, match=r"has a grid of \(4, 4\) codes, not \(2, 8\)"):
         sample(settings(models, tmp_path / "other", grid=(2, 8)), world)
     assert not (tmp_path / "other").exists()
+
+
+def test_guidance_that_would_never_start_is_refused(tmp_path, models, world):
+    never = SamplingConfig(cfg_start=16)
+    with pytest.raises(InputError, match="cfg_start is 16, but an image has 16 codes"):
+        sample(settings(models, tmp_path / "other", sampling=never), world)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="give at most 15"):
+        generate(tiny(), torch.tensor([1]), cfg_scale=3.0, cfg_start=16)
 
 
 def test_a_second_command_in_the_same_folder_is_refused(tmp_path, models, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from helpers.codes import write_codes
+from helpers.local_hub import LocalHub
 from helpers.models import small, tiny, write_models
 from helpers.training import flags
 
@@ -80,10 +81,30 @@ def test_the_tokenizer_of_the_codes_is_found_beside_them_from_any_folder(
     assert where == os.path.normpath(tmp_path / "vq")
 
 
-def test_a_run_without_sample_grids_says_why(tmp_path, world, caplog, capsys):
-    facts = {"tokenizer": "no/such/tokenizer"}
+def test_the_tokenizer_of_the_codes_is_found_on_the_hub(tmp_path, world, monkeypatch, capsys):
+    vq = small(vocab_size=32)
+    vq.save_pretrained(tmp_path / "vq")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "vq").iterdir()}
+    identity = load_tokenizer(tmp_path / "vq").identity()
+    facts = {"tokenizer": "owner/vq", "tokenizer_sha256": identity}
+    codes = write_codes(tmp_path / "codes", **facts)
+    arguments = flags(codes, tmp_path / "run", "--training.num_steps", 1)
+    with LocalHub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.add("owner/vq", files)
+        train(parse_config(TrainConfig, [str(flag) for flag in arguments]), world)
+    said = capsys.readouterr().out
+    assert "sample grids are decoded by owner/vq" in said
+    assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
+    assert said.rstrip().endswith("samples")
+
+
+def test_a_run_without_sample_grids_says_why(tmp_path, world, monkeypatch, caplog, capsys):
+    facts = {"tokenizer": "no/such-tokenizer"}
     codes = write_codes(tmp_path / "codes", **facts)
     arguments = flags(codes, tmp_path / "run", "--training.num_steps", 2)
-    train(parse_config(TrainConfig, [str(flag) for flag in arguments]), world)
+    with LocalHub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        train(parse_config(TrainConfig, [str(flag) for flag in arguments]), world)
     assert "no sample grids, because" in caplog.text
     assert "samples" not in capsys.readouterr().out

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from helpers.config import Inner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from core.config import InputError
 from core.distributed.world import World
 from core.training.config import ReportConfig
 from core.training.run import Run, make_run_folder
-from core.training.trackers import open_tracker
+from core.training.trackers import flat_values, open_tracker
 
 
 def report(folder, world, first_step: int, steps: range, config: Inner) -> Run:
@@ -59,9 +61,15 @@ def test_trackers_get_nested_settings_and_the_sample_grids(tmp_path):
     tracker = open_tracker("tensorboard", tmp_path, Inner(), "project")
     tracker.log(1, {"loss": 0.5})
     tracker.draw(1, np.zeros((4, 4, 3), np.uint8))
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
-    assert found["images"] == ["samples"]
-    assert found["scalars"] == ["loss"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["samples"]
+    assert events.Tags()["scalars"] == ["loss"]
+    stored = events.summary_metadata[SESSION_START_INFO_TAG].plugin_data.content
+    settings = HParamsPluginData.FromString(stored).session_start_info.hparams
+    assert settings["lr"].number_value == Inner().lr
+    assert settings["kind"].string_value == "a"
+    nested = {"inner": {"lr": 0.5, "sizes": [1, 2]}, "end": None}
+    assert flat_values(nested) == {"inner.lr": 0.5, "inner.sizes": "[1, 2]", "end": "null"}
 
 
 def test_a_value_that_is_not_finite_is_null_in_the_file(tmp_path, world):

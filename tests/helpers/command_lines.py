@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 # `-m tokenizer.train`, `scripts/launch.sh tokenizer.train`, `scripts/slurm.sbatch tokenizer.train`
 MODULE = re.compile(
-    r"(?:-m|launch\.sh|slurm\.sbatch) "
+    r"(?:-m|launch\.sh\"?|slurm\.sbatch) "
     r"((?:tokenizer|autoregressive|evaluations|language|benchmarks)\.\w+)"
 )
 START = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|make|sbatch|scripts/\S+)(?: |$)")

@@ -11,10 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import hflip
 
-from core.config import save_config
+from core.config import parse_config, save_config
 from core.data.images import center_crop, image_to_pixels, load_image, pixels_to_images
 from core.data.shards import ShardReader
 from tokenizer.crops import Crops
+from tokenizer.encode import EncodeConfig, encode
+from tokenizer.reconstruction import reconstruct
+from tokenizer.reconstruction_config import ReconstructionConfig
 
 
 @pytest.fixture
@@ -85,6 +88,25 @@ def test_codes_and_index_say_what_was_encoded(tmp_path, tokenizer, images):
     with torch.no_grad():
         expected = vq.encode(pixels_to_images(torch.from_numpy(crop))).flatten(1)
     assert (found[0] == expected.numpy()).mean() > 0.99
+
+
+@pytest.mark.parametrize(("asked", "size"), [((), (16, 12)), ((12, 16), (12, 16))])
+def test_images_have_the_size_of_the_tokenizer_s_training_by_default(
+    tmp_path, images, world, capsys, asked, size
+):
+    small(image_size=(16, 12)).save_pretrained(tmp_path / "vq")
+    paths = ["--tokenizer", str(tmp_path / "vq"), "--data", str(images), "--device", "cpu"]
+    paths += ["--num_workers", "0"]
+    if asked:
+        paths += ["--image_size", *map(str, asked)]
+    encode(parse_config(EncodeConfig, [*paths, "--out", str(tmp_path / "codes")]), world)
+    remark = "the tokenizer was trained at 16 x 12"
+    assert (remark in capsys.readouterr().out) == bool(asked)
+    index = json.loads((tmp_path / "codes" / "index.json").read_text())
+    assert tuple(index["image_size"]) == size
+    reconstruct(parse_config(ReconstructionConfig, [*paths, "--out", str(tmp_path / "r")]), world)
+    scores = json.loads((tmp_path / "r" / "scores.json").read_text())
+    assert tuple(scores["settings"]["image_size"]) == size
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def choose_image_size(
     if any(side < 1 or side % config.downsample for side in size):
         raise InputError(f"image_size {size} must be divisible by {config.downsample}")
     if trained is None:
-        unknown = "the tokenizer does not tell its training size (--image_size '[height,width]')"
+        unknown = "the tokenizer does not tell its training size (--image_size height width)"
         return size, "" if asked else f"images of {size[0]} x {size[1]} pixels; {unknown}"
     if size == trained:
         return size, ""
