@@ -53,8 +53,8 @@ def inference_block(
         copy.feed_forward.add_module("w2", packed(ffn.w2.weight, ffn.w2.bias))
         copy.feed_forward.dropout = None
     if config.family == "rar":  # the condition changes with the token
-        assert block.ada_lin is not None
-        copy.add_module("ada_lin", deepcopy(block.ada_lin).to(like).requires_grad_(False))
+        weight, bias = (block.get_parameter(f"ada_lin.1.{name}") for name in ("weight", "bias"))
+        copy.add_module("ada_lin", nn.Sequential(nn.SiLU(), packed(weight, bias)))
     elif copy.ada_lin is not None:
         # The engine computes scales, shifts and gains once per image and passes them instead of
         # the condition.

@@ -19,25 +19,33 @@ def save_npz(path: Path, count: int, batches: Iterable[np.ndarray], **arrays: np
     """Write batches of images (n, height, width, 3) uint8, `count` in all, to `arr_0`.
 
     arrays: further arrays of the file. The layout is ADM's, which its evaluator reads. Only one
-    batch is in memory at a time.
+    batch is in memory at a time. Without images there is no `arr_0`.
     """
     with (
         atomic_write(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            written = 0
-            for batch in batches:
-                if written == 0:
-                    shape = (count, *batch.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(member, header)
-                member.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
-                written += len(batch)
-        assert written == count, f"{path}: announced {count} images, got {written}"
+        if count:
+            _write_images(archive, path, count, batches)
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_images(
+    archive: zipfile.ZipFile, path: Path, count: int, batches: Iterable[np.ndarray]
+) -> None:
+    """Stream `arr_0` into the file."""
+    with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        written = 0
+        for batch in batches:
+            if written == 0:
+                shape = (count, *batch.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+            member.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
+            written += len(batch)
+    assert written == count, f"{path}: announced {count} images, got {written}"
 
 
 def npz_images_shape(path: Path) -> tuple[int, int, int, int]:

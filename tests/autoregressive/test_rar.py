@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from helpers.codes import write_codes
 from helpers.fill import weights_of
-from helpers.models import tiny
+from helpers.models import tiny, write_models
 from helpers.quantizers import normal, relative_error
+from helpers.training import flags
 from torch.nn import functional as F
 
 from autoregressive import GPT, GPTConfig, generate
@@ -20,9 +22,15 @@ from autoregressive.objectives.base import Projector
 from autoregressive.objectives.build import LOSSES, build_objective
 from autoregressive.objectives.config import ObjectiveConfig
 from autoregressive.objectives.noisy_context import embedding_similarity
+from autoregressive.sampling.config import SampleRunConfig
+from autoregressive.sampling.run import sample
+from autoregressive.train import train
+from autoregressive.training.config import TrainConfig
+from core.config import parse_config
 from core.errors import InputError
 from core.files import read_json
 from core.weights import load_weights
+from tokenizer.models.pretrained import load_tokenizer
 
 RAR = {"family": "rar", "adaln": "full", "qk_norm": True, "norm_eps": 1e-6}
 LABELS = torch.tensor([0, 4, 2])
@@ -276,3 +284,26 @@ def test_what_cannot_be_combined_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**{**RAR, **wrong})
+
+
+@pytest.mark.slow
+def test_the_commands_train_continue_fine_tune_and_sample_it(tmp_path, world):
+    _, tokenizer = write_models(tmp_path, tiny())
+    sha256 = load_tokenizer(tokenizer).identity()
+    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
+    codes = write_codes(tmp_path / "codes", 40, crops=1, **known)
+
+    def run(name: str, steps: int, *more: object) -> None:
+        lines = flags(codes, tmp_path / name, "--training.num_steps", steps, *more)
+        train(parse_config(TrainConfig, [str(line) for line in lines]), world)
+
+    rar = ("--model.family", "rar", "--model.adaln", "full", "--model.qk_norm", "true")
+    noisy = ("--objective.kind", "noisy_context", "--objective.noisy_context.hidden", 16)
+    torch.set_num_threads(1)
+    run("rar", 1, *rar, *noisy)
+    run("rar", 2, *rar, *noisy)
+    run("lora", 2, *rar, "--init_from", tmp_path / "rar", "--lora.rank", 2)
+    lines = ["--gpt", tmp_path / "lora", "--tokenizer", tokenizer, "--num_images", 3]
+    lines += ["--out", tmp_path / "samples"]
+    sample(parse_config(SampleRunConfig, [str(line) for line in lines]), world)
+    assert (tmp_path / "samples" / "samples.npz").exists()

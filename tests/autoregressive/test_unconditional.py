@@ -99,10 +99,12 @@ def test_the_tokenizer_of_the_codes_is_found_on_the_hub(tmp_path, world, monkeyp
     assert said.rstrip().endswith("samples")
 
 
-def test_a_run_without_sample_grids_says_why(tmp_path, world, caplog, capsys):
-    facts = {"tokenizer": "no/such/tokenizer"}
+def test_a_run_without_sample_grids_says_why(tmp_path, world, monkeypatch, caplog, capsys):
+    facts = {"tokenizer": "no/such-tokenizer"}
     codes = write_codes(tmp_path / "codes", **facts)
     arguments = flags(codes, tmp_path / "run", "--training.num_steps", 2)
-    train(parse_config(TrainConfig, [str(flag) for flag in arguments]), world)
+    with LocalHub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        train(parse_config(TrainConfig, [str(flag) for flag in arguments]), world)
     assert "no sample grids, because" in caplog.text
     assert "samples" not in capsys.readouterr().out

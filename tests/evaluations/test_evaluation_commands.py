@@ -148,6 +148,20 @@ def test_the_class_report_names_the_class_that_is_wrong(tmp_path, world):
     assert (config.out / "classes.png").is_file()
 
 
+def test_a_reference_that_keeps_no_images_scores_samples(made, tmp_path, world):
+    config = reference.ReferenceConfig(
+        images=made / "samples.npz",
+        out=tmp_path / "r.npz",
+        metrics=ExtractorConfig(extractor="proxy"),
+        kept_images=0,
+        device="cpu",
+    )
+    reference.build_reference(config, world)
+    assert "arr_0" not in np.load(config.out)
+    scored = settings(tmp_path, samples=made / "samples.npz", out=tmp_path / "out")
+    assert score.score_samples(scored, world)["proxy_fd"] == pytest.approx(0, abs=1e-3)
+
+
 def test_verify_refuses_an_extractor_that_is_not_fids(tmp_path):
     metrics = MetricsConfig(extractor="proxy")
     with pytest.raises(ValueError, match=r"metrics\.extractor inception"):
