@@ -13,6 +13,7 @@ import errno
 import functools
 import itertools
 import os
+import re
 import runpy
 import signal
 import sys
@@ -86,6 +87,25 @@ def _parser(config_class: type) -> jsonargparse.ArgumentParser:
     return parser
 
 
+# Python's notation in the "(type: ..., default: ...)" of a field's help -> that of a command line.
+_PLAIN_TYPES = (
+    (r"<class 'Path'>|\bPath\b", "path"),
+    (r"Optional\[(.*)\](?=, default|\)$)", r"\1 | null"),
+    # The choices stand beside the flag.
+    (r"type: Literal\[[^\]]*\](?: \| null)?, (?=default)", ""),
+    (r",? ?type: Literal\[[^\]]*\](?: \| null)?(?=\)$)", ""),
+    (r"Literal\[([^\]]*)\]", lambda found: found[1].replace("'", "").replace(", ", "|")),
+    (r"tuple\[([^\[\]]*)\]", lambda found: found[1].replace(", ", " ")),
+    (r"tuple\[([^\[\]]*)\]", lambda found: found[1].replace(", ", " ")),  # of tuples
+    (r"default: \(\)\)$", "default: none)"),
+    (r"default: \((.+)\)\)$", lambda found: f"default: {re.sub(r'[(),]', '', found[1])})"),
+    (r"default: .*\)$", lambda found: re.sub(r"['\"]", "", found[0])),
+    (r"\bNone\b(?!.*type: )(?=.*\)$)", "null"),
+    (r"default: (.*)\bTrue\b", r"default: \1true"),
+    (r"default: (.*)\bFalse\b", r"default: \1false"),
+)
+
+
 class _Help(jsonargparse.DefaultHelpFormatter):
     """Keep a command's docstring as it is, and show types as people write them."""
 
@@ -94,7 +114,9 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
-        return text.replace("<class 'Path'>", "path").replace("Path", "path")
+        for pattern, plain in _PLAIN_TYPES:
+            text = re.sub(pattern, plain, text)
+        return text
 
 
 def _command(config_class: type) -> str:
