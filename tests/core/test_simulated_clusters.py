@@ -4,6 +4,9 @@ The process group is torch's fake one, the model is built on the meta device and
 is never touched.
 """
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from helpers.clusters import one_of_many
@@ -29,6 +32,13 @@ CLUSTERS = [
     ("GPT-7B", "hsdp", 256),
 ]
 NODE = 8
+
+
+@pytest.fixture(autouse=True)
+def _free_models() -> Iterator[None]:
+    """FSDP's models are cycles: left to pile up, their memory is too much for a later fork."""
+    yield
+    gc.collect()
 
 
 def shape_of(model: str) -> GPTConfig:
