@@ -96,9 +96,7 @@ class _Lock:
         """
         while not self._create(path):
             found = _read(path)
-            if found is None:  # released in between
-                continue
-            if not self._is_dead(path, found):
+            if found is None or not self._is_dead(path, found):  # released or renewed in between
                 continue
             turn = path.with_name(f"{path.name}.{hashlib.sha256(found.encode()).hexdigest()[:8]}")
             self._take(turn)

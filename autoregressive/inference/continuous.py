@@ -108,10 +108,8 @@ class ContinuousBatch:
         kv_length = capacity if engine.cache_type is VarlenCache else None  # None: under a mask
         step = functools.partial(engine.step, self.state, guided, capacity, kv_length, sampler)
         with self._using(self.cache):
-            if engine.device.type == "cuda" and not self.settings.eager:
-                engine.replay(("continuous", self.places, guided, sampler), self.state, step)
-            else:
-                step()
+            key = "continuous", self.places, guided, sampler
+            engine.advance(key, self.state, step, self.settings.eager)
         self.done = [min(done + 1, self.num_codes) if done else 0 for done in self.done]
 
     @contextlib.contextmanager

@@ -127,13 +127,9 @@ class InferenceEngine:
             kv_end, masked = self.kv_extent(length, ragged or window > 1)
             kv_length = None if masked else length
             step = functools.partial(self.step, state, guided, kv_end, kv_length, request.sampler)
-            if self.device.type == "cuda" and not request.eager:
-                rule = request.speculative_rule, request.speculative_guess
-                key = (state.batch, window, guided, kv_end, masked, request.sampler, rule)
-                self.replay(key, state, step)
-            else:
-                step()
-            self.steps_taken += 1
+            rule = request.speculative_rule, request.speculative_guess
+            key = (state.batch, window, guided, kv_end, masked, request.sampler, rule)
+            self.advance(key, state, step, request.eager)
             if window == 1:
                 done = furthest = done + 1
             else:
@@ -329,6 +325,16 @@ class InferenceEngine:
             guided_hidden = unconditional + scale * (conditional - unconditional)
             hidden = guided_hidden.to(self.embedding.dtype)
         return self.output(hidden.flatten(0, 1)).float().unflatten(0, positions.shape)
+
+    def advance(
+        self, key: tuple, state: GenerationState, step: Callable[[], None], eager: bool = False
+    ) -> None:
+        """Run and count a step; on a GPU as the CUDA graph of this key, unless `eager`."""
+        if self.device.type == "cuda" and not eager:
+            self.replay(key, state, step)
+        else:
+            step()
+        self.steps_taken += 1
 
     def replay(self, key: tuple, state: GenerationState, step: Callable[[], None]) -> None:
         """Run `step` as a CUDA graph; capture it first if its key is new."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.codes import write_codes
+from helpers.codes import write_codes, write_codes_of
 from helpers.models import tiny, write_models
 from helpers.training import flags, losses, weights
 from torch import distributed as dist
@@ -32,7 +32,6 @@ from autoregressive.train import build_models, train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, load_config, parse_config, save_config
 from core.distributed.world import World
-from tokenizer.models.pretrained import load_tokenizer
 
 CASES: dict[str, dict[str, typing.Any]] = {
     "next_token": {},
@@ -117,9 +116,7 @@ def test_validation_is_the_plain_loss(config):
 @pytest.mark.slow
 def test_the_command_trains_resumes_exactly_and_its_model_samples(config, tmp_path, world):
     _, tokenizer = write_models(tmp_path, tiny())
-    sha256 = load_tokenizer(tokenizer).identity()
-    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
-    codes = write_codes(tmp_path / "codes", IMAGES, crops=1, **known)
+    codes = write_codes_of(tokenizer, tmp_path / "codes", IMAGES)
     more: tuple[object, ...] = ("--training.ema_decay", 0.9, "--model.token_dropout", 0.1)
 
     def run(name: str, steps: int, objective: ObjectiveConfig, *extra: object) -> None:
@@ -272,9 +269,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path, world):
 @pytest.mark.slow
 def test_a_run_does_not_continue_with_an_objective_of_other_heads(tmp_path, world):
     _, tokenizer = write_models(tmp_path, tiny())
-    sha256 = load_tokenizer(tokenizer).identity()
-    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
-    codes = write_codes(tmp_path / "codes", IMAGES, crops=1, **known)
+    codes = write_codes_of(tokenizer, tmp_path / "codes", IMAGES)
     noisy = ("--objective.kind", "noisy_context", "--objective.noisy_context.hidden")
     for name, first, second in (
         ("plain", (), (*noisy, 16)),

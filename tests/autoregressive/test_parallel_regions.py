@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.codes import write_codes
+from helpers.codes import write_codes_of
 from helpers.fill import fill_
 from helpers.models import captions, tiny, write_models
 from helpers.quantizers import relative_error
@@ -28,7 +28,6 @@ from autoregressive.serving.export import export_vllm
 from autoregressive.train import train
 from autoregressive.training.config import TrainConfig
 from core.config import InputError, parse_config
-from tokenizer.models.pretrained import load_tokenizer
 
 
 @pytest.fixture
@@ -213,9 +212,7 @@ def test_what_cannot_be_combined_is_refused_by_name(tmp_path):
 @pytest.mark.slow
 def test_the_commands_train_resume_and_sample_it(tmp_path, world, capsys):
     plain, tokenizer = write_models(tmp_path, tiny(num_classes=4))
-    sha256 = load_tokenizer(tokenizer).identity()
-    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
-    codes = write_codes(tmp_path / "codes", 40, crops=1, **known)
+    codes = write_codes_of(tokenizer, tmp_path / "codes")
 
     def run(name: str, steps: int, *more: object) -> None:
         lines = flags(codes, tmp_path / name, "--training.num_steps", steps, *more)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.codes import write_codes
+from helpers.codes import write_codes_of
 from helpers.fill import weights_of
 from helpers.models import tiny, write_models
 from helpers.quantizers import normal, relative_error
@@ -30,7 +30,6 @@ from core.config import parse_config
 from core.errors import InputError
 from core.files import read_json
 from core.weights import load_weights
-from tokenizer.models.pretrained import load_tokenizer
 
 RAR = {"family": "rar", "adaln": "full", "qk_norm": True, "norm_eps": 1e-6}
 LABELS = torch.tensor([0, 4, 2])
@@ -289,9 +288,7 @@ def test_what_cannot_be_combined_is_refused_by_name():
 @pytest.mark.slow
 def test_the_commands_train_continue_fine_tune_and_sample_it(tmp_path, world):
     _, tokenizer = write_models(tmp_path, tiny())
-    sha256 = load_tokenizer(tokenizer).identity()
-    known = {"vocab_size": 50, "tokenizer": str(tokenizer), "tokenizer_sha256": sha256}
-    codes = write_codes(tmp_path / "codes", 40, crops=1, **known)
+    codes = write_codes_of(tokenizer, tmp_path / "codes")
 
     def run(name: str, steps: int, *more: object) -> None:
         lines = flags(codes, tmp_path / name, "--training.num_steps", steps, *more)

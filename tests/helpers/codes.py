@@ -7,6 +7,7 @@ import torch
 
 from core.data.shards import ShardWriter, codes_dtype
 from core.distributed.world import World, choose_device
+from tokenizer.models.pretrained import load_tokenizer
 
 
 def write_codes(
@@ -43,6 +44,13 @@ def write_codes(
         }
     )
     return folder
+
+
+def write_codes_of(tokenizer: Path, folder: Path, count: int = 40) -> Path:
+    """A folder of one crop per image that names this tokenizer, a folder of helpers.models."""
+    loaded = load_tokenizer(tokenizer)
+    facts = {"tokenizer": str(tokenizer), "tokenizer_sha256": loaded.identity()}
+    return write_codes(folder, count, crops=1, vocab_size=loaded.vq.config.vocab_size, **facts)
 
 
 def write_features(folder: Path, count: int = 40, dim: int = 12, **index: object) -> Path:

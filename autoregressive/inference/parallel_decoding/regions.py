@@ -66,12 +66,8 @@ def region_steps(
         run = functools.partial(
             _step, engine, state, step.count, begins, guided, kv_end, kv_length, sampler
         )
-        if engine.device.type == "cuda" and not request.eager:
-            key = "regions", state.batch, step.count, begins, guided, kv_end, masked, sampler
-            engine.replay(key, state, run)
-        else:
-            run()
-        engine.steps_taken += 1
+        key = "regions", state.batch, step.count, begins, guided, kv_end, masked, sampler
+        engine.advance(key, state, run, request.eager)
         yield codes, step.done
 
 

@@ -95,13 +95,8 @@ def zipar_steps(
         guided = step.sampled[0] < guided_until
         kv_end, _ = engine.kv_extent(longest + max(step.inputs) + 1, needs_mask=True)
         run = functools.partial(_step, engine, state, sampled, count, guided, kv_end, sampler)
-        if engine.device.type == "cuda" and not request.eager:
-            engine.replay(
-                ("zipar", state.batch, sampled, count, guided, kv_end, sampler), state, run
-            )
-        else:
-            run()
-        engine.steps_taken += 1
+        key = "zipar", state.batch, sampled, count, guided, kv_end, sampler
+        engine.advance(key, state, run, request.eager)
         yield codes, step.done
 
 
