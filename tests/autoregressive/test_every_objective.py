@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.clusters import run_in_processes
 from helpers.codes import write_codes, write_codes_of
 from helpers.models import tiny, write_models
 from helpers.training import flags, losses, weights
-from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from autoregressive import GPT, generate
@@ -168,9 +168,7 @@ def gradients_of(objective: ObjectiveConfig, gpt: Path, world: World, strategy: 
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
-def run_rank(rank: int, rendezvous: str, gpt: Path, cases: list[ObjectiveConfig]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def run_rank(rank: int, gpt: Path, cases: list[ObjectiveConfig]) -> None:
     cpu = torch.device("cpu")
     for case in cases:
         whole = gradients_of(case, gpt, World(0, 1, cpu), "ddp")
@@ -185,7 +183,6 @@ def run_rank(rank: int, rendezvous: str, gpt: Path, cases: list[ObjectiveConfig]
                     atol=1e-5,
                     msg=lambda text, at=(case.kind, strategy, name): f"{at}: {text}",
                 )
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -198,8 +195,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         ObjectiveConfig(kind, **(options if kind != "alignment" else {"alignment": alignment}))
         for kind, options in CASES.items()
     ]
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    torch.multiprocessing.spawn(run_rank, (rendezvous, gpt, cases), nprocs=2)
+    run_in_processes(run_rank, 2, tmp_path, gpt, cases)
 
 
 def test_the_engine_adds_the_vector_of_the_position_to_predict():

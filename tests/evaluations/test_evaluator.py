@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.clusters import run_in_processes
 
 from core.distributed.world import World, choose_device
 from evaluations.evaluator import Evaluator, FeatureStatistics
@@ -57,22 +57,19 @@ def check_against_one_process(found: FeatureStatistics) -> None:
         assert (sums.gaussian().mean - exact.mean).abs().max() < 1e-9
 
 
-def run_rank(rank: int, size: int, rendezvous: str) -> None:
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+def run_rank(rank: int, size: int) -> None:
     world = World(rank, size, CPU)
     check_against_one_process(evaluate(padded_share(rank, size), world))
     blocks = np.array_split(np.arange(COUNT), size)[rank].tolist()
     assert evaluate(blocks, world, keep_features=False).pooled.count == COUNT
     with pytest.raises(ValueError, match="several ranks"):
         evaluate(padded_share(rank, size), world, keep_features=False)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_agree_with_one_process_and_count_padded_images_once(size, tmp_path):
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    torch.multiprocessing.spawn(run_rank, (size, rendezvous), nprocs=size)
+    run_in_processes(run_rank, size, tmp_path, size)
 
 
 def test_one_process_counts_a_repeated_image_once(world):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.clusters import run_in_processes
 from helpers.models import small
 from helpers.tokenizer_training import flags, train_here, write_images
 from helpers.training import flags as gpt_flags
 from safetensors.torch import load_file
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from autoregressive.inference.sampling_config import ComputeConfig
@@ -177,10 +177,8 @@ def check_a_gpt_on_these_codes(folder: Path, world: World) -> None:
     assert (images == decoded.numpy()).mean() > 0.99
 
 
-def run_rank(rank: int, rendezvous: str) -> None:
+def run_rank(rank: int) -> None:
     """Two processes with half a batch each against one; entropies are of a process's own batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def backward(net: torch.nn.Module, batch: torch.Tensor) -> None:
@@ -204,13 +202,11 @@ def run_rank(rank: int, rendezvous: str) -> None:
                 torch.testing.assert_close(
                     found.grad, expected[1].grad, rtol=1e-3, atol=1e-5, msg=f"{name} {key}"
                 )
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    torch.multiprocessing.spawn(run_rank, (rendezvous,), nprocs=2)
+    run_in_processes(run_rank, 2, tmp_path)
 
 
 def without_model(arguments: list[object]) -> list[object]:
