@@ -8,6 +8,7 @@ stops. This is the only file that knows jsonargparse.
 """
 
 import argparse
+import atexit
 import dataclasses
 import errno
 import functools
@@ -256,6 +257,20 @@ def run_command(main: Callable[[], object]) -> None:
         fail(problem, code=2)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue", code=2)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_group()
+
+
+def _leave_group() -> NoReturn:
+    """End a process of several that has done its work, without the interpreter's own end.
+
+    DTensor's caches keep the mesh, and with it gloo's threads, to the last moment, when such a
+    thread can abort the process: the launcher would take a finished run for a crash.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def is_mistake(error: BaseException) -> bool:

@@ -223,3 +223,25 @@ def test_help_explains_every_field_and_print_config_is_a_dry_run(tmp_path):
     assert shown.returncode == 0
     assert "weights: auto" in shown.stdout
     assert not (tmp_path / "out").exists()
+
+
+FINISHED = """
+import atexit
+from core.config import run_command
+class Group:
+    def __del__(self):
+        print("freed at the end of the interpreter")
+kept = Group()
+atexit.register(print, "tracker closed")
+run_command(lambda: print("done"))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_of_several_leaves_without_the_end_of_the_interpreter(processes):
+    env = os.environ | {"WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", FINISHED], env=env, capture_output=True, text=True, check=True
+    )
+    alone = ["freed at the end of the interpreter"] if processes == 1 else []
+    assert done.stdout.splitlines() == ["done", "tracker closed", *alone]
