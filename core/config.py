@@ -138,7 +138,7 @@ def parse_first(config_class: type, name: str) -> None:
     --help, --version, --print_config and a wrong flag end the command here, in half a second.
     """
     if name == "__main__":
-        run_command(lambda: parse_config(config_class))
+        _end_on_errors(lambda: parse_config(config_class))
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
@@ -240,6 +240,13 @@ def run_command(main: Callable[[], object]) -> None:
     A user's mistake ends it with one line and exit code 2; another OSError, which may pass by
     itself, with one line and exit code 1, on which launch.sh and slurm.sbatch start it again.
     """
+    _end_on_errors(main)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_group()
+
+
+def _end_on_errors(main: Callable[[], object]) -> None:
+    """Run main(); a mistake or an OSError ends the process as run_command says."""
     _set_environment()
     try:
         main()
@@ -257,8 +264,6 @@ def run_command(main: Callable[[], object]) -> None:
         fail(problem, code=2)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to continue", code=2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave_group()
 
 
 def _leave_group() -> NoReturn:

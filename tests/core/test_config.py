@@ -227,11 +227,13 @@ def test_help_explains_every_field_and_print_config_is_a_dry_run(tmp_path):
 
 FINISHED = """
 import atexit
-from core.config import run_command
+from core.config import parse_first, run_command
+from helpers.config import Inner
 class Group:
     def __del__(self):
         print("freed at the end of the interpreter")
 kept = Group()
+parse_first(Inner, __name__)
 atexit.register(print, "tracker closed")
 run_command(lambda: print("done"))
 """
@@ -239,7 +241,7 @@ run_command(lambda: print("done"))
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_process_of_several_leaves_without_the_end_of_the_interpreter(processes):
-    env = os.environ | {"WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"WORLD_SIZE": str(processes), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", FINISHED], env=env, capture_output=True, text=True, check=True
     )
