@@ -48,8 +48,14 @@ GUIDANCE = {
     "interval": {"cfg_scale": 3.0, "cfg_interval": 4},
     "cosine": {"cfg_scale": 3.0, "cfg_schedule": "cosine", "cfg_start": 1},
 }
+RAR = {"family": "rar", "adaln": "full", "qk_norm": True, "num_kv_heads": 0}
 # Not adaln: the engine converts its layers with Module.to, which refuses fake parameters.
-VARIANTS = [{"qk_norm": True}, {"guidance_input": True}, {"num_kv_heads": 0}]
+VARIANTS = [
+    {"qk_norm": True},
+    {"guidance_input": True},
+    {"num_kv_heads": 0},
+    {"target_position": True},
+]
 
 
 def fake_gpt(condition: str = "class", **overrides) -> GPT:
@@ -180,7 +186,7 @@ def training_loss(gpt: GPT, precision: str) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.parametrize("variant", [{"qk_norm": True}, {"adaln": "full"}], ids=str)
+@pytest.mark.parametrize("variant", [{"qk_norm": True}, {"adaln": "full"}, RAR], ids=str)
 def test_the_forward_pass_of_training_of_every_variant(variant):
     training_loss(fake_gpt(**variant), "bf16")
 

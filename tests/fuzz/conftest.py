@@ -40,6 +40,11 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
     lines = [{"image_path": f"../images/a/{i}.jpg", "text": ["x", "a blue dog"]} for i in range(3)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "jsonl" / "000.jsonl").write_text(text)
+    (folder / "captioned").mkdir()
+    captions = ("a red cat", "a blue dog", "a red dog", "a blue cat", "the dog", "the cat")
+    for i, caption in enumerate(captions):
+        (folder / "captioned" / f"{i}.jpg").write_bytes(jpeg(20, i))
+        (folder / "captioned" / f"{i}.txt").write_text(caption)
     write_codes(folder / "codes")
     write_features(folder / "features")
     (folder / "t5").symlink_to(tiny_t5)

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "--t5 t5 --device cpu --pairs.source jsonl --pairs.captions {long: text.1}",
         ("jsonl", "t5"),
     ),
+    "hold out": ("language.hold_out", "--pairs.source captioned --share 0.5", ("captioned",)),
     "reference": ("evaluations.reference", f"{PROXY} --images samples.npz", ("samples.npz",)),
     "score": (
         "evaluations.score",
